@@ -1,0 +1,48 @@
+"""Bidirectional attention for decoder-only Hugging Face models, in place, and MNTP training on top.
+
+Names resolve on first use, so that importing the package (as pytest does to find the plugin) loads neither
+torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "enable_bidirectional": "patch",
+    "disable_bidirectional": "patch",
+    "bidirectional": "patch",
+    "is_bidirectional": "patch",
+    "attention_report": "report",
+    "AttentionReport": "report",
+    "assert_bidirectional": "report",
+    "supported_architectures": "support",
+    "MNTPCollator": "collator",
+    "apply_mntp_head": "head",
+    "BidirectPatchError": "errors",
+}
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from .collator import MNTPCollator as MNTPCollator
+    from .errors import BidirectPatchError as BidirectPatchError
+    from .head import apply_mntp_head as apply_mntp_head
+    from .patch import bidirectional as bidirectional
+    from .patch import disable_bidirectional as disable_bidirectional
+    from .patch import enable_bidirectional as enable_bidirectional
+    from .patch import is_bidirectional as is_bidirectional
+    from .report import AttentionReport as AttentionReport
+    from .report import assert_bidirectional as assert_bidirectional
+    from .report import attention_report as attention_report
+    from .support import supported_architectures as supported_architectures
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,60 @@
+"""Every error this package raises: one family, each also a subclass of the fitting builtin.
+
+Each is raised before anything is changed, says what was given, and says what to do.
+"""
+
+
+class BidirectPatchError(Exception):
+    """Base of every error raised by bidirect_patch."""
+
+
+class UnsupportedModelError(BidirectPatchError, TypeError):
+    """The model can't be made fully bidirectional; the message names its class and the layers in the way."""
+
+
+class StillCausalError(BidirectPatchError, RuntimeError):
+    """The patch was applied and a layer was seen to stay causal; nothing is ever silently causal."""
+
+
+class AttentionMaskError(BidirectPatchError, ValueError):
+    """An attention_mask or position_ids of a shape or kind that has no bidirectional meaning."""
+
+
+class CacheError(BidirectPatchError, ValueError):
+    """A KV cache was passed to a bidirectional model."""
+
+
+class GenerateError(BidirectPatchError, RuntimeError):
+    """`generate` was called on a bidirectional model."""
+
+
+class ModeConflictError(BidirectPatchError, RuntimeError):
+    """Two threads want one model in opposite modes at the same time."""
+
+
+class ForeignWrapperError(BidirectPatchError, RuntimeError):
+    """Another tool swapped a module's class after us; undoing our swap would drop theirs."""
+
+
+class OrderError(BidirectPatchError, RuntimeError):
+    """Steps were taken in an order that can't work, such as sharding before patching."""
+
+
+class BackendError(BidirectPatchError, ImportError):
+    """The attention backend or optional package that was asked for isn't installed."""
+
+
+class MaskTokenError(BidirectPatchError, ValueError):
+    """The mask token isn't exactly one id of the tokenizer."""
+
+
+class CollatorError(BidirectPatchError, ValueError):
+    """Features or settings that can't be collated for MNTP."""
+
+
+class HeadError(BidirectPatchError, TypeError):
+    """The model can't be given an MNTP head."""
+
+
+class ConfigError(BidirectPatchError, ValueError):
+    """A command's flags, JSON file or data can't be used."""
