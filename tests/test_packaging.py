@@ -1,0 +1,201 @@
+"""What is shipped, which way its imports point, and that it speaks of no machine."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import bidirect_patch
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "bidirect_patch"
+
+
+def sources(package: Path) -> dict[str, Path]:
+    """Dotted module name -> file, for every module of a package directory."""
+    modules = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """Module -> the package's modules it imports, at the top or inside a function, but for types alone."""
+    modules = sources(package)
+    graph = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node.body = []
+        graph[module] = found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                here = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+                base = here[: len(here) + 1 - node.level] if node.level else []
+                base = ".".join(base + ([node.module] if node.module else []))
+                for alias in node.names:
+                    name = f"{base}.{alias.name}"
+                    found.add(name if name in modules else base)
+        found &= set(modules)
+        found.discard(module)
+    return graph
+
+
+def order(graph: dict[str, set[str]]) -> list[str]:
+    return list(TopologicalSorter(graph).static_order())
+
+
+def test_imports_point_one_way():
+    graph = imports(PACKAGE)
+    face = "bidirect_patch"
+    lazily = {f"{face}.{module}" for module in bidirect_patch._HOME.values()}
+    graph[face] |= lazily & set(graph)
+    order(graph)
+    assert not graph[f"{face}.errors"]
+    for module, imported in graph.items():
+        if not module.startswith((f"{face}.cli", f"{face}.__main__")):
+            assert not [name for name in imported if name.startswith(f"{face}.cli")], f"{module} imports the commands"
+
+
+@pytest.mark.parametrize(
+    "line", ["from .b import x", "from . import b", "import pkg.b", "def f():\n from pkg import b"]
+)
+def test_a_cycle_would_be_seen(tmp_path, line):
+    package = tmp_path / "pkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text(f"from typing import TYPE_CHECKING\n{line}\n")
+    (package / "b.py").write_text("from .a import y\n")
+    with pytest.raises(CycleError):
+        order(imports(package))
+    (package / "b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import y\n")
+    assert order(imports(package)).index("pkg.b") < order(imports(package)).index("pkg.a")
+
+
+MACHINE = re.compile(r"(?<![\w.~$}>])/(?:work|root|opt|home|tmp|mnt)/[\w.]|python[h]osted|(?:pypi|npmjs)\.org")
+
+
+def test_no_file_names_a_machine():
+    texts = [ROOT / name for name in ("README.md", "setup.cfg", "setup.py", ".ci/run", ".ruff.toml", ".gitignore")]
+    for folder in ("bidirect_patch", "tests", "benchmarks"):
+        texts += [path for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".md", ".sh", ".txt", ".toml"}]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in texts
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if MACHINE.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_machine_would_be_seen():
+    slash = "/"
+    for path in ("work/main/x.py", "root/.cache", "tmp/run7", "home/me/data"):
+        assert MACHINE.search(f"open('{slash}{path}')")
+    assert MACHINE.search("files.python" + "hosted.org")
+    assert not MACHINE.search("see https://github.com/some/work/tree and $HOME/work/x")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the checkout, so that no build folder is left in it."""
+    copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
+    shutil.copytree(PACKAGE, copy / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True, text=True)
+    (path,) = out.iterdir()
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def info(wheel: zipfile.ZipFile, name: str) -> str:
+    return wheel.read(f"bidirect_patch-{bidirect_patch.__version__}.dist-info/{name}").decode()
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
+    shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    there = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    assert shipped == {name for name in there if "__pycache__" not in name}
+    assert "bidirect_patch/py.typed" in shipped
+    assert "Apache License" in info(wheel, "licenses/LICENSE")
+
+
+def test_wheel_metadata(wheel):
+    metadata = message_from_string(info(wheel, "METADATA"))
+    assert metadata["Version"] == bidirect_patch.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License"] == "Apache-2.0"
+    assert {"train", "flash", "simcse", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    core = {re.split(r"\W", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    assert core == {"torch", "transformers", "wrapt"}
+
+
+def test_version_stands_in_one_place():
+    literal = re.compile(rf"['\"\s=]{re.escape(bidirect_patch.__version__)}['\"\s]")
+    files = [ROOT / "setup.cfg", ROOT / "setup.py", *PACKAGE.rglob("*.py")]
+    assert [path.name for path in files if literal.search(path.read_text())] == ["__init__.py"]
+
+
+def test_wheel_runs_without_the_checkout(wheel, tmp_path):
+    """The console script and the plugin, from the unpacked wheel alone, in an empty folder."""
+    site = tmp_path / "site"
+    wheel.extractall(site)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code = """
+        from importlib.metadata import distribution
+        points = {point.group: point for point in distribution("bidirect-patch").entry_points}
+        plugin = points["pytest11"].load()
+        assert plugin.bidirectional_model and plugin.__file__.startswith(SITE), plugin.__file__
+        points["console_scripts"].load()(["--help"])
+    """
+    code = f"SITE = {str(site)!r}\n" + "\n".join(line.strip() for line in code.splitlines())
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=empty,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    for command in ("demo", "check", "mntp"):
+        assert command in run.stdout
+
+
+def test_every_import_is_declared(wheel):
+    """A third-party module that the package imports belongs to a requirement, of the core or of an extra."""
+    lines = message_from_string(info(wheel, "METADATA")).get_all("Requires-Dist")
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
+    declared |= {"numpy", "huggingface_hub", "safetensors", "tokenizers", "tqdm"}  # requirements of transformers
+    for module, path in sources(PACKAGE).items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"bidirect_patch"}
+            assert tops <= declared, f"{module}: {tops - declared}"
+
+
+def test_readme_commands_are_the_ones_that_ci_runs():
+    """Each of the two is one line of the README, of torch's exact version; .ci/run takes them from there."""
+    readme = (ROOT / "README.md").read_text().splitlines()
+    script = (ROOT / ".ci" / "run").read_text()
+    for end in ("-m bidirect_patch demo", "-m pytest"):
+        (line,) = [line for line in readme if line.startswith("python3 -m venv") and line.endswith(end)]
+        assert "torch==2.13.0" in line
+        assert f'readme "{end}"' in script
