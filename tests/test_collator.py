@@ -1,0 +1,311 @@
+"""MNTPCollator, against DataCollatorForLanguageModeling, DataCollatorWithFlattening and its own written contract."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+from bidirect_patch import MNTPCollator
+from bidirect_patch.errors import CollatorError, MaskTokenError
+
+SPECIALS = ["<unk>", "<s>", "</s>"]
+BOS, EOS, UNDERSCORE = 1, 2, 3
+WORDS = 500
+
+
+def make_tokenizer(**specials):
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, "_", *(f"w{i}" for i in range(WORDS))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    settings = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", **specials}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+def texts(*lengths, seed=0):
+    """Texts of ordinary words only, so that every token but the first may be chosen."""
+    rng = np.random.default_rng(seed)
+    return [{"input_ids": rng.integers(4, 4 + WORDS, length).tolist()} for length in lengths]
+
+
+def everything_hidden(tokenizer, **settings):
+    return MNTPCollator(tokenizer, mlm_probability=1.0, mask_replace_prob=1.0, random_replace_prob=0.0, **settings)
+
+
+def test_shares_are_those_asked_for(tokenizer):
+    features = texts(*[400] * 300)
+    originals = torch.tensor([feature["input_ids"] for feature in features])
+    batch = MNTPCollator(tokenizer, mlm_probability=0.3, mask_replace_prob=0.6, random_replace_prob=0.3, seed=1)(features)
+    chosen = batch["labels"] != -100
+    masked = batch["input_ids"] == UNDERSCORE
+    changed = batch["input_ids"] != originals
+    # 120,000 tokens: one standard deviation of the first share is 0.0013, of the others 0.0026.
+    assert chosen.float().mean().item() == pytest.approx(0.3, abs=0.007)
+    assert masked[chosen].float().mean().item() == pytest.approx(0.6, abs=0.013)
+    assert (changed & ~masked)[chosen].float().mean().item() == pytest.approx(0.3, abs=0.013)
+    assert not changed[~chosen].any()
+    assert torch.equal(batch["labels"][chosen], originals[chosen])
+
+
+def test_defaults_are_80_10_10(tokenizer):
+    features = texts(*[400] * 300)
+    originals = torch.tensor([feature["input_ids"] for feature in features])
+    batch = MNTPCollator(tokenizer, seed=1)(features)
+    chosen = batch["labels"] != -100
+    masked = (batch["input_ids"] == UNDERSCORE)[chosen].float().mean().item()
+    kept = (batch["input_ids"] == originals)[chosen].float().mean().item()
+    assert chosen.float().mean().item() == pytest.approx(0.2, abs=0.007)
+    assert masked == pytest.approx(0.8, abs=0.015) and kept == pytest.approx(0.1, abs=0.012)
+
+
+def test_same_distribution_as_the_stock_collator_at_every_position_but_the_first():
+    tokenizer = make_tokenizer(pad_token="</s>", mask_token="_")
+    features = texts(*[16] * 4000)
+    stock = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25)
+    torch.manual_seed(0)
+    theirs = (stock(features)["labels"] != -100).float().mean(0)
+    ours = (MNTPCollator(tokenizer, mlm_probability=0.25)(features)["labels"] != -100).float().mean(0)
+    assert ours[0] == 0
+    assert torch.allclose(ours[1:], theirs[1:], atol=0.045)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_and_all_mask(tokenizer, side):
+    tokenizer.padding_side = side
+    features = texts(3, 5)
+    batch = everything_hidden(tokenizer)(features)
+    short = [features[0]["input_ids"][0], UNDERSCORE, UNDERSCORE]
+    labels = [-100, *features[0]["input_ids"][1:]]
+    pad = slice(0, 2) if side == "left" else slice(3, 5)
+    real = slice(2, 5) if side == "left" else slice(0, 3)
+    assert batch["input_ids"][0, real].tolist() == short and batch["labels"][0, real].tolist() == labels
+    assert batch["attention_mask"][0, pad].tolist() == [0, 0] and batch["attention_mask"][0, real].tolist() == [1, 1, 1]
+    assert batch["labels"][0, pad].tolist() == [-100, -100]
+    assert batch["labels"][1].tolist() == [-100, *features[1]["input_ids"][1:]]
+    assert {value.dtype for value in batch.values()} == {torch.int64} and len(batch) == 3
+
+
+def test_padding_without_a_pad_token_leaves_the_tokenizer_alone(tokenizer):
+    before = dict(tokenizer.special_tokens_map)
+    batch = MNTPCollator(tokenizer)(texts(2, 4))
+    assert batch["input_ids"][0, 2:].tolist() == [EOS, EOS]
+    assert dict(tokenizer.special_tokens_map) == before
+    assert tokenizer.pad_token_id is None and tokenizer.mask_token is None
+
+
+def test_own_pad_token_is_used():
+    batch = MNTPCollator(make_tokenizer(pad_token="<unk>"))(texts(2, 4))
+    assert batch["input_ids"][0, 2:].tolist() == [0, 0]
+
+
+def test_pad_to_multiple_of(tokenizer):
+    assert MNTPCollator(tokenizer, pad_to_multiple_of=8)(texts(3, 9))["input_ids"].shape == (2, 16)
+    assert MNTPCollator(tokenizer, pad_to_multiple_of=8)(texts(3, 8))["labels"].shape == (2, 8)
+
+
+def test_special_tokens_are_never_chosen(tokenizer):
+    batch = everything_hidden(tokenizer)([{"input_ids": [BOS, 10, 11, EOS, 12]}])
+    assert batch["labels"].tolist() == [[-100, 10, 11, -100, 12]]
+    assert batch["input_ids"].tolist() == [[BOS, 3, 3, EOS, 3]]
+
+
+def test_special_tokens_mask_of_the_features_counts_too(tokenizer):
+    marked = {"input_ids": [9, 10, 11, EOS], "special_tokens_mask": [0, 0, 1, 0]}
+    plain = {"input_ids": [9, 10, 11]}
+    batch = everything_hidden(tokenizer)([marked, plain])
+    assert batch["labels"].tolist() == [[-100, 10, -100, -100], [-100, 10, 11, -100]]
+
+
+def test_first_real_token_is_never_chosen_after_padding_in_the_features(tokenizer):
+    padded = {"input_ids": [EOS, EOS, 9, 10, 11], "attention_mask": [0, 0, 1, 1, 1]}
+    batch = everything_hidden(tokenizer)([padded])
+    assert batch["labels"].tolist() == [[-100, -100, -100, 10, 11]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1]]
+
+
+def test_padding_in_the_features_is_not_chosen_whatever_its_id(tokenizer):
+    padded = {"input_ids": [9, 10, 50, 50], "attention_mask": [1, 1, 0, 0]}
+    batch = everything_hidden(tokenizer)([padded])
+    assert batch["labels"].tolist() == [[-100, 10, -100, -100]]
+    assert batch["input_ids"].tolist() == [[9, UNDERSCORE, 50, 50]]
+
+
+def test_packed_rows_keep_the_first_token_of_each_document(tokenizer):
+    packed = {"input_ids": [9, 10, 11, 12, 13], "position_ids": [0, 1, 0, 1, 2]}
+    batch = everything_hidden(tokenizer)([packed, {"input_ids": [20, 21]}])
+    assert batch["labels"].tolist() == [[-100, 10, -100, 12, 13], [-100, 21, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.int32)])
+def test_features_of_any_kind_give_the_same_batch(tokenizer, make):
+    features = [{"input_ids": make(f["input_ids"]), "length": 1, "labels": make(f["input_ids"])} for f in texts(7, 4)]
+    expected = MNTPCollator(tokenizer, seed=3)(texts(7, 4))
+    for given in (features, [feature["input_ids"] for feature in features]):
+        batch = MNTPCollator(tokenizer, seed=3)(given)
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+def test_features_are_not_changed(tokenizer):
+    features = [{"input_ids": np.array([9, 10, 11])}, {"input_ids": torch.tensor([9, 10, 11])}]
+    everything_hidden(tokenizer)(features)
+    assert features[0]["input_ids"].tolist() == features[1]["input_ids"].tolist() == [9, 10, 11]
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "DataCollatorWithFlattening"), reason="transformers has it from 4.44 on"
+)
+def test_padding_free_lays_out_as_flattening_does(tokenizer):
+    features = texts(5, 1, 3)
+    batch = everything_hidden(tokenizer, padding_free=True)(features)
+    # The stock collator labels every token but the first of each text, as hiding everything must.
+    theirs = transformers.DataCollatorWithFlattening()(features)
+    assert batch.keys() == theirs.keys()
+    assert torch.equal(batch["labels"], theirs["labels"]) and torch.equal(batch["position_ids"], theirs["position_ids"])
+    hidden = theirs["input_ids"].masked_fill(theirs["labels"] != -100, UNDERSCORE)
+    assert torch.equal(batch["input_ids"], hidden)
+
+
+def test_padding_free_drops_padding_and_keeps_documents_apart(tokenizer):
+    features = [
+        {"input_ids": [EOS, 9, 10], "attention_mask": [0, 1, 1], "special_tokens_mask": [1, 0, 0]},
+        {"input_ids": [11, 12, 13], "position_ids": [0, 1, 0]},
+    ]
+    batch = everything_hidden(tokenizer, padding_free=True, return_flash_attn_kwargs=True)(features)
+    assert batch["labels"].tolist() == [[-100, 10, -100, 12, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 2, 4, 5]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 2
+    assert "attention_mask" not in batch
+
+
+def test_random_replacements_are_ordinary_words_from_the_whole_vocabulary(tokenizer):
+    collator = MNTPCollator(tokenizer, mlm_probability=1.0, mask_replace_prob=0.0, random_replace_prob=1.0, seed=0)
+    batch = collator(texts(*[500] * 40))
+    drawn = set(batch["input_ids"][:, 1:].flatten().tolist())
+    assert drawn == set(range(3, 4 + WORDS))
+
+
+def test_seed_repeats_the_run_but_not_the_batch(tokenizer):
+    features = texts(100, 100)
+    one, two, other = (MNTPCollator(tokenizer, seed=seed) for seed in (5, 5, 6))
+    first, second = one(features), one(features)
+    torch.rand(3)  # the global generator plays no part
+    assert torch.equal(first["labels"], two(features)["labels"])
+    assert torch.equal(second["input_ids"], two(features)["input_ids"])
+    assert not torch.equal(first["labels"], second["labels"])
+    assert not torch.equal(first["labels"], other(features)["labels"])
+
+
+def test_without_a_seed_torch_decides(tokenizer):
+    features, collator = texts(100, 100), MNTPCollator(tokenizer)
+    torch.manual_seed(0)
+    first, second = collator(features), collator(features)
+    torch.manual_seed(0)
+    assert torch.equal(first["labels"], collator(features)["labels"])
+    assert not torch.equal(first["labels"], second["labels"])
+
+
+def test_a_seeded_collator_leaves_the_global_generator_alone(tokenizer):
+    before = torch.get_rng_state()
+    MNTPCollator(tokenizer, seed=0)(texts(50))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dataloader_workers_draw_different_streams_reproducibly(tokenizer):
+    features = texts(200) * 4
+
+    def labels():
+        collator = MNTPCollator(tokenizer, seed=0)
+        collator(features)  # workers are forked from a parent whose stream is already under way
+        loader = torch.utils.data.DataLoader(features, batch_size=1, collate_fn=collator, num_workers=2)
+        return [batch["labels"] for batch in loader]
+
+    first, second = labels(), labels()
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(first[i], first[j])
+
+
+def test_pickles_and_goes_on_where_it_was(tokenizer):
+    collator, features = MNTPCollator(tokenizer, seed=0), texts(100)
+    collator(features)
+    copy = pickle.loads(pickle.dumps(collator))
+    assert torch.equal(copy(features)["labels"], collator(features)["labels"])
+
+
+def test_mask_token_the_tokenizers_own_comes_first():
+    tokenizer = make_tokenizer(mask_token="w7")
+    assert everything_hidden(tokenizer)([[10, 12]])["input_ids"].tolist() == [[10, 4 + 7]]
+    assert everything_hidden(tokenizer, mask_token="w9")([[10, 12]])["input_ids"].tolist() == [[10, 4 + 9]]
+
+
+def test_mask_token_is_the_vocabulary_entry_of_that_spelling():
+    """SentencePiece would encode `_` as `▁_`; LLM2Vec means the entry `_` itself."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "▁_": 1, "_": 2, "▁a": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.encode("_") == [1]
+    assert MNTPCollator(tokenizer).mask_token_id == 2
+    assert MNTPCollator(tokenizer, mask_token="a").mask_token_id == 3  # not an entry: what encoding it gives
+
+
+@pytest.mark.parametrize("token, count", [("w1 w2", "2 \\(\\[5, 6\\]\\)"), ("nowhere", "0")])
+def test_mask_token_must_be_one_id(tokenizer, token, count):
+    with pytest.raises(MaskTokenError, match=f"{token!r} gives {count}"):
+        MNTPCollator(tokenizer, mask_token=token)
+
+
+@pytest.mark.parametrize("token", ["", 3])
+def test_mask_token_must_be_text(tokenizer, token):
+    with pytest.raises(MaskTokenError, match="non-empty string"):
+        MNTPCollator(tokenizer, mask_token=token)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"mlm_probability": 0}, "above 0"),
+        ({"mlm_probability": 1.2}, "mlm_probability must be a number from 0 to 1; got 1.2"),
+        ({"mlm_probability": float("nan")}, "got nan"),
+        ({"mlm_probability": "0.2"}, "got '0.2'"),
+        ({"mask_replace_prob": -0.1}, "mask_replace_prob must be a number from 0 to 1; got -0.1"),
+        ({"mask_replace_prob": 0.9, "random_replace_prob": 0.2}, "got 0.9 \\+ 0.2"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be an integer of at least 1; got 0"),
+        ({"pad_to_multiple_of": 8, "padding_free": True}, "give one of them"),
+        ({"return_flash_attn_kwargs": True}, "needs padding_free=True"),
+        ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
+        ({"seed": 1.5}, "got 1.5"),
+    ],
+)
+def test_settings_are_checked(tokenizer, settings, said):
+    with pytest.raises(CollatorError, match=said):
+        MNTPCollator(tokenizer, **settings)
+
+
+@pytest.mark.parametrize(
+    "features, said",
+    [
+        ([], "0 features with no token"),
+        ([{"input_ids": []}], "1 features with no token"),
+        ([{"text": "hello"}], "Feature 0 has no input_ids, only \\['text'\\]"),
+        ([{"input_ids": [4, 5], "attention_mask": [1]}], "2 input_ids and 1 of attention_mask"),
+        ([{"input_ids": [4]}, {"input_ids": [[4, 5]]}], "input_ids of feature 1 .* shape \\(1, 2\\)"),
+        ([{"input_ids": [0.5]}], "float64"),
+        ([{"input_ids": [[4], [5, 6]]}], "can't be read as numbers"),
+    ],
+)
+def test_features_are_checked(tokenizer, features, said):
+    with pytest.raises(CollatorError, match=said):
+        MNTPCollator(tokenizer)(features)
