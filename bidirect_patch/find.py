@@ -1,0 +1,244 @@
+"""Find what has to be swapped in a model, or say why it can't be.
+
+One rule serves every family: a decoder is a `PreTrainedModel` that builds a causal mask for the attention modules in
+its list of layers. A layer that holds no attention module, or something else that mixes tokens beside it, is in the way.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedModelError
+
+# Token mixers that carry state from left to right, by the field's names for them. attention_report finds the ones
+# that hide behind other names.
+_RECURRENT = re.compile(
+    r"mamba|ssm|rwkv|deltanet|deltaattention|linearattention|lightning|recurrent|rglru|lstm|shortconv|retention|hyena",
+    re.I,
+)
+_BUILDS_CAUSAL_MASK = re.compile(r"causal_mask|causal_attention_mask|masks_for_generate|prepare_decoder_attention_mask")
+
+
+class Reach(NamedTuple):
+    """How far one attention module sees: |q-k| < window, and the same chunk of `chunk` positions. None: no limit."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+@dataclass
+class Decoder:
+    """One decoder in a model: the module that builds the mask and the attention modules that use it."""
+
+    name: str
+    module: PreTrainedModel
+    layers: list[tuple[str, nn.Module]] = field(default_factory=list)
+    attentions: list[tuple[str, nn.Module, Reach]] = field(default_factory=list)
+    in_the_way: list[str] = field(default_factory=list)
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        """The distinct reaches of its attention modules, in order of first appearance."""
+        return tuple(dict.fromkeys(reach for _, _, reach in self.attentions))
+
+
+def mask_parameter(cls: type) -> str | None:
+    """The name of the mask among the parameters of `cls.forward`."""
+    parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    return next((n for n in ("attention_mask", "attn_mask", "mask") if n in parameters), None)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """A module that mixes tokens under a mask that it is handed."""
+    names = [c.__name__.lower() for c in type(module).__mro__]
+    return (
+        any("attention" in n or n.endswith("attn") for n in names)
+        and not _RECURRENT.search(type(module).__name__)
+        and mask_parameter(type(module)) is not None
+    )
+
+
+def decoders(model: Any) -> list[Decoder]:
+    """Every decoder in `model`. Raises UnsupportedModelError when there is none, naming what there is."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"expected a torch.nn.Module that holds a transformers decoder, got {type(model).__name__}: load the model "
+            "first (AutoModelForCausalLM.from_pretrained, say) and pass the object"
+        )
+    found: list[Decoder] = []
+    rejected: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        owned = list(_own_attentions(module))
+        reason = _why_no_decoder(module, owned)
+        if reason is None:
+            found.append(_describe(name, module, owned))
+        elif owned or reason:
+            rejected.append(f"{_where(name, module)}: {reason}")
+    if not found:
+        what = "; ".join(r for r in rejected if not r.endswith(": ")) or "no transformers PreTrainedModel inside"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no decoder with causal attention that could be made bidirectional ({what})"
+        )
+    return found
+
+
+def mask_builders(model: nn.Module, found: list[Decoder]) -> list[tuple[str, PreTrainedModel]]:
+    """Models around a decoder that build its mask for it, as some multimodal ones do."""
+    inner = {id(d.module) for d in found}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and id(module) not in inner
+        and any(id(m) in inner for m in module.modules())
+        and _forward_builds_mask(type(module))
+        and mask_parameter(type(module)) is not None
+    ]
+
+
+def _where(name: str, module: nn.Module) -> str:
+    return f"{name} ({type(module).__name__})" if name else type(module).__name__
+
+
+def _own_attentions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Outermost attention modules of `model` that belong to no PreTrainedModel inside it."""
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(child, PreTrainedModel):
+                continue
+            if is_attention(child):
+                yield path, child
+            else:
+                yield from walk(path, child)
+
+    yield from walk("", model)
+
+
+def _why_no_decoder(model: PreTrainedModel, attentions: list[tuple[str, nn.Module]]) -> str | None:
+    """None if `model` is a decoder, "" if it is a mere wrapper, else why it can't be patched."""
+    if not attentions:
+        layers = _longest_list(model)
+        if layers is None or any(isinstance(m, PreTrainedModel) for m in model.modules() if m is not model):
+            return ""
+        return f"its layers ({_kinds(layers)}) have no attention"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "an encoder-decoder"
+    # Attention that was built causal says so (is_causal) on most versions; else the model's own mask code does.
+    flags = [flag for _, a in attentions for flag in _causal_flags(a)]
+    if flags and not any(flags):
+        return "an encoder: its attention is not causal"
+    if not flags and not _builds_causal_mask(type(model)):
+        return "an encoder: it builds no causal mask"
+    return None
+
+
+def _causal_flags(attention: nn.Module) -> list[bool]:
+    """What the attention was built with, whether or not it is swapped now."""
+    flags = []
+    for module in attention.modules():
+        before = next((r[0] for n, r in module.__dict__.items() if n == "_bidirect_patch_record"), {})
+        if "is_causal" in before or hasattr(module, "is_causal"):
+            flags.append(bool(before.get("is_causal", getattr(module, "is_causal", False))))
+    return flags
+
+
+def _code_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code_names(constant)
+
+
+def _functions(cls: type) -> Iterator[Any]:
+    for base in cls.__mro__:
+        if base is PreTrainedModel:
+            return
+        yield from (f for f in vars(base).values() if callable(f))
+
+
+def _names_causal_mask(function: Any) -> bool:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and any(_BUILDS_CAUSAL_MASK.search(n) for n in _code_names(code))
+
+
+def _builds_causal_mask(cls: type) -> bool:
+    return any(_names_causal_mask(f) for f in _functions(cls))
+
+
+def _forward_builds_mask(cls: type) -> bool:
+    return _names_causal_mask(cls.forward)  # type: ignore[attr-defined]
+
+
+def _longest_list(model: nn.Module) -> nn.ModuleList | None:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    return max(lists, key=len) if lists else None
+
+
+def _kinds(modules: Any) -> str:
+    return ", ".join(dict.fromkeys(type(m).__name__ for m in modules))
+
+
+def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.Module]]) -> Decoder:
+    modules = dict(model.named_modules())
+    decoder = Decoder(name, model)
+    lists = {}
+    for path, attention in attentions:
+        decoder.attentions.append((path, attention, reach_of(attention, path, model.config)))
+        steps = path.split(".")
+        holders = [".".join(steps[:i]) for i in range(1, len(steps))]
+        holder = next((h for h in holders if isinstance(modules[h], nn.ModuleList)), None)
+        if holder is not None:
+            lists[holder] = modules[holder]
+    for holder, entries in lists.items():
+        for index, layer in enumerate(entries):
+            if layer is None:
+                continue
+            decoder.layers.append((f"{holder}.{index}", layer))
+            foreign = list(dict.fromkeys(type(m).__name__ for m in layer.modules() if _mixes_otherwise(m)))
+            if not any(is_attention(m) for m in layer.modules()):
+                foreign = foreign or [_kinds(layer.children())]
+            if foreign:
+                decoder.in_the_way.append(f"{holder}.{index} {type(layer).__name__} with {', '.join(foreign)}")
+    return decoder
+
+
+def _mixes_otherwise(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv1d):
+        return module.kernel_size[0] > 1
+    return _RECURRENT.search(type(module).__name__) is not None and type(module).__name__.lower().find("norm") < 0
+
+
+def reach_of(attention: nn.Module, path: str, config: Any) -> Reach:
+    """The window or chunk that the layer was trained with, read from where transformers keeps it.
+
+    The module's own `sliding_window` wins; else `config.layer_types` at the layer's index; else the config's
+    `sliding_window`, which then holds for every layer.
+    """
+    index = getattr(attention, "layer_idx", None)
+    if index is None:
+        digits = [s for s in path.split(".") if s.isdigit()]
+        index = int(digits[0]) if digits else 0
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds and index < len(kinds) else None
+    if kind is not None and "chunk" in kind:
+        return Reach(chunk=getattr(config, "attention_chunk_size", None))
+    if "sliding_window" in attention.__dict__:
+        return Reach(window=attention.__dict__["sliding_window"])
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return Reach()
+    if kind is not None:
+        return Reach(window=window if "sliding" in kind else None)
+    if index >= getattr(config, "max_window_layers", index + 1):
+        return Reach()
+    return Reach(window=window)

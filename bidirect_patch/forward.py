@@ -1,0 +1,204 @@
+"""What a swapped instance does differently in its forward: two mixins, one for the model that builds the mask and one
+for the attention modules that use it. Neither copies anything of the original's forward: each changes the arguments.
+"""
+
+import inspect
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import masks
+from .errors import AttentionMaskError, CacheError, OrderError
+from .find import Reach, mask_parameter
+from .swap import Swapped
+from .switch import running
+
+
+def _argument_names(original: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(original.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+class BidirectionalModel(Swapped):
+    """A model that builds the mask: hands a ready bidirectional mask to its own forward, and keeps no KV cache."""
+
+    _names: tuple[str, ...]
+    _bidirect_patch_reaches: tuple[Reach, ...]
+
+    @classmethod
+    def __init_mixed__(cls, original: type) -> None:
+        inner = original.forward  # type: ignore[attr-defined]
+
+        @wraps(inner)
+        def forward(self, *args, **kwargs):
+            kwargs = {**dict(zip(cls._names, args)), **kwargs}
+            kwargs = self._bidirectional_arguments(kwargs)
+            if torch.compiler.is_compiling():  # a lock has no meaning in a graph
+                return inner(self, **kwargs)
+            with running(self):
+                return inner(self, **kwargs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+        cls._names = _argument_names(original)
+        cls._mask_name = mask_parameter(original)  # type: ignore[attr-defined]
+
+    def _bidirectional_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if kwargs.get("past_key_values") is not None:
+            raise CacheError(
+                "past_key_values was passed to a bidirectional model: a KV cache only has a meaning while attention is "
+                "causal. Leave it out, or run causally inside `with bidirectional(model, enabled=False):`"
+            )
+        if "use_cache" in self._names:
+            kwargs["use_cache"] = False
+        name = self._mask_name  # type: ignore[attr-defined]
+        mask = kwargs.get(name)
+        inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs.get("input_ids")
+        if inputs is None or isinstance(mask, dict) or getattr(mask, "ndim", None) == 4 or _is_block_mask(mask):
+            return kwargs  # the model reports missing input itself; a ready mask is the user's own
+        if mask is not None and not isinstance(mask, Tensor):
+            raise AttentionMaskError(f"attention_mask must be a tensor or None, got {type(mask).__name__}")
+        layout = masks.read_layout(
+            mask, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), inputs.shape[0], inputs.shape[1], inputs.device
+        )
+        dtype = inputs.dtype if inputs.is_floating_point() else self._embedding_dtype()
+        backend = masks.backend_of(text_config(self.config))  # type: ignore[attr-defined]
+        kwargs[name] = masks.ready_mask(layout, self._bidirect_patch_reaches, backend, dtype)
+        return kwargs
+
+    def _embedding_dtype(self) -> torch.dtype:
+        weight = getattr(self.get_input_embeddings(), "weight", None)  # type: ignore[attr-defined]
+        dtype = weight.dtype if weight is not None else self.dtype  # type: ignore[attr-defined]
+        return dtype if dtype.is_floating_point else self.dtype  # type: ignore[attr-defined]
+
+
+def _is_block_mask(mask: Any) -> bool:
+    return type(mask).__name__ == "BlockMask"
+
+
+class BidirectionalAttention(Swapped):
+    """An attention module: takes the mask of its own reach, and is not causal."""
+
+    _names: tuple[str, ...]
+    _bidirect_patch_reach: tuple[int, int]  # which of how many reaches
+    _bidirect_patch_config: Any  # the decoder's, for attention modules that keep none
+
+    @classmethod
+    def __init_mixed__(cls, original: type) -> None:
+        inner = original.forward  # type: ignore[attr-defined]
+
+        @wraps(inner)
+        def forward(self, *args, **kwargs):
+            args, kwargs = self._bidirectional_arguments(args, kwargs)
+            return inner(self, *args, **kwargs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+        cls._names = _argument_names(original)
+        cls._mask_name = mask_parameter(original)  # type: ignore[attr-defined]
+        cls._mask_at = cls._names.index(cls._mask_name)  # type: ignore[attr-defined]
+        kinds = [p.kind for p in inspect.signature(original.forward).parameters.values()]  # type: ignore[attr-defined]
+        cls._takes_any = inspect.Parameter.VAR_KEYWORD in kinds  # type: ignore[attr-defined]
+        if hasattr(original, "_upad_input"):  # FlashAttention before 4.43: the only place that sets cu_seqlens
+            cls._upad_input = _upad_input  # type: ignore[attr-defined]
+
+    def _bidirectional_arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        at, name = self._mask_at, self._mask_name  # type: ignore[attr-defined]
+        mask = args[at] if len(args) > at else kwargs.get(name)
+        index, count = self._bidirect_patch_reach
+        backend = masks.backend_of(getattr(self, "config", self._bidirect_patch_config))
+        extra: dict[str, Any] = {}
+        if backend == "flash":
+            mask, extra = self._flash_arguments(mask, index)
+        elif mask is not None:
+            may_drop = backend in ("eager", "flex") or (backend == "sdpa" and masks.sdpa_honours_flag())
+            mask = masks.pick(mask, index, count, may_drop)
+        if len(args) > at:
+            args = (*args[:at], mask, *args[at + 1 :])
+        else:
+            kwargs = {**kwargs, name: mask}
+        return args, {**kwargs, **extra}
+
+    def _flash_arguments(self, mask: Any, index: int) -> tuple[Any, dict[str, Any]]:
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != 1:
+            return mask, {}
+        plan = _plans(mask)[index]
+        if plan.mask is not None:
+            return plan.mask, {}
+        if hasattr(self, "_upad_input"):
+            return mask, {}
+        extra: dict[str, Any] = {"position_ids": plan.positions}
+        if self._takes_any:  # type: ignore[attr-defined]
+            lengths = {"cu_seq_lens_q": plan.cu_seq_lens, "cu_seq_lens_k": plan.cu_seq_lens}
+            extra.update(lengths, max_length_q=plan.max_length, max_length_k=plan.max_length)
+        elif not bool((torch.diff(plan.positions, dim=-1) < 0).any()):
+            raise AttentionMaskError(
+                "packed documents of one token each can't be told apart by FlashAttention in this transformers: "
+                "use attn_implementation='sdpa' or transformers 4.47 or newer"
+            )
+        return None, extra
+
+
+def _plans(documents: Tensor) -> list[masks.FlashPlan]:
+    # Kept on the tensor, which the layers of one forward share; a checkpoint's replay may lose it and plan again.
+    plans = getattr(documents, "_bidirect_patch_plans", None)
+    if plans is None:
+        plans = [masks.flash_plan(documents[:, i, 0]) for i in range(documents.shape[1])]
+        documents._bidirect_patch_plans = plans  # type: ignore[attr-defined]
+    return plans
+
+
+def _upad_input(self, query, key, value, attention_mask, query_length):
+    """cu_seqlens of packed documents, where transformers' own knows only padding. q, k, v: (batch, length, heads, dim)."""
+    if attention_mask.dim() == 2:
+        return self._original._upad_input(self, query, key, value, attention_mask, query_length)
+    plan = _plans(attention_mask)[self._bidirect_patch_reach[0]]
+    flat = [x.flatten(0, 1) for x in (query, key, value)]
+    indices = torch.arange(query.shape[0] * query.shape[1], device=query.device)
+    return *flat, indices, (plan.cu_seq_lens,) * 2, (plan.max_length,) * 2
+
+
+class ConfigView:
+    """A config with some attributes changed; all others are read from the original at each access."""
+
+    def __init__(self, config: Any, **changed: Any) -> None:
+        self.__dict__.update(_config=config, **changed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # not there yet while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def text_config(config: Any) -> Any:
+    """The text part of a config that may be composite (transformers before 4.42 has none)."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def attention_attributes(attention: nn.Module, reach: Reach, reaches: tuple[Reach, ...], config: Any) -> dict[str, Any]:
+    """Instance attributes that make one attention module bidirectional, beside its class."""
+    attributes: dict[str, Any] = {
+        "is_causal": False,
+        "_bidirect_patch_reach": (reaches.index(reach), len(reaches)),
+        "_bidirect_patch_config": config,
+    }
+    if reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE and masks.backend_of(config) == "flash":
+        if "sliding_window" in attention.__dict__:
+            attributes["sliding_window"] = reach.window - 1
+        else:
+            attributes["config"] = ConfigView(attention.config, sliding_window=reach.window - 1)
+    return attributes
+
+
+def rebound_forward(module: nn.Module, cls: type) -> dict[str, Any]:
+    """accelerate's hooks call the forward that they found on the instance: hand them the swapped class's."""
+    if "forward" not in module.__dict__:
+        return {}
+    if "_old_forward" in module.__dict__:
+        return {"_old_forward": MethodType(cls.forward, module)}  # type: ignore[attr-defined]
+    raise OrderError(
+        f"{type(module).__name__}.forward was replaced on the instance by {module.__dict__['forward']!r}, which a swap of "
+        "its class would not reach: make the model bidirectional first, then apply the other patch"
+    )
