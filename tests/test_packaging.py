@@ -181,7 +181,7 @@ def test_every_import_is_declared(wheel):
     """A third-party module that the package imports belongs to a requirement, of the core or of an extra."""
     lines = message_from_string(info(wheel, "METADATA")).get_all("Requires-Dist")
     declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
-    declared |= {"numpy", "huggingface_hub", "safetensors", "tokenizers", "tqdm"}  # requirements of transformers
+    declared |= {"numpy", "huggingface_hub", "packaging", "safetensors", "tokenizers", "tqdm"}  # requirements of transformers
     for module, path in sources(PACKAGE).items():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
