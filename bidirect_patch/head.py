@@ -1,0 +1,359 @@
+"""Masked next token prediction at full speed: the stock loss, with logits only where something is scored.
+
+MNTP scores a fifth of all positions, and stock causal heads compute logits, their softmax and their gradient for every
+one. `apply_mntp_head` swaps the class of the `*ForCausalLM` instance. Its forward runs the class's own forward on a
+view of the model, a shallow copy in which the language-model head is replaced: that hands on only the rows that are
+scored. Soft-capping, logit scaling, auxiliary losses and a custom `loss_function` are the class's own, whatever the
+family; nothing of any forward is copied here.
+
+    hidden (batch, seq, width) -> rows where the next label is not -100 (n, width) -> logits (n, vocab) -> loss ()
+
+Where the loss is the stock cross-entropy, the n rows go in chunks and each chunk's gradient is taken at once, so that
+never more than one chunk of logits is alive.
+"""
+
+import inspect
+import logging
+from functools import cache, wraps
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from .errors import HeadError
+from .forward import rebound_forward, text_config
+from .patch import enable_bidirectional
+from .swap import Swapped, is_swapped, restore, subclass, swap
+
+try:
+    from transformers.loss.loss_utils import ForCausalLMLoss as _stock_loss
+except ImportError:  # before 4.46 the stock loss is written out in each forward
+    _stock_loss = None
+
+CHUNK_BYTES = 2**26  # logits of one chunk in float32; smaller saves nothing beside the head's own gradient
+_log = logging.getLogger(__name__)
+
+
+def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax"] = "full") -> nn.Module:
+    """Make `model` bidirectional and give it the stock causal loss at the price of the positions that are scored.
+
+    model: a `*ForCausalLM` or a wrapper of one (PEFT, your own module), changed in place and returned; or a bare
+        `*Model`, or PEFT over one, which is returned inside its `*ForCausalLM`: the same backbone object, its head tied
+        to the input embeddings where the config ties them and new otherwise. Idempotent.
+    eval_logits: what `outputs.logits` holds in evaluation, see below.
+
+    Called with `labels` (batch, seq), int64, -100 where not scored, the model returns the loss that the stock forward
+    gives, position i predicted from i-1, with the stock gradients; 0 with zero gradients where nothing is scored.
+    `num_items_in_batch`, `ignore_index` and a custom `model.loss_function` mean what they mean there. `outputs.logits`:
+
+    - without labels: the stock logits. That is how `Trainer` smooths labels, at the stock cost.
+    - with labels, training: None.
+    - with labels, evaluation, "full": (batch, seq, vocab), detached, the stock values where position i predicts a scored
+      label i+1 and 0 elsewhere, so that `Trainer.evaluate` and a stock `compute_metrics` work unchanged.
+    - with labels, evaluation, "argmax": (batch, seq), int64, the predicted token ids, -100 where not scored: memory
+      stays bounded by one chunk, and `compute_metrics` gets them as predictions.
+    - `skip_logits=True` or `False` in a call overrides the first two, as in Liger-Kernel.
+
+    Raises HeadError if the model is or has no causal language model, UnsupportedModelError as `enable_bidirectional`
+    does; nothing is changed then.
+    """
+    if eval_logits not in ("full", "argmax"):
+        raise HeadError(f'eval_logits must be "full" or "argmax", got {eval_logits!r}')
+    causal = _find_causal(model)
+    if causal is None:
+        model = causal = _build_around(model)
+    _head_slot(causal)
+    attributes = {"_bidirect_patch_eval_logits": eval_logits}
+    if not is_swapped(causal, MNTPHead):
+        attributes.update(rebound_forward(causal, subclass(type(causal), MNTPHead)))
+    enable_bidirectional(model)
+    if is_swapped(causal, MNTPHead):
+        causal.__dict__.update(attributes)
+    else:
+        swap(causal, MNTPHead, attributes)
+    return model
+
+
+def remove_mntp_head(model: nn.Module) -> nn.Module:
+    """The way back from `apply_mntp_head`, in place; returns `model`. Idempotent.
+
+    Only the loss goes back to the stock code; `disable_bidirectional` does that for the attention.
+    Raises ForeignWrapperError if another tool swapped the class after us.
+    """
+    for module in model.modules():
+        if is_swapped(module, MNTPHead):
+            restore(module, MNTPHead)
+    return model
+
+
+class MNTPHead(Swapped):
+    """A `*ForCausalLM` that computes logits only where the next label is scored."""
+
+    record = "_bidirect_patch_head_record"
+    _bidirect_patch_eval_logits: str
+
+    @classmethod
+    def __init_mixed__(cls, original: type) -> None:
+        inner = original.forward  # type: ignore[attr-defined]
+        names = tuple(inspect.signature(inner).parameters)[1:]
+
+        @wraps(inner)  # Trainer reads the signature
+        def forward(self, *args, **kwargs):
+            kwargs = {**dict(zip(names, args)), **kwargs}
+            skip_logits = kwargs.pop("skip_logits", None)
+            if kwargs.get("labels") is None or kwargs.get("shift_labels") is not None:
+                return inner(self, **kwargs)
+            return _scored_forward(self, inner, self.training if skip_logits is None else skip_logits, **kwargs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+
+def _scored_forward(model: Any, inner: Any, skip_logits: bool, *, labels: Tensor, return_dict=None, **kwargs: Any) -> Any:
+    if return_dict is None:
+        return_dict = getattr(model.config, "return_dict", True)
+    ignore = kwargs.get("ignore_index", -100)
+    targets = F.pad(labels[:, 1:], (0, 1), value=ignore).flatten()
+    rows = (targets != ignore).nonzero().squeeze(1)  # (n,)
+    targets = targets[rows]
+    kept = None if skip_logits else _Kept(model._bidirect_patch_eval_logits, labels.shape, rows)
+    compute = _chunked if _is_plain(model, kwargs) else _at_once
+    out = compute(model, inner, rows, targets, kept, {**kwargs, "return_dict": True})
+    out.logits = None if kept is None else kept.logits
+    return out if return_dict else out.to_tuple()
+
+
+def _at_once(model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]) -> Any:
+    """All scored rows as one short sequence, (1, n + 1), through the class's own shift and loss."""
+    slot = _head_slot(model)
+    lm_head = model._modules[slot]
+    # The shift drops the first label and the last row, so one of each is put there to be dropped.
+    labels = F.pad(targets, (1, 0), value=kwargs.get("ignore_index", -100))[None]
+    rows = F.pad(rows, (0, 1))
+    view = _view(model, {slot: _StandIn(lm_head, lambda hidden: lm_head(hidden.flatten(0, 1)[rows][None]))})
+    out = inner(view, labels=labels, **kwargs)
+    if targets.numel() == 0 and kwargs.get("num_items_in_batch") is None:
+        out.loss = out.logits.float().sum() * 0.0  # a mean over nothing would be NaN
+    if kept is not None:
+        kept.add(slice(None), out.logits[0, :-1])
+    return out
+
+
+def _chunked(model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]) -> Any:
+    """The stock cross-entropy, a chunk of rows at a time: `inner` makes logits of what the head gave, here of each chunk."""
+    items = kwargs.pop("num_items_in_batch", None)
+    slot = _head_slot(model)
+    lm_head = model._modules[slot]
+    backbone = _RunOnce(model._modules[model.base_model_prefix], [])
+    captured: list[Tensor] = []
+
+    def capture(hidden: Tensor) -> Tensor:
+        captured.append(hidden)
+        return hidden.new_zeros(1, 1, lm_head.out_features)
+
+    view = _view(model, {model.base_model_prefix: backbone, slot: _StandIn(lm_head, capture)})
+    out = inner(view, **kwargs)
+    if not captured:
+        raise HeadError(f"{type(model).__name__}.forward makes its logits without calling its output head, {slot!r}")
+    hidden = captured[0].flatten(0, 1)[rows]  # (n, width)
+
+    def finish(raw: Tensor) -> Tensor:
+        """What this family does to its head's output: scaling, soft-capping, float()."""
+        ready = _view(model, {model.base_model_prefix: backbone, slot: _StandIn(lm_head, lambda _: raw[None])})
+        return inner(ready, **kwargs).logits[0]
+
+    loss = _ChunkedLoss.apply(
+        hidden, lm_head.weight, lm_head.bias, targets.to(hidden.device), finish, kept, torch.is_grad_enabled()
+    )
+    if items is None:
+        items = max(targets.numel(), 1)
+    out.loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+    return out
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of `finish(hidden @ weight.T + bias)`, its gradient taken on the way forward.
+
+    hidden: (n, width). weight: (vocab, width). bias: (vocab,) or None. targets: (n,), int64.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, finish, kept, with_grad):
+        needs = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
+        dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else weight.dtype
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        d_hidden = torch.empty_like(hidden) if needs[0] else None
+        d_weight = torch.zeros_like(weight) if needs[1] else None
+        d_bias = torch.zeros_like(bias) if needs[2] else None
+        loss = torch.zeros((), device=hidden.device)
+        size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, max(len(hidden), 1), size):  # once too where nothing is scored, for `kept`
+            part = slice(start, start + size)
+            x = hidden[part].to(dtype)
+            raw = F.linear(x, w, b).requires_grad_(any(needs))
+            with torch.set_grad_enabled(any(needs)):
+                logits = finish(raw)
+                chunk_loss = F.cross_entropy(logits.float(), targets[part], reduction="sum")
+            loss += chunk_loss.detach()
+            if kept is not None:
+                kept.add(part, logits.detach())
+            if not any(needs):
+                continue
+            (d_raw,) = torch.autograd.grad(chunk_loss, raw)
+            del logits, raw
+            if needs[0]:
+                d_hidden[part] = d_raw @ w
+            if needs[1] and dtype == weight.dtype:
+                d_weight.addmm_(d_raw.t(), x)
+            elif needs[1]:
+                d_weight += d_raw.t() @ x
+            if needs[2]:
+                d_bias += d_raw.sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        # In place: at a large vocabulary one more copy of the head's gradient would be the peak. A second backward
+        # through the same graph is refused by autograd's version check.
+        return *(None if d is None else d.mul_(grad.to(d.dtype)) for d in ctx.saved_tensors), None, None, None, None
+
+
+class _Kept:
+    """Collects what evaluation is to see of the logits: all of them, or the token that each predicts."""
+
+    def __init__(self, what: str, shape: torch.Size, rows: Tensor) -> None:
+        self.what, self.shape, self.rows = what, shape, rows
+        self.flat: Tensor | None = None
+
+    def add(self, part: slice, logits: Tensor) -> None:
+        values = logits.detach() if self.what == "full" else logits.argmax(-1)
+        if self.flat is None:
+            fill = 0 if self.what == "full" else -100
+            self.flat = values.new_full((self.shape.numel(), *values.shape[1:]), fill)
+        self.flat[self.rows[part].to(values.device)] = values
+
+    @property
+    def logits(self) -> Tensor | None:
+        return None if self.flat is None else self.flat.view(*self.shape, *self.flat.shape[1:])
+
+
+class _StandIn:
+    """Stands in a submodule's place in a view: calls go to `call`, all else to the submodule."""
+
+    def __init__(self, module: nn.Module, call: Any) -> None:
+        self.module, self.call = module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class _RunOnce:
+    """Stands in the backbone's place: the first call runs it, or the model inside it that is called, the next repeat that."""
+
+    def __init__(self, module: nn.Module, outputs: list[Any]) -> None:
+        self.module, self.outputs = module, outputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.outputs:
+            self.outputs.append(self.module(*args, **kwargs))
+        return self.outputs[0]
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        return _RunOnce(value, self.outputs) if isinstance(value, PreTrainedModel) else value
+
+
+def _view(model: nn.Module, replaced: dict[str, Any]) -> Any:
+    """A shallow copy of `model` with other objects in place of some submodules; `model` itself is never touched."""
+    view = object.__new__(type(model))
+    view.__dict__ = {**model.__dict__, "_modules": {**model._modules, **replaced}}
+    return view
+
+
+def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the loss is the stock cross-entropy of a plain linear head and nothing else, so that it may be chunked."""
+    lm_head = model._modules[_head_slot(model)]
+    config = text_config(model.config)
+    return (
+        not torch.compiler.is_compiling()  # which fuses by itself, and can't trace a gradient inside a forward
+        and type(lm_head) is nn.Linear
+        and type(lm_head.weight) in (Tensor, nn.Parameter)  # no DTensor
+        and not (lm_head._forward_hooks or lm_head._forward_pre_hooks)
+        and getattr(model, "loss_function", _stock_loss) is _stock_loss
+        and not kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))  # adds to the loss
+        and model.base_model_prefix in model._modules
+        and not _in_half(lm_head.weight)
+    )
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def _in_half(weight: Tensor) -> bool:
+    """float16, where a gradient taken before the loss is scaled up would vanish."""
+    dtype = torch.get_autocast_dtype(weight.device.type) if _autocasts(weight) else weight.dtype
+    return dtype == torch.float16
+
+
+def _find_causal(model: Any) -> PreTrainedModel | None:
+    """The first model in `model` that has an output head and a loss."""
+    if not isinstance(model, nn.Module):
+        raise HeadError(f"expected a torch.nn.Module, got {type(model).__name__}: load the model first and pass the object")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            if _takes_labels(type(module)):
+                return module
+    return None
+
+
+@cache
+def _takes_labels(cls: type) -> bool:
+    return "labels" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+
+
+def _head_slot(causal: PreTrainedModel) -> str:
+    """The name under which `causal` holds its output head."""
+    head = causal.get_output_embeddings()
+    for name, child in causal._modules.items():
+        if child is head:
+            return name
+    raise HeadError(
+        f"{type(causal).__name__} keeps its output head ({type(head).__name__}) inside another module, where it can't be "
+        "handed the scored positions alone: use the stock loss with enable_bidirectional(model)"
+    )
+
+
+def _build_around(model: nn.Module) -> PreTrainedModel:
+    """The `*ForCausalLM` of a bare model's config, around `model` itself; no weight but a new head's is allocated."""
+    bare = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if bare is None or not (bare is model or hasattr(model, "peft_config")):
+        raise HeadError(
+            f"{type(model).__name__} holds no causal language model with a loss: pass a *ForCausalLM, a bare *Model of one, "
+            "or PEFT over either, before it is wrapped in anything else"
+        )
+    if type(bare.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HeadError(f"transformers knows no *ForCausalLM for {type(bare).__name__}: MNTP needs a decoder-only language model")
+    with torch.device("meta"):
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(bare.config)](bare.config)
+    slot = causal.base_model_prefix
+    if not isinstance(bare, type(causal._modules.get(slot))):
+        raise HeadError(f"{type(bare).__name__} is not the backbone of {type(causal).__name__}: load a *ForCausalLM and pass that")
+    setattr(causal, slot, model)
+    causal.training = model.training
+    embedding = bare.get_input_embeddings().weight
+    for name, child in causal.named_children():
+        if name != slot:
+            child.to_empty(device=embedding.device).to(embedding.dtype).train(model.training).apply(causal._init_weights)
+    head = causal.get_output_embeddings()
+    if getattr(text_config(bare.config), "tie_word_embeddings", False):
+        head.weight = embedding
+    else:
+        _log.warning("%s has no head: that of %s is new. Load the *ForCausalLM to keep one.", type(bare).__name__, type(causal).__name__)
+    return causal
