@@ -73,7 +73,9 @@ class MNTPCollator:
         if pad_to_multiple_of is not None:
             _require_integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
             if padding_free:
-                raise CollatorError("padding_free pads nothing, so pad_to_multiple_of has no meaning; give one of them.")
+                raise CollatorError(
+                    "padding_free pads nothing, so pad_to_multiple_of has no meaning; give one of them."
+                )
         if return_flash_attn_kwargs and not padding_free:
             raise CollatorError("return_flash_attn_kwargs describes packed rows; it needs padding_free=True.")
         if seed is not None:

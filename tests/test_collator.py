@@ -43,7 +43,9 @@ def everything_hidden(tokenizer, **settings):
 def test_shares_are_those_asked_for(tokenizer):
     features = texts(*[400] * 300)
     originals = torch.tensor([feature["input_ids"] for feature in features])
-    batch = MNTPCollator(tokenizer, mlm_probability=0.3, mask_replace_prob=0.6, random_replace_prob=0.3, seed=1)(features)
+    batch = MNTPCollator(tokenizer, mlm_probability=0.3, mask_replace_prob=0.6, random_replace_prob=0.3, seed=1)(
+        features
+    )
     chosen = batch["labels"] != -100
     masked = batch["input_ids"] == UNDERSCORE
     changed = batch["input_ids"] != originals
@@ -161,9 +163,7 @@ def test_features_are_not_changed(tokenizer):
     assert features[0]["input_ids"].tolist() == features[1]["input_ids"].tolist() == [9, 10, 11]
 
 
-@pytest.mark.skipif(
-    not hasattr(transformers, "DataCollatorWithFlattening"), reason="transformers has it from 4.44 on"
-)
+@pytest.mark.skipif(not hasattr(transformers, "DataCollatorWithFlattening"), reason="transformers has it from 4.44 on")
 def test_padding_free_lays_out_as_flattening_does(tokenizer):
     features = texts(5, 1, 3)
     batch = everything_hidden(tokenizer, padding_free=True)(features)

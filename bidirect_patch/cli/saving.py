@@ -1,0 +1,62 @@
+"""Writing the trained model so that it opens again as a bidirectional one, and finding checkpoints that are whole."""
+
+import json
+import os
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .model import adapter_of
+
+
+def save_bidirectional(
+    model: PreTrainedModel, folder: str, tokenizer: Any = None, state_dict: dict[str, Any] | None = None
+) -> None:
+    """Write `model` to `folder`: its weights, or only its adapter, and a config.json that says `"is_causal": false`.
+
+    Architecture names stay the stock ones. An adapter is written for the bare backbone, as LLM2Vec's are; the
+    config.json beside it is the mark that it was trained bidirectionally.
+
+    Args:
+        state_dict: the weights to write, where the model's own are sharded.
+    """
+    adapter = adapter_of(model)
+    if adapter is None:
+        model.save_pretrained(folder, state_dict=state_dict)
+    else:
+        prefix = f"{model.base_model_prefix}."
+        if state_dict is not None:
+            state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        adapter.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
+        model.config.save_pretrained(folder)
+    mark_bidirectional(os.path.join(folder, "config.json"))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def mark_bidirectional(path: str) -> None:
+    """Write `"is_causal": false` into the config.json at `path`; transformers from 5.2 on heeds it."""
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    config["is_causal"] = False
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2, sort_keys=True)
+        file.write("\n")
+
+
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end; the trainer's state is written last."""
+    if not os.path.isdir(folder):
+        return None
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = [name[len(prefix) :] for name in os.listdir(folder) if name.startswith(prefix)]
+    for step in sorted((int(step) for step in steps if step.isdigit()), reverse=True):
+        path = os.path.join(folder, f"{prefix}{step}")
+        try:
+            with open(os.path.join(path, "trainer_state.json"), encoding="utf-8") as file:
+                json.load(file)
+        except (OSError, ValueError):
+            continue
+        return path
+    return None

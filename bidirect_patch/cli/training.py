@@ -1,0 +1,120 @@
+"""transformers' Trainer for MNTP: exact resuming, masked-token loss and accuracy, the right files."""
+
+import os
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from peft import set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from ..collator import IGNORED, MNTPCollator, seeded
+from .model import adapter_of
+from .saving import save_bidirectional
+
+
+class ResumableCollator(MNTPCollator):
+    """Masks that depend on the seed, the epoch and the tokens alone, on no draw made before.
+
+    So a resumed run masks as the uninterrupted one does, whatever either had fetched ahead, and every evaluation scores
+    the same tokens.
+    """
+
+    epoch = 0
+
+    def generator(self, ids: torch.Tensor) -> torch.Generator:
+        return seeded(self.seed, self.epoch, zlib.crc32(ids.numpy().tobytes()))
+
+
+class MNTPTrainer(Trainer):
+    """A Trainer whose evaluation is the mean over all masked tokens, and whose checkpoints are bidirectional models."""
+
+    def __init__(self, *, tokenizer: Any, eval_collator: MNTPCollator, stop_after_n_steps: int, **kwargs: Any) -> None:
+        super().__init__(compute_metrics=summarize, **kwargs)
+        self.label_names = ["labels"]
+        self.text_tokenizer = tokenizer
+        self.eval_collator = eval_collator
+        self.add_callback(Schedule(kwargs["data_collator"], stop_after_n_steps))
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        training = self.data_collator
+        self.data_collator = self.eval_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = training
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        sums = masked_token_sums(outputs.loss, outputs.logits, inputs["labels"])
+        # No loss: the Trainer would average it over batches, and a token of a short batch would weigh more.
+        return None, sums, sums
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or self.args.output_dir
+        os.makedirs(folder, exist_ok=True)
+        save_bidirectional(self.accelerator.unwrap_model(self.model), folder, self.text_tokenizer, state_dict)
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapter = adapter_of(self.accelerator.unwrap_model(model or self.model))
+        if adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            set_peft_model_state_dict(adapter, load_peft_weights(resume_from_checkpoint, device="cpu"))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Older transformers load what they saved, NumPy's state, with torch.load, which refuses it by default now.
+        with torch.serialization.safe_globals(_numpy_state_types()):
+            super()._load_rng_state(checkpoint)
+
+
+class Schedule(TrainerCallback):
+    """Tells the collator the epoch, and stops after so many steps whatever the learning rate's schedule."""
+
+    def __init__(self, collator: ResumableCollator, stop_after_n_steps: int) -> None:
+        self.collator, self.stop_after_n_steps, self.passes = collator, stop_after_n_steps, 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A stream's epoch stays below 1 however often it starts over, so passes count too.
+        self.collator.epoch = max(self.passes, int(state.epoch or 0))
+        self.passes = self.collator.epoch + 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.stop_after_n_steps:
+            control.should_training_stop = True
+
+
+def masked_token_sums(loss: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Per row: loss in nats, tokens named right, tokens scored. All that evaluation keeps of a batch.
+
+    Args:
+        loss: (), the mean over the batch's scored tokens; a row gets its share by how many of them are its own.
+        predicted: (batch, length), int64, the token that position i predicts for i + 1.
+        labels: (batch, length), int64, -100 where not scored.
+
+    Returns:
+        (batch, 3), float32.
+    """
+    targets = labels[:, 1:]
+    scored = (targets != IGNORED).sum(1)
+    right = ((predicted[:, :-1] == targets) & (targets != IGNORED)).sum(1)
+    return torch.stack([loss.float() * scored, right, scored], 1).float()
+
+
+def summarize(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean loss and accuracy over all scored tokens, from the sums of every row."""
+    loss, right, scored = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
+    return {"loss": loss / max(scored, 1), "accuracy": right / max(scored, 1), "masked_tokens": int(scored)}
+
+
+def _numpy_state_types() -> list[Any]:
+    state = np.random.get_state()[1]
+    return [type(np.dtype(np.uint32)), np.dtype, np.ndarray, state.__reduce__()[0]]
