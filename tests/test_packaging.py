@@ -1,6 +1,7 @@
 """What is shipped, which way its imports point, and that it speaks of no machine."""
 
 import ast
+import inspect
 import os
 import re
 import shutil
@@ -181,14 +182,26 @@ def test_every_import_is_declared(wheel):
     """A third-party module that the package imports belongs to a requirement, of the core or of an extra."""
     lines = message_from_string(info(wheel, "METADATA")).get_all("Requires-Dist")
     declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
-    declared |= {"numpy", "huggingface_hub", "packaging", "safetensors", "tokenizers", "tqdm"}  # requirements of transformers
+    # What transformers requires itself:
+    declared |= {"numpy", "huggingface_hub", "packaging", "safetensors", "tokenizers", "tqdm"}
     for module, path in sources(PACKAGE).items():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
-            tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"bidirect_patch"}
-            assert tops <= declared, f"{module}: {tops - declared}"
+            foreign = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"bidirect_patch"}
+            assert foreign <= declared, f"{module}: {foreign - declared}"
+
+
+@pytest.mark.parametrize("name", [name for name in bidirect_patch.__all__ if not name.startswith("_")])
+def test_the_public_face_is_typed_and_explained(name):
+    thing = getattr(bidirect_patch, name)
+    assert thing.__doc__
+    function = thing.__init__ if inspect.isclass(thing) else thing
+    if inspect.isfunction(function):
+        parameters = list(inspect.signature(function).parameters.values())[inspect.isclass(thing) :]
+        assert not [parameter.name for parameter in parameters if parameter.annotation is parameter.empty]
+        assert inspect.isclass(thing) or "return" in function.__annotations__
 
 
 def test_readme_commands_are_the_ones_that_ci_runs():
