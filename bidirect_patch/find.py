@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -48,19 +49,21 @@ class Decoder:
         return tuple(dict.fromkeys(reach for _, _, reach in self.attentions))
 
 
+@lru_cache(maxsize=None)
 def mask_parameter(cls: type) -> str | None:
     """The name of the mask among the parameters of `cls.forward`."""
     parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
     return next((n for n in ("attention_mask", "attn_mask", "mask") if n in parameters), None)
 
 
-def is_attention(module: nn.Module) -> bool:
+@lru_cache(maxsize=None)
+def is_attention(cls: type) -> bool:
     """A module that mixes tokens under a mask that it is handed."""
-    names = [c.__name__.lower() for c in type(module).__mro__]
+    names = [c.__name__.lower() for c in cls.__mro__]
     return (
         any("attention" in n or n.endswith("attn") for n in names)
-        and not _RECURRENT.search(type(module).__name__)
-        and mask_parameter(type(module)) is not None
+        and not _RECURRENT.search(cls.__name__)
+        and mask_parameter(cls) is not None
     )
 
 
@@ -116,7 +119,7 @@ def _own_attentions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             path = f"{prefix}.{name}" if prefix else name
             if isinstance(child, PreTrainedModel):
                 continue
-            if is_attention(child):
+            if is_attention(type(child)):
                 yield path, child
             else:
                 yield from walk(path, child)
@@ -171,10 +174,12 @@ def _names_causal_mask(function: Any) -> bool:
     return code is not None and any(_BUILDS_CAUSAL_MASK.search(n) for n in _code_names(code))
 
 
+@lru_cache(maxsize=None)
 def _builds_causal_mask(cls: type) -> bool:
     return any(_names_causal_mask(f) for f in _functions(cls))
 
 
+@lru_cache(maxsize=None)
 def _forward_builds_mask(cls: type) -> bool:
     return _names_causal_mask(cls.forward)  # type: ignore[attr-defined]
 
@@ -205,7 +210,7 @@ def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.
                 continue
             decoder.layers.append((f"{holder}.{index}", layer))
             foreign = list(dict.fromkeys(type(m).__name__ for m in layer.modules() if _mixes_otherwise(m)))
-            if not any(is_attention(m) for m in layer.modules()):
+            if not any(is_attention(type(m)) for m in layer.modules()):
                 foreign = foreign or [_kinds(layer.children())]
             if foreign:
                 decoder.in_the_way.append(f"{holder}.{index} {type(layer).__name__} with {', '.join(foreign)}")

@@ -43,6 +43,11 @@ class BidirectionalModel(Swapped):
         cls.forward = forward  # type: ignore[attr-defined]
         cls._names = _argument_names(original)
         cls._mask_name = mask_parameter(original)  # type: ignore[attr-defined]
+        # Before 4.53 the mask code is a method of the model: it has nothing left to do. Elsewhere, and in each model
+        # from 4.53 on, it lets a ready mask pass.
+        if hasattr(original, "_update_causal_mask"):
+            cls._update_causal_mask = _as_it_is  # type: ignore[attr-defined]
+        cls._inverts = masks.ONES_AND_ZEROS and not hasattr(original, "_update_causal_mask")  # type: ignore[attr-defined]
 
     def _bidirectional_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("past_key_values") is not None:
@@ -57,8 +62,13 @@ class BidirectionalModel(Swapped):
         inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = kwargs.get("input_ids")
-        if inputs is None or isinstance(mask, dict) or getattr(mask, "ndim", None) == 4 or _is_block_mask(mask):
+        if inputs is None or isinstance(mask, dict) or _is_block_mask(mask):
             return kwargs  # the model reports missing input itself; a ready mask is the user's own
+        if getattr(mask, "ndim", None) == 4:
+            if masks.ONES_AND_ZEROS and not self._inverts and mask.max() > 0:  # type: ignore[attr-defined]
+                dtype = self._embedding_dtype()
+                kwargs[name] = torch.zeros_like(mask, dtype=dtype).masked_fill(mask == 0, torch.finfo(dtype).min)
+            return kwargs
         if mask is not None and not isinstance(mask, Tensor):
             raise AttentionMaskError(f"attention_mask must be a tensor or None, got {type(mask).__name__}")
         layout = masks.read_layout(
@@ -66,13 +76,18 @@ class BidirectionalModel(Swapped):
         )
         dtype = inputs.dtype if inputs.is_floating_point() else self._embedding_dtype()
         backend = masks.backend_of(text_config(self.config))  # type: ignore[attr-defined]
-        kwargs[name] = masks.ready_mask(layout, self._bidirect_patch_reaches, backend, dtype)
+        kwargs[name] = masks.ready_mask(layout, self._bidirect_patch_reaches, backend, dtype, self._inverts)  # type: ignore[attr-defined]
         return kwargs
 
     def _embedding_dtype(self) -> torch.dtype:
         weight = getattr(self.get_input_embeddings(), "weight", None)  # type: ignore[attr-defined]
         dtype = weight.dtype if weight is not None else self.dtype  # type: ignore[attr-defined]
         return dtype if dtype.is_floating_point else self.dtype  # type: ignore[attr-defined]
+
+
+def _as_it_is(self, attention_mask, *args, **kwargs):
+    """Stands in for `_update_causal_mask`: the mask is ready."""
+    return attention_mask
 
 
 def _is_block_mask(mask: Any) -> bool:
@@ -85,6 +100,7 @@ class BidirectionalAttention(Swapped):
     _names: tuple[str, ...]
     _bidirect_patch_reach: tuple[int, int]  # which of how many reaches
     _bidirect_patch_config: Any  # the decoder's, for attention modules that keep none
+    _bidirect_patch_needs_no_mask: tuple[str, ...]  # backends
 
     @classmethod
     def __init_mixed__(cls, original: type) -> None:
@@ -113,8 +129,7 @@ class BidirectionalAttention(Swapped):
         if backend == "flash":
             mask, extra = self._flash_arguments(mask, index)
         elif mask is not None:
-            may_drop = backend in ("eager", "flex") or (backend == "sdpa" and masks.sdpa_honours_flag())
-            mask = masks.pick(mask, index, count, may_drop)
+            mask = masks.pick(mask, index, count, backend in self._bidirect_patch_needs_no_mask)
         if len(args) > at:
             args = (*args[:at], mask, *args[at + 1 :])
         else:
@@ -177,12 +192,15 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def attention_attributes(attention: nn.Module, reach: Reach, reaches: tuple[Reach, ...], config: Any) -> dict[str, Any]:
+def attention_attributes(
+    attention: nn.Module, reach: Reach, reaches: tuple[Reach, ...], config: Any, without_mask: tuple[str, ...]
+) -> dict[str, Any]:
     """Instance attributes that make one attention module bidirectional, beside its class."""
     attributes: dict[str, Any] = {
         "is_causal": False,
         "_bidirect_patch_reach": (reaches.index(reach), len(reaches)),
         "_bidirect_patch_config": config,
+        "_bidirect_patch_needs_no_mask": without_mask,
     }
     if reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE and masks.backend_of(config) == "flash":
         if "sliding_window" in attention.__dict__:

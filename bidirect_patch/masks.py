@@ -16,7 +16,6 @@ key, and in a row of padding alone everything sees everything, so that no softma
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,7 +30,7 @@ from .find import Reach
 # What differs by era, in one place.
 _VERSION = Version(_transformers_version)
 _HAS_MASKING_UTILS = find_spec("transformers.masking_utils") is not None  # 4.53
-_WANTS_ONES_AND_ZEROS = _VERSION < Version("4.41")  # a ready mask was inverted by the model until then
+ONES_AND_ZEROS = _VERSION < Version("4.42")  # mask code that takes a ready mask inverted it until then
 FLASH_WINDOW_IS_INCLUSIVE = _VERSION < Version("4.56")  # window w reached distance w, not w-1
 
 
@@ -41,9 +40,12 @@ def backend_of(config: Any) -> str:
     return next((kind for kind in ("flash", "flex", "sdpa") if kind in name), "eager")
 
 
-@lru_cache
-def sdpa_honours_flag() -> bool:
-    """Whether this transformers runs SDPA without a mask as non-causal when the module's `is_causal` is False."""
+def backends_without_mask() -> tuple[str, ...]:
+    """Backends that see everything when a non-causal module hands them no mask, found by running SDPA's function."""
+    return ("eager", "flex", "sdpa") if _sdpa_honours_flag() else ("eager", "flex")
+
+
+def _sdpa_honours_flag() -> bool:
     try:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
     except ImportError:
@@ -57,13 +59,15 @@ def sdpa_honours_flag() -> bool:
     return bool(out[0, 0, 0, 0] == 0.5)  # 0.0 if the first position can't see the second
 
 
-@lru_cache
-def _flex_takes_block_mask() -> bool:
+def _flex_takes_block_mask() -> bool:  # 4.50
     try:
         from transformers.integrations import flex_attention
     except ImportError:
         return False
     return hasattr(flex_attention, "BlockMask")
+
+
+_BLOCK_MASK = _flex_takes_block_mask()
 
 
 def _compiling() -> bool:
@@ -168,12 +172,17 @@ def read_layout(
     return Layout(batch, length, device, real, document)
 
 
-def ready_mask(layout: Layout, reaches: tuple[Reach, ...], backend: str, dtype: torch.dtype) -> Any:
-    """The 4D mask that a model's own mask code passes on as it is; the table above says what it holds."""
+def ready_mask(
+    layout: Layout, reaches: tuple[Reach, ...], backend: str, dtype: torch.dtype, ones_and_zeros: bool = False
+) -> Any:
+    """The 4D mask that a model's own mask code passes on as it is; the table above says what it holds.
+
+    ones_and_zeros: instead of the additive form (0 and the dtype's minimum).
+    """
     nothing = layout.plain and not any(layout.bites(r) for r in reaches)
     if backend == "flash":
         return None if nothing else _documents(layout, reaches)
-    if backend == "flex" and _flex_takes_block_mask():
+    if backend == "flex" and _BLOCK_MASK:
         if not (nothing and _HAS_MASKING_UTILS):  # before 4.53 a tensor was taken for a 2D mask there
             return _block_masks(layout, reaches)
     shape = (layout.batch, len(reaches), layout.length, layout.length)
@@ -181,12 +190,12 @@ def ready_mask(layout: Layout, reaches: tuple[Reach, ...], backend: str, dtype: 
     if nothing:
         if as_bool:
             return torch.ones((), dtype=torch.bool, device=layout.device).expand(shape)
-        fill = 1.0 if _WANTS_ONES_AND_ZEROS else 0.0
+        fill = 1.0 if ones_and_zeros else 0.0
         return torch.full((), fill, dtype=dtype, device=layout.device).expand(shape)
     seen = torch.stack([layout.visible(r) for r in reaches], 1) if len(reaches) > 1 else layout.visible(reaches[0])[:, None]
     if as_bool:
         return seen
-    if _WANTS_ONES_AND_ZEROS:
+    if ones_and_zeros:
         return seen.to(dtype)
     return torch.where(seen, torch.zeros((), dtype=dtype, device=layout.device), torch.finfo(dtype).min)
 

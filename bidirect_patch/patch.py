@@ -10,6 +10,7 @@ from . import guards, swap, switch
 from .errors import OrderError, UnsupportedModelError
 from .find import Decoder, decoders, mask_builders
 from .forward import BidirectionalAttention, BidirectionalModel, attention_attributes, rebound_forward, text_config
+from .masks import backends_without_mask
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,6 +109,7 @@ def _set(model: nn.Module, found: list[Decoder], mode: bool, allow_partial: bool
 def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None:
     builders = [(n, m) for n, m in mask_builders(model, found) if not swap.is_swapped(m, BidirectionalModel)]
     plan: list[tuple[nn.Module, type[swap.Swapped], dict]] = []
+    without_mask = backends_without_mask()
     for decoder in found:
         if decoder.in_the_way and not allow_partial:
             raise UnsupportedModelError(
@@ -119,7 +121,7 @@ def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None
         reaches = decoder.reaches
         for _, attention, reach in decoder.attentions:
             cls = swap.subclass(type(attention), BidirectionalAttention)
-            attributes = attention_attributes(attention, reach, reaches, config)
+            attributes = attention_attributes(attention, reach, reaches, config, without_mask)
             plan.append((attention, BidirectionalAttention, {**attributes, **rebound_forward(attention, cls)}))
         for module in (decoder.module, *(m for _, m in builders)):
             cls = swap.subclass(type(module), BidirectionalModel)
