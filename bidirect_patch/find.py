@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Decoder:
     layers: list[tuple[str, nn.Module]] = field(default_factory=list)
     attentions: list[tuple[str, nn.Module, Reach]] = field(default_factory=list)
     in_the_way: list[str] = field(default_factory=list)
+    builders: list[PreTrainedModel] = field(default_factory=list)  # models around it that build its mask, as some do
 
     @property
     def reaches(self) -> tuple[Reach, ...]:
@@ -74,37 +76,33 @@ def decoders(model: Any) -> list[Decoder]:
             f"expected a torch.nn.Module that holds a transformers decoder, got {type(model).__name__}: load the model "
             "first (AutoModelForCausalLM.from_pretrained, say) and pass the object"
         )
+    models = [(n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)]
     found: list[Decoder] = []
     rejected: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
+    for name, module in models:
         owned = list(_own_attentions(module))
-        reason = _why_no_decoder(module, owned)
+        wraps = any(_is_inside(other, name) for other, _ in models)
+        reason = _why_no_decoder(module, owned, wraps)
         if reason is None:
             found.append(_describe(name, module, owned))
-        elif owned or reason:
+        elif reason:
             rejected.append(f"{_where(name, module)}: {reason}")
     if not found:
-        what = "; ".join(r for r in rejected if not r.endswith(": ")) or "no transformers PreTrainedModel inside"
+        what = "; ".join(rejected) or "no transformers PreTrainedModel inside"
         raise UnsupportedModelError(
             f"{type(model).__name__} has no decoder with causal attention that could be made bidirectional ({what})"
         )
+    for decoder in found:
+        decoder.builders = [
+            m
+            for n, m in models
+            if _is_inside(decoder.name, n) and _forward_builds_mask(type(m)) and mask_parameter(type(m)) is not None
+        ]
     return found
 
 
-def mask_builders(model: nn.Module, found: list[Decoder]) -> list[tuple[str, PreTrainedModel]]:
-    """Models around a decoder that build its mask for it, as some multimodal ones do."""
-    inner = {id(d.module) for d in found}
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel)
-        and id(module) not in inner
-        and any(id(m) in inner for m in module.modules())
-        and _forward_builds_mask(type(module))
-        and mask_parameter(type(module)) is not None
-    ]
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(f"{outer}."))
 
 
 def _where(name: str, module: nn.Module) -> str:
@@ -127,11 +125,11 @@ def _own_attentions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", model)
 
 
-def _why_no_decoder(model: PreTrainedModel, attentions: list[tuple[str, nn.Module]]) -> str | None:
+def _why_no_decoder(model: PreTrainedModel, attentions: list[tuple[str, nn.Module]], wraps: bool) -> str | None:
     """None if `model` is a decoder, "" if it is a mere wrapper, else why it can't be patched."""
     if not attentions:
-        layers = _longest_list(model)
-        if layers is None or any(isinstance(m, PreTrainedModel) for m in model.modules() if m is not model):
+        layers = None if wraps else _longest_list(model)
+        if layers is None:
             return ""
         return f"its layers ({_kinds(layers)}) have no attention"
     if getattr(model.config, "is_encoder_decoder", False):
@@ -194,16 +192,16 @@ def _kinds(modules: Any) -> str:
 
 
 def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.Module]]) -> Decoder:
-    modules = dict(model.named_modules())
     decoder = Decoder(name, model)
     lists = {}
     for path, attention in attentions:
         decoder.attentions.append((path, attention, reach_of(attention, path, model.config)))
         steps = path.split(".")
         holders = [".".join(steps[:i]) for i in range(1, len(steps))]
-        holder = next((h for h in holders if isinstance(modules[h], nn.ModuleList)), None)
+        modules = accumulate(steps[:-1], getattr, initial=model)
+        holder = next(((h, m) for h, m in zip(["", *holders], modules) if isinstance(m, nn.ModuleList)), None)
         if holder is not None:
-            lists[holder] = modules[holder]
+            lists[holder[0]] = holder[1]
     for holder, entries in lists.items():
         for index, layer in enumerate(entries):
             if layer is None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from . import guards, swap, switch
 from .errors import OrderError, UnsupportedModelError
-from .find import Decoder, decoders, mask_builders
+from .find import Decoder, decoders
 from .forward import BidirectionalAttention, BidirectionalModel, attention_attributes, rebound_forward, text_config
 from .masks import backends_without_mask
 
@@ -32,7 +32,7 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
     found = decoders(model)
     with switch.lock:
         _check(found, True)
-        _set(model, found, True, allow_partial)
+        _set(found, True, allow_partial)
     return model
 
 
@@ -45,7 +45,7 @@ def disable_bidirectional(model: Model) -> Model:
     found = decoders(model)
     with switch.lock:
         _check(found, False)
-        _set(model, found, False)
+        _set(found, False)
     return model
 
 
@@ -60,7 +60,7 @@ def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = F
     with switch.lock:
         _check(found, enabled)
         modes = [_is_on(d) for d in found]
-        _set(model, found, enabled, allow_partial)
+        _set(found, enabled, allow_partial)
         holders = [switch.enter(d.module, enabled, mode) for d, mode in zip(found, modes)]
     try:
         yield model
@@ -69,7 +69,7 @@ def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = F
             restore = [switch.leave(d.module, h) for d, h in zip(found, holders)]
             for decoder, mode in zip(found, restore):
                 if mode is not None:
-                    _set(model, [decoder], mode, True)
+                    _set([decoder], mode, True)
 
 
 def is_bidirectional(model: nn.Module) -> bool:
@@ -96,18 +96,17 @@ def _check(found: list[Decoder], mode: bool) -> None:
         switch.check(decoder.module, mode, _is_on(decoder))
 
 
-def _set(model: nn.Module, found: list[Decoder], mode: bool, allow_partial: bool = False) -> None:
+def _set(found: list[Decoder], mode: bool, allow_partial: bool = False) -> None:
     changing = [d for d in found if _is_on(d) != mode]
     if not changing:
         return
     if mode:
-        _enable(model, changing, allow_partial)
+        _enable(changing, allow_partial)
     else:
-        _disable(model, changing)
+        _disable(changing)
 
 
-def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None:
-    builders = [(n, m) for n, m in mask_builders(model, found) if not swap.is_swapped(m, BidirectionalModel)]
+def _enable(found: list[Decoder], allow_partial: bool) -> None:
     plan: list[tuple[nn.Module, type[swap.Swapped], dict]] = []
     without_mask = backends_without_mask()
     for decoder in found:
@@ -123,7 +122,9 @@ def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None
             cls = swap.subclass(type(attention), BidirectionalAttention)
             attributes = attention_attributes(attention, reach, reaches, config, without_mask)
             plan.append((attention, BidirectionalAttention, {**attributes, **rebound_forward(attention, cls)}))
-        for module in (decoder.module, *(m for _, m in builders)):
+        for module in (decoder.module, *decoder.builders):
+            if swap.is_swapped(module, BidirectionalModel) or any(module is m for m, _, _ in plan):
+                continue  # a builder around two decoders
             cls = swap.subclass(type(module), BidirectionalModel)
             attributes = {"_bidirect_patch_reaches": reaches, **rebound_forward(module, cls)}
             plan.append((module, BidirectionalModel, attributes))
@@ -135,13 +136,13 @@ def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None
         swap.swap(module, mixin, attributes)
 
 
-def _disable(model: nn.Module, found: list[Decoder]) -> None:
+def _disable(found: list[Decoder]) -> None:
     modules: list[tuple[nn.Module, type[swap.Swapped]]] = []
     for decoder in found:
         modules += [(a, BidirectionalAttention) for _, a, _ in decoder.attentions]
-        modules.append((decoder.module, BidirectionalModel))
-    builders = [m for _, m in mask_builders(model, found) if swap.is_swapped(m, BidirectionalModel)]
-    modules += [(m, BidirectionalModel) for m in builders]
+        for module in (decoder.module, *decoder.builders):
+            if swap.is_swapped(module, BidirectionalModel) and all(module is not m for m, _ in modules):
+                modules.append((module, BidirectionalModel))
     for module, mixin in modules:
         swap.check_restorable(module, mixin)
     for module, mixin in modules:
