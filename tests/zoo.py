@@ -1,0 +1,126 @@
+"""Every causal LM of the installed transformers as a tiny random model, and an oracle for which tokens its output depends on.
+
+Sizes come from one table of config attributes (`SIZES` in zoo_overrides.py), applied wherever a config or sub-config has
+the attribute; what a family needs beyond that stands there too, as data.
+"""
+
+import contextlib
+import warnings
+from unittest import mock
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel
+from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .zoo_overrides import FOREIGN_TOWER, OVERRIDES, SIZES, WHY_NOT
+
+FIRST_ID, LAST_ID = 5, 100  # ordinary tokens: every special id lies outside
+
+
+def model_types() -> list[str]:
+    """The types of the installed transformers' causal-LM mapping, sorted."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def why_not(model_type: str) -> str | None:
+    """Why this type can't be built or run on text alone, or None if it can."""
+    return WHY_NOT.get(model_type)
+
+
+def config(model_type: str) -> PretrainedConfig:
+    """A tiny config of this type; of the text model's own type where the causal LM is a part of something larger."""
+    cls, wanted = CONFIG_MAPPING[model_type], _model_class(model_type).config_class
+    if not issubclass(cls, wanted) and wanted.__module__ == cls.__module__:
+        cls = wanted
+    return _shrunk(cls, OVERRIDES.get(model_type, {}))
+
+
+def _model_class(model_type):
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+
+
+def _shrunk(cls: type, overrides: dict) -> PretrainedConfig:
+    default = vars(cls())
+    kwargs = {name: value for name, value in SIZES.items() if name in default or name in (cls.attribute_map or {})}
+    if kinds := default.get("layer_types"):
+        kinds = list(dict.fromkeys(kinds))
+        kwargs["layer_types"] = (kinds * 4)[: max(4, len(kinds))]  # each kind of layer occurs
+        kwargs["num_hidden_layers"] = len(kwargs["layer_types"])
+    for name, value in default.items():
+        if isinstance(value, PretrainedConfig):
+            kwargs[name] = _shrunk(type(value), overrides.get(name, {})).to_dict()
+        elif name.endswith(("_token_id", "_token_index")) and name not in SIZES and isinstance(value, int):
+            kwargs[name] = LAST_ID
+    for name, value in overrides.items():
+        if not isinstance(kwargs.get(name), PretrainedConfig):
+            kwargs[name] = value
+    return cls(**kwargs)
+
+
+def build(model_type: str, attn_implementation: str = "eager", seed: int = 0) -> nn.Module:
+    """The tiny `*ForCausalLM` of this type: random, float32, on the CPU, in eval mode.
+
+    Weights are drawn wider than any `initializer_range`, and noise is added to norms, biases and gates, so that what one
+    token does to another is far above rounding and nothing is switched off by an initial zero.
+    """
+    torch.manual_seed(seed)
+    with _foreign_tower(model_type), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = _model_class(model_type)._from_config(config(model_type), attn_implementation=attn_implementation)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            else:
+                parameter.nan_to_num_().add_(0.1 * torch.randn_like(parameter))
+    return model.float().eval()
+
+
+@contextlib.contextmanager
+def _foreign_tower(model_type):
+    """Put nothing where a sub-model comes from a package outside transformers; text never passes through it."""
+    if model_type not in FOREIGN_TOWER:
+        yield
+        return
+
+    def from_config(config, **kwargs):
+        return nn.Identity() if type(config).__name__ == FOREIGN_TOWER[model_type] else original(config, **kwargs)
+
+    original = AutoModel.from_config
+    with mock.patch.object(AutoModel, "from_config", from_config):
+        yield
+
+
+def inputs(model: nn.Module, batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """`input_ids` (batch, length), int64: random, none of them special or padding."""
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    return {"input_ids": torch.randint(FIRST_ID, LAST_ID, (batch, length), generator=generator).to(device)}
+
+
+@torch.no_grad()
+def reach(model: nn.Module, length: int = 12, seeds: int = 3, **kwargs) -> torch.Tensor:
+    """What the output depends on: (length, length) bool, [i, j] is True where output i moves when token j changes.
+
+    One batch of length + 1 texts a seed: the text, and the text with token j changed for each j. Several seeds, since a
+    router or a top-k may hide a dependence for one text. `kwargs` go to the model's forward as they are, so a mask must
+    have length + 1 rows. The output is the logits, or the last hidden state of a model that has none.
+    """
+    depends = torch.zeros(length, length, dtype=torch.bool)
+    j = torch.arange(length)
+    for seed in range(seeds):
+        ids = inputs(model, 1, length, seed)["input_ids"].repeat(length + 1, 1)
+        ids[j + 1, j] = FIRST_ID + (ids[0] - FIRST_ID + 17 + seed) % (LAST_ID - FIRST_ID)
+        outputs = model(input_ids=ids, **kwargs)
+        outputs = (outputs.logits if "logits" in outputs else outputs.last_hidden_state).float().cpu()
+        if not torch.isfinite(outputs).all():
+            raise FloatingPointError(f"{type(model).__name__} gives outputs that are not finite")
+        moved = (outputs[1:] - outputs[0]).abs().amax(-1)  # (changed token, position)
+        depends |= (moved > 1e-5 * outputs.abs().max()).T
+    return depends

@@ -1,0 +1,124 @@
+"""Data of the zoo: sizes common to all families, and what single families need beyond them."""
+
+# Set wherever a config or sub-config has the attribute.
+SIZES = {
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    # width
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "hidden_dim": 32,
+    "intermediate_size": 48, "moe_intermediate_size": 24, "ffn_dim": 48,
+    "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "shared_expert_intermediate_size": 24,
+    # depth
+    "num_hidden_layers": 4, "n_layer": 4, "num_layers": 4, "n_layers": 4,
+    "decoder_layers": 2, "encoder_layers": 2, "num_encoder_layers": 2, "num_decoder_layers": 2,
+    # heads
+    "num_attention_heads": 4, "num_key_value_heads": 2, "n_head": 4, "n_heads": 4, "num_heads": 4, "head_dim": 8,
+    "decoder_attention_heads": 4, "encoder_attention_heads": 4,
+    "attention_heads": 4, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+    # MLA
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    # windows and chunks, shorter than the texts of the tests
+    "sliding_window": 4, "attention_chunk_size": 4, "window_size": 4, "sliding_window_size": 4,
+    # experts
+    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_topk": 2,
+    # tokens
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "n_positions": 64, "n_ctx": 64,
+    # encoders of the mapping are decoders here
+    "is_decoder": True,
+    # recurrences
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64,
+    # indexers: fewer keys than the texts have
+    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4,
+    # other
+    "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
+    "rotary_dim": 4,
+}
+
+
+MLA = {"num_key_value_heads": 4}  # every head has its own keys, expanded from the latent
+MIXED = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TINY_VISION = {"depth": 1, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
+QWEN4 = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2,
+    "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 32, "heads_per_ngram": 2, "ngram_vocab_size_base": 50,
+    "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 1,
+}
+DOTS3 = {
+    "num_key_value_heads": 4, "head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    "shared_experts_intermediate_size": 24,
+}
+OVERRIDES = {
+    "axk1": MLA,
+    "axk2": MLA,
+    "bailing_hybrid": MLA,
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {"num_hidden_layers": 4, "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32}, "encoder_hash_byte_group_vocab": 64, "local_attention_window_len": 4},
+    "cohere_compass_text": {
+        "layer_types": MIXED, "rope_parameters": {kind: ROPE | {"mrope_section": [2, 1, 1]} for kind in MIXED},
+    },
+    "cpmant": {"dim_head": 8, "dim_ff": 48, "prompt_length": 4, "position_bias_num_buckets": 32},
+    "ctrl": {"dff": 48},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48}},
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
+    "deepseek_v32": MLA,
+    "deepseek_v4": {
+        "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8,
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
+    "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": DOTS3,
+    "dots3_note_text": DOTS3,
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 2}},
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4": {"text_config": {"num_kv_shared_layers": 2}},
+    "gemma4_text": {"num_kv_shared_layers": 2},
+    "glm4_moe_lite": MLA,
+    "glm_moe_dsa": MLA,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 24},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": MLA | {"linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": MLA | {"zero_expert_num": 2, "expert_ffn_hidden_size": 24, "ffn_hidden_size": 48},
+    "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 16},
+    "minicpm3": MLA,
+    "musicgen": {"num_codebooks": 1},
+    "musicgen_melody": {"num_codebooks": 1},
+    "nemotron_h": {
+        "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2, "layer_types": MIXED},
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 2, "layer_types": MIXED},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 2, "layer_types": MIXED},
+    "qwen3_moe": {"use_sliding_window": True, "max_window_layers": 2, "layer_types": MIXED},
+    "qwen4_exp": QWEN4,
+    "qwen4_exp_text": QWEN4,
+    "reformer": {
+        "attn_layers": ["local", "lsh"] * 2, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "attention_head_size": 8,
+        "feed_forward_size": 48, "num_buckets": 2, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "hash_seed": 0,
+    },
+    "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "xlm": {"causal": True},
+    "xlnet": {"d_inner": 48},
+    "xlstm": {"qk_dim_factor": 2.0, "v_dim_factor": 2.0},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": MLA,
+    "zamba": {"use_mamba_kernels": False, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "use_mem_rope": True},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+# A sub-config whose model transformers takes from another package (timm).
+FOREIGN_TOWER = {"gemma3n": "Gemma3nVisionConfig"}
+
+WHY_NOT = {
+    name: "its config demands that every layer shares the target model's keys, which its own text model rejects"
+    for name in ("gemma4_assistant", "gemma4_unified_assistant")
+}
