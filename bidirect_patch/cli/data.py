@@ -8,7 +8,7 @@ import datasets
 
 from ..errors import ConfigError
 from . import one_line
-from .arguments import DataArguments, ModelArguments, MNTPTrainingArguments
+from .arguments import DataArguments, MNTPTrainingArguments, ModelArguments
 
 READERS = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv"}  # file ending -> builder of `datasets`
 LONGEST = 1024  # tokens a sequence where neither the settings nor the tokenizer say less
@@ -96,6 +96,8 @@ def _reader(files: dict[str, str]) -> str:
     for path in files.values():
         if not os.path.isfile(path):
             raise ConfigError(f"no such file: {path}")
+        if not os.path.getsize(path):
+            raise ConfigError(f"there is no text in {path}: the file is empty")
     endings = {os.path.splitext(path)[1][1:].lower() for path in files.values()}
     readers = {READERS.get(ending) for ending in endings}
     if len(readers) != 1 or None in readers:
@@ -126,7 +128,7 @@ def _guarded(source: dict[str, Any], function: Any, *args: Any, **kwargs: Any) -
 def _hold_out_of_stream(train: Any, data: DataArguments) -> dict[str, Any]:
     if data.max_eval_samples is None:
         raise ConfigError(
-            "a stream has no percentage to hold out for do_eval: give validation_file, or max_eval_samples to take that "
-            "many texts off its beginning"
+            "a stream has no percentage to hold out for do_eval: give validation_file, or max_eval_samples to take "
+            "that many texts off its beginning"
         )
     return {"validation": train.take(data.max_eval_samples), "train": train.skip(data.max_eval_samples)}

@@ -1,4 +1,4 @@
-"""`bidirect-patch mntp`: masked next token prediction, after transformers' run_mlm example and LLM2Vec's run_mntp.py."""
+"""`bidirect-patch mntp`: masked next token prediction, after transformers' run_mlm and LLM2Vec's run_mntp.py."""
 
 import os
 from typing import Any

@@ -41,9 +41,11 @@ def load_model(model: ModelArguments) -> PreTrainedModel:
 def add_adapter(model: PreTrainedModel, settings: ModelArguments) -> None:
     """Put LoRA on every linear layer of the backbone, in place; lora_r 0 leaves all weights to train.
 
-    The adapter goes on the backbone, not on the model with its head, as in LLM2Vec: an encoder has no head.
+    The adapter goes on the backbone, not on the model with its head, as in LLM2Vec: an encoder has no head. The head is
+    frozen too: what is saved is all that was trained.
     """
     if settings.lora_r:
+        model.requires_grad_(False)
         lora = LoraConfig(
             r=settings.lora_r,
             lora_alpha=2 * settings.lora_r,
