@@ -1,6 +1,8 @@
 """Shared by all tests: tiny models on every backend, and real weights."""
 
 import contextlib
+import copy
+import functools
 import os
 import shutil
 import subprocess
@@ -130,14 +132,21 @@ def real_weights() -> Path:
 
 @pytest.fixture(scope="session")
 def load_real(real_weights):
-    """`load_real()` gives a new SmolLM2-135M-Instruct `LlamaForCausalLM` in float32 and its tokenizer."""
+    """`load_real()` gives a SmolLM2-135M-Instruct `LlamaForCausalLM` of its own, in float32, and its tokenizer."""
     if TRANSFORMERS < Version("4.41"):
         pytest.skip(f"transformers {TRANSFORMERS} reads no GGUF (4.41 and later do)")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def load(**kwargs):
-        where = dict(gguf_file=REAL_WEIGHTS[2], local_files_only=True)
+    where = dict(gguf_file=REAL_WEIGHTS[2], local_files_only=True)
+    dtype = "dtype" if TRANSFORMERS >= Version("4.56") else "torch_dtype"
+
+    @functools.cache
+    def read(backend):
+        kwargs = {dtype: torch.float32, "attn_implementation": backend}
+        return AutoModelForCausalLM.from_pretrained(real_weights, **where, **kwargs).eval()
+
+    def load(attn_implementation="sdpa"):
         tokenizer = AutoTokenizer.from_pretrained(real_weights, **where)
-        return AutoModelForCausalLM.from_pretrained(real_weights, **where, **kwargs).float().eval(), tokenizer
+        return copy.deepcopy(read(attn_implementation)), tokenizer
 
     return load

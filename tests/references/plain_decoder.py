@@ -6,8 +6,6 @@ It takes nothing from transformers but the weights' names, so it is a yardstick 
 import torch
 import torch.nn.functional as F
 
-ROPE_THETA = 10000.0
-
 
 def reach(real, position_ids=None, window=None, causal=False):
     """Who may look at whom: bool (batch, query, key).
@@ -35,10 +33,11 @@ def reach(real, position_ids=None, window=None, causal=False):
     return allowed
 
 
-def hidden_states(model, input_ids, allowed, position_ids=None):
+def hidden_states(model, input_ids, allowed, position_ids=None, theta=10000.0):
     """The last hidden states, (batch, seq, hidden), of a stock model's weights under these masks.
 
     `allowed` is bool (batch, query, key), or a list of them, one a layer. Rows that may look at nothing hold no meaning.
+    `theta` is the base of the rotary embedding.
     """
     config = model.config
     weights = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
@@ -57,7 +56,7 @@ def hidden_states(model, input_ids, allowed, position_ids=None):
         scale = weights[f"{name}.weight"]
         return x * (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt() * (scale + 1 if gemma else scale)
 
-    frequencies = ROPE_THETA ** (-torch.arange(0, dim, 2) / dim)
+    frequencies = theta ** (-torch.arange(0, dim, 2) / dim)
     angles = position_ids[:, None, :, None] * frequencies  # (batch, 1, seq, dim / 2)
 
     def rotate(x):
