@@ -95,7 +95,7 @@ class MNTPCollator:
         self._replacements = torch.from_numpy(ordinary if ordinary.size else np.arange(len(tokenizer)))
         self._stream: tuple[int | None, torch.Generator] | None = None
 
-    def __call__(self, features: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         """Make one batch.
 
         Args:
@@ -164,7 +164,8 @@ class MNTPCollator:
         bounds = np.append(np.flatnonzero(starts), len(starts))
         document_lengths = np.diff(bounds)
         positions = np.arange(len(starts)) - np.repeat(bounds[:-1], document_lengths)
-        batch = {"input_ids": tokens[None], "labels": labels[None], "position_ids": torch.from_numpy(positions)[None]}
+        batch: dict[str, Any] = {"input_ids": tokens[None], "labels": labels[None]}
+        batch["position_ids"] = torch.from_numpy(positions)[None]
         if self.return_flash_attn_kwargs:
             boundaries = torch.from_numpy(bounds.astype(np.int32))
             longest = int(document_lengths.max())

@@ -24,8 +24,8 @@ def load_texts(model: ModelArguments, data: DataArguments, training: MNTPTrainin
         source: dict[str, Any] = {"path": data.dataset_name, "name": data.dataset_config_name}
         given = _splits(source, model)
     else:
-        files = {"train": data.train_file, "validation": data.validation_file}
-        files = {split: path for split, path in files.items() if path}
+        named = {"train": data.train_file, "validation": data.validation_file}
+        files = {split: path for split, path in named.items() if path}
         source = {"path": _reader(files), "data_files": files}
         given = set(files)
     wanted = {"train"} if training.do_train else set()
@@ -99,8 +99,8 @@ def _reader(files: dict[str, str]) -> str:
         if not os.path.getsize(path):
             raise ConfigError(f"there is no text in {path}: the file is empty")
     endings = {os.path.splitext(path)[1][1:].lower() for path in files.values()}
-    readers = {READERS.get(ending) for ending in endings}
-    if len(readers) != 1 or None in readers:
+    readers = {READERS.get(ending, "") for ending in endings}
+    if len(readers) != 1 or "" in readers:
         raise ConfigError(
             f"files must end in {', '.join('.' + ending for ending in READERS)}, and both alike; got "
             f"{' and '.join(files.values())}"

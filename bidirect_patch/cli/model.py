@@ -65,7 +65,8 @@ def collator(tokenizer: Any, data: DataArguments, mntp: MNTPArguments, kind: typ
     mask_token = mntp.mask_token
     if mask_token is None and tokenizer.mask_token is None:
         mask_token = {"blank": "_", "eos": tokenizer.eos_token, "mask": "<mask>"}[mntp.mask_token_type]
-    shares = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0} if mntp.data_collator_type == "all_mask" else {}
+    always = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0}
+    shares: dict[str, Any] = always if mntp.data_collator_type == "all_mask" else {}
     return kind(
         tokenizer,
         mlm_probability=mntp.mlm_probability,

@@ -25,11 +25,13 @@ class ResumableCollator(MNTPCollator):
     epoch = 0
 
     def generator(self, ids: torch.Tensor) -> torch.Generator:
-        return seeded(self.seed, self.epoch, zlib.crc32(ids.numpy().tobytes()))
+        return seeded(self.seed or 0, self.epoch, zlib.crc32(ids.numpy().tobytes()))
 
 
 class MNTPTrainer(Trainer):
     """A Trainer whose evaluation is the mean over all masked tokens, and whose checkpoints are bidirectional models."""
+
+    data_collator: Any
 
     def __init__(self, *, tokenizer: Any, eval_collator: MNTPCollator, stop_after_n_steps: int, **kwargs: Any) -> None:
         super().__init__(compute_metrics=summarize, **kwargs)
@@ -116,5 +118,5 @@ def summarize(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _numpy_state_types() -> list[Any]:
-    state = np.random.get_state()[1]
-    return [type(np.dtype(np.uint32)), np.dtype, np.ndarray, state.__reduce__()[0]]
+    state = np.zeros(1, dtype=np.uint32)
+    return [type(state.dtype), np.dtype, np.ndarray, state.__reduce__()[0]]
