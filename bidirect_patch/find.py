@@ -17,13 +17,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
+from .mirror import triangular_buffers
+from .swap import before_swaps
 
 # Token mixers that carry state from left to right, by the field's names for them. attention_report finds the ones
 # that hide behind other names.
 _RECURRENT = re.compile(
-    r"mamba|ssm|rwkv|deltanet|deltaattention|linearattention|lightning|recurrent|rglru|lstm|shortconv|retention|hyena",
-    re.I,
+    r"Mamba|SSM|R[Ww][Kk][Vv]|Delta(Net|Attention|Rule)|LinearAttention|Lightning|Recurrent|R[gG]L?RU|LSTM|ShortConv"
+    r"|Retention|Hyena"
 )
+_ATTENTION = re.compile(r"[Aa]ttention|Attn$")
+# Parts of a layer that treat each position alone; a layer of nothing else mixes nothing.
+_POSITIONWISE = re.compile(r"MLP|M[oO]E|Experts?|FeedForward|FFN|Norm|Linear|Dropout|Identity|Router|Activation")
 _BUILDS_CAUSAL_MASK = re.compile(r"causal_mask|causal_attention_mask|masks_for_generate|prepare_decoder_attention_mask")
 
 
@@ -50,6 +55,20 @@ class Decoder:
         """The distinct reaches of its attention modules, in order of first appearance."""
         return tuple(dict.fromkeys(reach for _, _, reach in self.attentions))
 
+    @property
+    def mask_code(self) -> str:
+        """What its forward does with a mask.
+
+        "ready": lets a finished 4D mask pass. "counts": needs the 2D mask for more than attention (positions), so that
+        what it makes of it is mirrored, unless position_ids are given. "own": always needs the 2D mask.
+        """
+        cls = type(self.module)
+        classes = {type(attention) for _, attention, _ in self.attentions}
+        alibi = any(bias_parameter(c) == "alibi" for c in classes)
+        if not _builds_causal_mask(cls) or (alibi and getattr(self.module.config, "alibi", True)):
+            return "own"
+        return "counts" if alibi or _counts_mask(cls) else "ready"
+
 
 @lru_cache(maxsize=None)
 def mask_parameter(cls: type) -> str | None:
@@ -59,14 +78,22 @@ def mask_parameter(cls: type) -> str | None:
 
 
 @lru_cache(maxsize=None)
-def is_attention(cls: type) -> bool:
+def bias_parameter(cls: type) -> str | None:
+    """The name of an ALiBi bias among the parameters of `cls.forward`."""
+    parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    return next((n for n in ("alibi", "position_bias") if n in parameters), None)
+
+
+def is_attention(module: nn.Module) -> bool:
     """A module that mixes tokens under a mask that it is handed."""
-    names = [c.__name__.lower() for c in cls.__mro__]
-    return (
-        any("attention" in n or n.endswith("attn") for n in names)
-        and not _RECURRENT.search(cls.__name__)
-        and mask_parameter(cls) is not None
+    return _takes_mask_and_no_state(type(module)) and (
+        "is_causal" in module.__dict__ or any(_ATTENTION.search(c.__name__) for c in type(module).__mro__)
     )
+
+
+@lru_cache(maxsize=None)
+def _takes_mask_and_no_state(cls: type) -> bool:
+    return mask_parameter(cls) is not None and not _RECURRENT.search(cls.__name__)
 
 
 def decoders(model: Any) -> list[Decoder]:
@@ -117,7 +144,7 @@ def _own_attentions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             path = f"{prefix}.{name}" if prefix else name
             if isinstance(child, PreTrainedModel):
                 continue
-            if is_attention(type(child)):
+            if is_attention(child):
                 yield path, child
             else:
                 yield from walk(path, child)
@@ -136,20 +163,21 @@ def _why_no_decoder(model: PreTrainedModel, attentions: list[tuple[str, nn.Modul
         return "an encoder-decoder"
     # Attention that was built causal says so (is_causal) on most versions; else the model's own mask code does.
     flags = [flag for _, a in attentions for flag in _causal_flags(a)]
-    if flags and not any(flags):
-        return "an encoder: its attention is not causal"
-    if not flags and not _builds_causal_mask(type(model)):
-        return "an encoder: it builds no causal mask"
-    return None
+    causal = not flags or any(flags) or getattr(model.config, "is_decoder", False)
+    if causal and _builds_causal_mask(type(model)):
+        return None
+    if any(triangular_buffers(m) for _, a in attentions for m in a.modules()):
+        return None
+    return "an encoder: its attention is not causal"
 
 
 def _causal_flags(attention: nn.Module) -> list[bool]:
     """What the attention was built with, whether or not it is swapped now."""
     flags = []
     for module in attention.modules():
-        before = next((r[0] for n, r in module.__dict__.items() if n == "_bidirect_patch_record"), {})
-        if "is_causal" in before or hasattr(module, "is_causal"):
-            flags.append(bool(before.get("is_causal", getattr(module, "is_causal", False))))
+        flag = before_swaps(module, "is_causal", getattr(module, "is_causal", None))
+        if flag is not None:
+            flags.append(bool(flag))
     return flags
 
 
@@ -175,6 +203,12 @@ def _names_causal_mask(function: Any) -> bool:
 @lru_cache(maxsize=None)
 def _builds_causal_mask(cls: type) -> bool:
     return any(_names_causal_mask(f) for f in _functions(cls))
+
+
+@lru_cache(maxsize=None)
+def _counts_mask(cls: type) -> bool:
+    code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
+    return "cumsum" in _code_names(code)
 
 
 @lru_cache(maxsize=None)
@@ -208,8 +242,8 @@ def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.
                 continue
             decoder.layers.append((f"{holder}.{index}", layer))
             foreign = list(dict.fromkeys(type(m).__name__ for m in layer.modules() if _mixes_otherwise(m)))
-            if not any(is_attention(type(m)) for m in layer.modules()):
-                foreign = foreign or [_kinds(layer.children())]
+            if not foreign and not any(is_attention(m) for m in layer.modules()):
+                foreign = [type(m).__name__ for m in layer.children() if not _POSITIONWISE.search(type(m).__name__)]
             if foreign:
                 decoder.in_the_way.append(f"{holder}.{index} {type(layer).__name__} with {', '.join(foreign)}")
     return decoder

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import masks
 from .errors import AttentionMaskError, CacheError, OrderError
-from .find import Reach, mask_parameter
+from .find import Decoder, Reach, bias_parameter, mask_parameter
+from .mirror import mirrored_bias, mirrored_mask
 from .swap import Swapped
 from .switch import running
 
@@ -26,6 +27,7 @@ class BidirectionalModel(Swapped):
 
     _names: tuple[str, ...]
     _bidirect_patch_reaches: tuple[Reach, ...]
+    _bidirect_patch_mask_code: str  # see Decoder.mask_code
 
     @classmethod
     def __init_mixed__(cls, original: type) -> None:
@@ -46,7 +48,13 @@ class BidirectionalModel(Swapped):
         # Before 4.53 the mask code is a method of the model: it has nothing left to do. Elsewhere, and in each model
         # from 4.53 on, it lets a ready mask pass.
         if hasattr(original, "_update_causal_mask"):
-            cls._update_causal_mask = _as_it_is  # type: ignore[attr-defined]
+
+            def _update_causal_mask(self, attention_mask, *args, **kwargs):
+                if getattr(attention_mask, "ndim", 2) != 4 and self._bidirect_patch_mask_code != "ready":
+                    return original._update_causal_mask(self, attention_mask, *args, **kwargs)
+                return attention_mask
+
+            cls._update_causal_mask = _update_causal_mask  # type: ignore[attr-defined]
         cls._inverts = masks.ONES_AND_ZEROS and not hasattr(original, "_update_causal_mask")  # type: ignore[attr-defined]
 
     def _bidirectional_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +82,13 @@ class BidirectionalModel(Swapped):
         layout = masks.read_layout(
             mask, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), inputs.shape[0], inputs.shape[1], inputs.device
         )
+        if self._bidirect_patch_mask_code != "ready" and layout.document is None:
+            return kwargs
+        if self._bidirect_patch_mask_code == "own":
+            raise AttentionMaskError(
+                f"packed documents (position_ids that restart) can't be told apart by {type(self).__name__}, whose own mask "
+                "code takes nothing but a 2D mask: pass one document a row, with padding"
+            )
         dtype = inputs.dtype if inputs.is_floating_point() else self._embedding_dtype()
         backend = masks.backend_of(text_config(self.config))  # type: ignore[attr-defined]
         kwargs[name] = masks.ready_mask(layout, self._bidirect_patch_reaches, backend, dtype, self._inverts)  # type: ignore[attr-defined]
@@ -83,11 +98,6 @@ class BidirectionalModel(Swapped):
         weight = getattr(self.get_input_embeddings(), "weight", None)  # type: ignore[attr-defined]
         dtype = weight.dtype if weight is not None else self.dtype  # type: ignore[attr-defined]
         return dtype if dtype.is_floating_point else self.dtype  # type: ignore[attr-defined]
-
-
-def _as_it_is(self, attention_mask, *args, **kwargs):
-    """Stands in for `_update_causal_mask`: the mask is ready."""
-    return attention_mask
 
 
 def _is_block_mask(mask: Any) -> bool:
@@ -101,6 +111,7 @@ class BidirectionalAttention(Swapped):
     _bidirect_patch_reach: tuple[int, int]  # which of how many reaches
     _bidirect_patch_config: Any  # the decoder's, for attention modules that keep none
     _bidirect_patch_needs_no_mask: tuple[str, ...]  # backends
+    _bidirect_patch_mirrors: bool  # the model hands on a causal mask of its own
 
     @classmethod
     def __init_mixed__(cls, original: type) -> None:
@@ -114,27 +125,40 @@ class BidirectionalAttention(Swapped):
         cls.forward = forward  # type: ignore[attr-defined]
         cls._names = _argument_names(original)
         cls._mask_name = mask_parameter(original)  # type: ignore[attr-defined]
-        cls._mask_at = cls._names.index(cls._mask_name)  # type: ignore[attr-defined]
+        cls._bias_name = bias_parameter(original)  # type: ignore[attr-defined]
         kinds = [p.kind for p in inspect.signature(original.forward).parameters.values()]  # type: ignore[attr-defined]
         cls._takes_any = inspect.Parameter.VAR_KEYWORD in kinds  # type: ignore[attr-defined]
         if hasattr(original, "_upad_input"):  # FlashAttention before 4.43: the only place that sets cu_seqlens
             cls._upad_input = _upad_input  # type: ignore[attr-defined]
 
     def _bidirectional_arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        at, name = self._mask_at, self._mask_name  # type: ignore[attr-defined]
-        mask = args[at] if len(args) > at else kwargs.get(name)
+        mask = self._argument(args, kwargs, self._mask_name)  # type: ignore[attr-defined]
         index, count = self._bidirect_patch_reach
         backend = masks.backend_of(getattr(self, "config", self._bidirect_patch_config))
         extra: dict[str, Any] = {}
         if backend == "flash":
             mask, extra = self._flash_arguments(mask, index)
+        elif mask is not None and self._bidirect_patch_mirrors:
+            mask = mirrored_mask(mask)
         elif mask is not None:
             mask = masks.pick(mask, index, count, backend in self._bidirect_patch_needs_no_mask)
-        if len(args) > at:
-            args = (*args[:at], mask, *args[at + 1 :])
-        else:
-            kwargs = {**kwargs, name: mask}
-        return args, {**kwargs, **extra}
+        bias = self._argument(args, kwargs, self._bias_name)  # type: ignore[attr-defined]
+        if isinstance(bias, Tensor) and bias.shape[-2] == 1:
+            hidden = args[0] if args else kwargs[self._names[0]]
+            # A mask per head has the bias in it already.
+            merged = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
+            extra[self._bias_name] = torch.zeros_like(bias) if merged else mirrored_bias(bias, hidden.shape[1])  # type: ignore[attr-defined]
+        return self._with_arguments(args, kwargs, {**extra, self._mask_name: mask})  # type: ignore[attr-defined]
+
+    def _argument(self, args: tuple, kwargs: dict[str, Any], name: str | None) -> Any:
+        if name is None:
+            return None
+        at = self._names.index(name)
+        return args[at] if len(args) > at else kwargs.get(name)
+
+    def _with_arguments(self, args: tuple, kwargs: dict[str, Any], new: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        args = tuple(new.pop(n, a) for n, a in zip(self._names, args)) + args[len(self._names) :]
+        return args, {**kwargs, **new}
 
     def _flash_arguments(self, mask: Any, index: int) -> tuple[Any, dict[str, Any]]:
         if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != 1:
@@ -175,6 +199,10 @@ def _upad_input(self, query, key, value, attention_mask, query_length):
     return *flat, indices, (plan.cu_seq_lens,) * 2, (plan.max_length,) * 2
 
 
+class BidirectionalPart(Swapped):
+    """A part of an attention module that holds a flag or a triangular buffer; its methods stay as they are."""
+
+
 class ConfigView:
     """A config with some attributes changed; all others are read from the original at each access."""
 
@@ -192,15 +220,18 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def attention_attributes(
-    attention: nn.Module, reach: Reach, reaches: tuple[Reach, ...], config: Any, without_mask: tuple[str, ...]
-) -> dict[str, Any]:
-    """Instance attributes that make one attention module bidirectional, beside its class."""
+def attention_attributes(decoder: Decoder, attention: nn.Module, reach: Reach) -> dict[str, Any]:
+    """Instance attributes that make one attention module of `decoder` bidirectional, beside its class."""
+    config = text_config(decoder.module.config)
+    reaches = decoder.reaches
+    # A part that reads the mask too (a sparse attention's indexer) can't do without one.
+    parts = any(mask_parameter(type(m)) for m in attention.modules() if m is not attention)
     attributes: dict[str, Any] = {
         "is_causal": False,
         "_bidirect_patch_reach": (reaches.index(reach), len(reaches)),
         "_bidirect_patch_config": config,
-        "_bidirect_patch_needs_no_mask": without_mask,
+        "_bidirect_patch_needs_no_mask": () if parts else masks.backends_without_mask(),
+        "_bidirect_patch_mirrors": decoder.mask_code != "ready",
     }
     if reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE and masks.backend_of(config) == "flash":
         if "sliding_window" in attention.__dict__:

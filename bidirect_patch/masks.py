@@ -7,7 +7,7 @@ replays it and threads don't share it.
 
 | backend | what `ready_mask` makes, for K distinct reaches | what the attention module gets |
 |---|---|---|
-| eager, sdpa | (batch, K, query, key), additive or bool; stride 0 throughout if nothing is masked | (batch, 1, query, key) or None |
+| eager, sdpa | (batch, K, query, key), additive or bool; stride 0 throughout if nothing is masked | (batch, 1, query, key), or None for sdpa |
 | flex_attention | a BlockMask with one BlockMask per reach, or the stride-0 tensor | BlockMask or None |
 | flash_attention_* | int32 (batch, K, 1, key): the document of each position, -1 for padding; None if nothing is masked | 2D mask, or cu_seq_lens |
 
@@ -42,7 +42,7 @@ def backend_of(config: Any) -> str:
 
 def backends_without_mask() -> tuple[str, ...]:
     """Backends that see everything when a non-causal module hands them no mask, found by running SDPA's function."""
-    return ("eager", "flex", "sdpa") if _sdpa_honours_flag() else ("eager", "flex")
+    return ("flex", "sdpa") if _sdpa_honours_flag() else ("flex",)
 
 
 def _sdpa_honours_flag() -> bool:

@@ -2,15 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import guards, swap, switch
 from .errors import OrderError, UnsupportedModelError
 from .find import Decoder, decoders
-from .forward import BidirectionalAttention, BidirectionalModel, attention_attributes, rebound_forward, text_config
-from .masks import backends_without_mask
+from .forward import (
+    BidirectionalAttention,
+    BidirectionalModel,
+    BidirectionalPart,
+    attention_attributes,
+    rebound_forward,
+)
+from .mirror import mirrored_buffer, triangular_buffers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -107,8 +113,6 @@ def _set(found: list[Decoder], mode: bool, allow_partial: bool = False) -> None:
 
 
 def _enable(found: list[Decoder], allow_partial: bool) -> None:
-    plan: list[tuple[nn.Module, type[swap.Swapped], dict]] = []
-    without_mask = backends_without_mask()
     for decoder in found:
         if decoder.in_the_way and not allow_partial:
             raise UnsupportedModelError(
@@ -116,36 +120,53 @@ def _enable(found: list[Decoder], allow_partial: bool) -> None:
                 f"{len(decoder.layers)} layers mix tokens by other means than attention ({'; '.join(decoder.in_the_way)}). "
                 "allow_partial=True patches its attention layers all the same"
             )
-        config = text_config(decoder.module.config)
-        reaches = decoder.reaches
-        for _, attention, reach in decoder.attentions:
-            cls = swap.subclass(type(attention), BidirectionalAttention)
-            attributes = attention_attributes(attention, reach, reaches, config, without_mask)
-            plan.append((attention, BidirectionalAttention, {**attributes, **rebound_forward(attention, cls)}))
-        for module in (decoder.module, *decoder.builders):
-            if swap.is_swapped(module, BidirectionalModel) or any(module is m for m, _, _ in plan):
-                continue  # a builder around two decoders
-            cls = swap.subclass(type(module), BidirectionalModel)
-            attributes = {"_bidirect_patch_reaches": reaches, **rebound_forward(module, cls)}
-            plan.append((module, BidirectionalModel, attributes))
-    for module, _, _ in plan:
-        _check_not_sharded(module)
+    plan = {id(step.module): step for decoder in found for step in _steps(decoder)}  # one builder may serve two decoders
+    for step in plan.values():
+        _check_not_sharded(step.module)
     guards.prove(found)
     guards.install()
-    for module, mixin, attributes in plan:
-        swap.swap(module, mixin, attributes)
+    for step in plan.values():
+        swap.swap(step.module, step.mixin, step.attributes, step.buffers)
+
+
+class _Step(NamedTuple):
+    """What enabling does to one module."""
+
+    module: nn.Module
+    mixin: type[swap.Swapped]
+    attributes: dict[str, Any]
+    buffers: dict[str, Tensor]
+
+
+def _steps(decoder: Decoder) -> Iterator[_Step]:
+    for _, attention, reach in decoder.attentions:
+        cls = swap.subclass(type(attention), BidirectionalAttention)
+        attributes = {**attention_attributes(decoder, attention, reach), **rebound_forward(attention, cls)}
+        yield _Step(attention, BidirectionalAttention, attributes, _mirrored(attention))
+        for part in attention.modules():
+            flag = {"is_causal": False} if part.__dict__.get("is_causal") is True else {}
+            buffers = _mirrored(part)
+            if part is not attention and (flag or buffers):
+                yield _Step(part, BidirectionalPart, flag, buffers)
+    model = {"_bidirect_patch_reaches": decoder.reaches, "_bidirect_patch_mask_code": decoder.mask_code}
+    for module in (decoder.module, *decoder.builders):
+        if not swap.is_swapped(module, BidirectionalModel):
+            cls = swap.subclass(type(module), BidirectionalModel)
+            yield _Step(module, BidirectionalModel, {**model, **rebound_forward(module, cls)}, {})
+
+
+def _mirrored(module: nn.Module) -> dict[str, Tensor]:
+    return {name: mirrored_buffer(buffer) for name, buffer in triangular_buffers(module).items()}
 
 
 def _disable(found: list[Decoder]) -> None:
-    modules: list[tuple[nn.Module, type[swap.Swapped]]] = []
-    for decoder in found:
-        modules += [(a, BidirectionalAttention) for _, a, _ in decoder.attentions]
-        for module in (decoder.module, *decoder.builders):
-            if swap.is_swapped(module, BidirectionalModel) and all(module is not m for m, _ in modules):
-                modules.append((module, BidirectionalModel))
-    for module, mixin in modules:
+    models = [m for d in found for m in (d.module, *d.builders)]
+    parts = [p for d in found for _, a, _ in d.attentions for p in a.modules()]
+    mixins = (BidirectionalModel, BidirectionalAttention, BidirectionalPart)
+    undo = {id(m): (m, mixin) for m in (*models, *parts) for mixin in mixins if swap.is_swapped(m, mixin)}
+    for module, mixin in undo.values():
         swap.check_restorable(module, mixin)
-    for module, mixin in modules:
+    for module, mixin in undo.values():
         swap.restore(module, mixin)
 
 

@@ -7,25 +7,23 @@ pickling see the same class every time. torch's own `parametrize` and FSDP2's `f
 A mixin is a plain class whose methods call `super()`. Where it needs to know the class that it is mixed into (a
 signature, say), it defines `__init_mixed__(cls, original)`, called once per subclass.
 
-What the instance was before is kept in its own `__dict__` (under `mixin.record`), so it travels with deepcopy and
+What the instance was before is kept in its own `__dict__`, so it travels with deepcopy and
 pickle and never outlives the instance.
 """
 
 import copyreg
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ForeignWrapperError
 
-_MISSING = object()
 _subclasses: dict[tuple[type, type], type] = {}
 
 
 class Swapped:
-    """Base of all mixins; `record` names the instance attribute that holds what `swap` changed."""
+    """Base of all mixins."""
 
-    record = "_bidirect_patch_record"
     _original: type
     _mixin: type
 
@@ -63,24 +61,35 @@ def is_swapped(module: object, mixin: type) -> bool:
     return isinstance(module, mixin)
 
 
-def on_top(module: object, mixin: type) -> bool:
-    """Whether `mixin` is the topmost swap, so that it can be undone without dropping another's."""
-    return type(module).__dict__.get("_mixin") is mixin
-
-
-def swap(module: nn.Module, mixin: type[Swapped], attributes: dict[str, Any]) -> None:
-    """Give `module` the class `subclass(type(module), mixin)` and set `attributes`, remembering what was there."""
+def swap(
+    module: nn.Module, mixin: type[Swapped], attributes: dict[str, Any], buffers: dict[str, Tensor] | None = None
+) -> None:
+    """Give `module` the class `subclass(type(module), mixin)`, set `attributes` and replace `buffers`, remembering all."""
     cls = subclass(type(module), mixin)  # built before anything is mutated
-    before = {name: module.__dict__.get(name, _MISSING) for name in attributes}
+    buffers = buffers or {}
+    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__[_record(mixin)] = (before, tuple(attributes), {name: module._buffers[name] for name in buffers})
     module.__dict__.update(attributes)
-    # Only what existed is kept: a name that is absent here is deleted again.
-    module.__dict__[mixin.record] = ({n: v for n, v in before.items() if v is not _MISSING}, tuple(attributes))
+    module._buffers.update(buffers)
     module.__class__ = cls
+
+
+_RECORD = "_bidirect_patch_before_"
+
+
+def _record(mixin: type) -> str:
+    return _RECORD + mixin.__name__
+
+
+def before_swaps(module: nn.Module, name: str, default: Any) -> Any:
+    """The instance attribute `name` as it was before any swap, or `default` if none changed it."""
+    records = [record for key, record in module.__dict__.items() if key.startswith(_RECORD)]
+    return next((before[name] for before, _, _ in records if name in before), default)
 
 
 def check_restorable(module: nn.Module, mixin: type[Swapped]) -> None:
     """Raise ForeignWrapperError when somebody swapped `module`'s class after we did."""
-    if not on_top(module, mixin):
+    if type(module).__dict__.get("_mixin") is not mixin:
         top = type(module)
         raise ForeignWrapperError(
             f"{top.__module__}.{top.__qualname__} ({', '.join(b.__name__ for b in top.__bases__)}) was put on this "
@@ -92,7 +101,10 @@ def check_restorable(module: nn.Module, mixin: type[Swapped]) -> None:
 def restore(module: nn.Module, mixin: type[Swapped]) -> None:
     """The exact way back from `swap`."""
     check_restorable(module, mixin)
-    before, names = module.__dict__.pop(mixin.record)
+    before, names, buffers = module.__dict__.pop(_record(mixin))
+    for name, buffer in buffers.items():
+        now = module._buffers[name]  # the model may have moved since; a buffer that hasn't is put back as it was
+        module._buffers[name] = buffer if now is None else buffer.to(now.device, now.dtype)
     for name in names:
         if name in before:
             module.__dict__[name] = before[name]
