@@ -14,8 +14,9 @@ A layer's input is ours and not the previous layer's output, so one causal layer
 """
 
 import inspect
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -151,9 +152,9 @@ def _left_as_it_was(*models) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        # Hooks put on after compilation would not run.
-        set_stance = getattr(torch.compiler, "set_stance", None)
-        stack.enter_context(set_stance("force_eager") if set_stance else nullcontext())
+        # Hooks put on after compilation would not run. Importing Dynamo takes seconds; without it nothing is compiled.
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module, _ in training:
                 module.training = False  # no dropout; not .eval(), which classes may override
@@ -298,10 +299,11 @@ class _Experiment:
             try:
                 for name, layer in self.layers.items():
                     handles += _watch(name, layer, calls, self.rows, self.length, gradients, parts, replace_ends)
-                self.model(**inputs)
+                with torch.set_grad_enabled(gradients):
+                    self.model(**inputs)
                 break
             except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError) as error:
-                # Some kernels have no backward and refuse an input that requires a gradient.
+                # Some kernels have no backward and refuse to run where one may be asked for.
                 if not gradients:
                     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
                     raise UnsupportedModelError(
@@ -416,8 +418,13 @@ def _distance(a, b):
     return distance.nan_to_num(nan=float("inf"))
 
 
+# Rounding of equal rows that a kernel (an expert's matrix product, say) computes at different places; what truly
+# depends but moves less than this, the gradient shows.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
 def _threshold(noise, dtype):
-    return max(10 * noise, torch.finfo(dtype).eps) if noise < float("inf") else 0.0
+    return max(10 * noise, _ROUNDING.get(dtype, torch.finfo(dtype).eps)) if noise < float("inf") else 0.0
 
 
 def _sees_only(call, real):

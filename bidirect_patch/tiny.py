@@ -8,11 +8,13 @@ import copy
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
+from fractions import Fraction
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from .errors import UnsupportedModelError
+from .errors import BackendError, UnsupportedModelError
 
 HEADS, HEAD_DIM, VOCAB, POSITIONS, EXPERTS, WINDOW = 4, 16, 256, 256, 4, 4
 
@@ -32,8 +34,10 @@ def tiny_like(model_or_config, attn_implementation: str | None = None, trust_rem
     """A small random model in eval mode of the class of `model_or_config`.
 
     A model gives its class, dtype, device and backend; a config gives the class that `AutoModelForCausalLM` names for
-    it, in float32 on CPU. The global random state stays as it was. A config that can't be shrunk to something that
-    builds raises `UnsupportedModelError` with the reason.
+    it, in float32 on CPU. The global random state stays as it was.
+
+    Raises `UnsupportedModelError` with the reason for a config that can't be shrunk to something that builds, and
+    `BackendError` for a backend or package that isn't installed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -53,6 +57,10 @@ def tiny_like(model_or_config, attn_implementation: str | None = None, trust_rem
     with _own_random_state(), torch.device("cpu"):
         try:
             small = build(shrink(config), **options)
+        except ImportError as error:
+            raise BackendError(
+                f"a small model of {type(config).__name__} needs what isn't installed: {error}"
+            ) from error
         except Exception as error:
             raise UnsupportedModelError(
                 f"no small model could be built from {type(config).__name__}: {type(error).__name__}: {error}"
@@ -115,19 +123,20 @@ def _width(value, scale):
 _RULES: list[tuple[str, Callable]] = [
     (r"vocab(_size.*)?$", _at_most(VOCAB)),
     (r"_token_(id|index)(s|es)?$", _at_most(VOCAB - 1)),
-    (r"max_position|n_positions|n_ctx|max_seq_len|max_(target|source)_pos|model_max_length|max_length", _at_most(POSITIONS)),
+    (r"max_position|n_positions|n_ctx|max_seq_len|max_(target|source)_pos|max_length", _at_most(POSITIONS)),
     (r"index_topk|topk_blocks", lambda value, scale: value),
     (r"per_tok|top_?k(?!_)|moe_k$", _at_most(2)),
     (r"n_groups?$|topk_group$|expert_group$|ngroups$|o_groups$", _at_most(2)),
     (r"expert_num$|(?<!per_)experts$", _at_most(EXPERTS)),
-    (r"sliding_window(_size)?$|attention_chunk_size$|^(attention_|keep_)?window_size$|local_attention$", _at_most(WINDOW)),
+    (r"sliding_window(_size)?$|attention_chunk_size$|^(attention_|keep_)?window_size$", _at_most(WINDOW)),
+    (r"local_attention$", _at_most(2 * WINDOW)),  # both sides together
     (r"head_?dim|d_head|dim_head|d_kv$|kv_channels|rotary_dim|head_size", _even),
     (r"(?<!_per)_?heads?(_per_layer)?$|query_groups$", _heads),
-    (r"hidden_size|hidden_dim|d_model|n_embd|model_dim|dim_model$|embed_dim|embedding_(dim|size)|emb_dim|proj_dim", _width),
-    (r"intermediate_(size|dim)|ffn_(dim|hidden)|_inner|dim_ff$|^dff$|d_ff$|feed_forward_size|lru_width|d_ssm|_rank$", _width),
-    (r"embds_dim|shared_experts?_intermediate|^attention_hidden", _width),
+    (r"hidden_(size|dim)|d_model|n_embd|model_dim|dim_model$|embd?s?_dim|embedding_(dim|size)|embed_dim", _width),
+    (r"intermediate_(size|dim)|ffn_(dim|hidden)|_inner|dim_ff$|d_?ff$|feed_forward_size", _width),
+    (r"proj_dim|lru_width|d_ssm|_rank$", _width),
 ]
-_LAYER_COUNT = re.compile(r"^(num_hidden_layers|n_layers?|num_layers|(num_)?(encoder|decoder)_layers|depth|num_blocks)$")
+_LAYER_COUNT = re.compile(r"^(num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|depth|num_blocks)$")
 _PERIOD = re.compile(r"(pattern|period|interval|_step|every_n_layers|group_size)$")
 _INDEXES = re.compile(r"(layers|idxs|ids|indices|indexes)$")
 _FIRST = re.compile(r"^(first_k_dense_replace|max_window_layers|num_dense_layers)$")
@@ -138,8 +147,6 @@ class _Scale:
     """Ratios small / real of the number of heads and of the size of one."""
 
     def __init__(self, config):
-        from fractions import Fraction
-
         heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
         if not _is_int(width):
             raise AttributeError
@@ -152,7 +159,7 @@ class _Scale:
         self.head_dim = min(Fraction(1), HEAD_DIM / Fraction(dim))
 
 
-def _is_int(value) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -219,10 +226,10 @@ def _apportion(parts, ratio):
 
 
 def _thin_out(config, overrides):
-    """Keep one layer of each kind, at least two in all; returns the names of the fields settled by it and the kept layers."""
+    """Keep one layer of each kind, at least two in all; returns the names of the settled fields and the kept layers."""
     fields = vars(config)
-    count = getattr(config, "num_hidden_layers", None)
-    count = count if _is_int(count) else 0
+    layers = getattr(config, "num_hidden_layers", None)
+    count = layers if _is_int(layers) else 0
     periods = [n for n, v in fields.items() if _PERIOD.search(n) and _is_int(v) and v > 1]
     per_layer, indexes, firsts, lasts = [], [], [], []
     for name, value in fields.items():

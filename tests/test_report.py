@@ -1,0 +1,507 @@
+"""The report against layers whose dependencies are known by construction, and against tokens changed by hand."""
+
+import copy
+import re
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from bidirect_patch import enable_bidirectional
+from bidirect_patch.errors import BidirectPatchError, StillCausalError, UnsupportedModelError
+from bidirect_patch.report import assert_bidirectional, attention_report
+
+from .conftest import BACKENDS, FAMILIES, TRANSFORMERS, tiny_model
+
+LENGTH = 7
+FULL = torch.ones(LENGTH, LENGTH)
+
+
+def band(backward, forward):
+    """[q, k] is 1 where -backward <= k - q <= forward."""
+    return FULL.tril(forward).triu(-backward)
+
+
+class Mix(nn.Module):
+    """Positions mixed by a given (length, length) matrix [q, k], within each document, padding left out."""
+
+    def __init__(self, weights, sees_padding=False, mixes_documents=False):
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        self.register_buffer("weights", weights.clone())
+        self.sees_padding, self.mixes_documents = sees_padding, mixes_documents
+
+    def forward(self, states, mask=None, documents=1):
+        rows = states.reshape(-1, LENGTH, states.shape[-1])  # a document a row
+        weights = self.weights[None]
+        if mask is not None and not self.sees_padding:
+            weights = weights * mask[:, None, :]
+        mixed = weights @ self.linear(rows)
+        if self.mixes_documents and documents > 1:
+            mixed = mixed + mixed.roll(1, 0)
+        return mixed.reshape(states.shape)
+
+
+class Layer(nn.Module):
+    def __init__(self, weights, shape="plain", **settings):
+        super().__init__()
+        self.mix, self.shape = Mix(weights, **settings), shape
+
+    def forward(self, states, mask=None, documents=1):
+        new = states + self.mix(states, mask, documents)
+        return (new, "weights") if self.shape == "tuple" else new
+
+
+class Toy(PreTrainedModel):
+    """A decoder made of the given layers."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, *layers, carry=None):
+        super().__init__(PretrainedConfig())
+        self.embed = nn.Embedding(50, 8)
+        self.stack = nn.ModuleList(layers)
+        self.carry = carry
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        documents = 1 if position_ids is None else int((position_ids == 0).sum())
+        states = self.embed(input_ids)
+        for layer in self.stack:
+            states = self.call(layer, states, None if attention_mask is None else attention_mask.float(), documents)
+        return states
+
+    def call(self, layer, states, mask, documents):
+        if self.carry == "keyword":
+            return layer(states=states, mask=mask, documents=documents)
+        out = layer(states, mask, documents)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def toy(*patterns, carry=None, **settings):
+    torch.manual_seed(0)
+    return Toy(*(Layer(p, **settings) for p in patterns), carry=carry).eval()
+
+
+# --- what is seen -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("carry", [None, "keyword"])
+def test_any_pattern_is_recovered(seed, carry):
+    pattern = (torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(seed)) < 0.4).float()
+    (layer,) = attention_report(toy(pattern, carry=carry)).layers
+    assert torch.equal(layer.matrix, (pattern + torch.eye(LENGTH)) > 0)
+
+
+@pytest.mark.parametrize(
+    "pattern, verdict, backward, forward",
+    [
+        (FULL, "bidirectional", 6, 6),
+        (band(3, 3), "bidirectional", 3, 3),
+        (torch.block_diag(torch.ones(4, 4), torch.ones(3, 3)), "bidirectional", 3, 3),
+        (band(6, 0), "causal", 6, 0),
+        (band(2, 0), "causal", 2, 0),
+        (band(1, 0) * 0 + torch.eye(LENGTH), "no attention", 0, 0),
+        (band(3, 1), "partial", 3, 1),
+        (band(0, 6), "partial", 0, 6),
+    ],
+)
+def test_verdict_and_reach(pattern, verdict, backward, forward):
+    report = attention_report(toy(pattern, shape="tuple"))
+    (layer,) = report.layers
+    assert (layer.verdict, layer.backward, layer.forward) == (verdict, backward, forward)
+    assert report.is_bidirectional == (verdict == "bidirectional")
+
+
+def test_each_layer_is_judged_alone():
+    report = attention_report(toy(FULL, band(6, 0), FULL))
+    assert [layer.verdict for layer in report.layers] == ["bidirectional", "causal", "bidirectional"]
+    assert [layer.name for layer in report.layers] == ["stack.0", "stack.1", "stack.2"]
+    assert not report.is_bidirectional
+
+
+def test_layers_without_attention_beside_bidirectional_ones():
+    assert attention_report(toy(FULL, torch.eye(LENGTH))).is_bidirectional
+    assert not attention_report(toy(torch.eye(LENGTH))).is_bidirectional
+
+
+@pytest.mark.parametrize("small", [1e-6, 1e-9])
+def test_a_dependency_too_small_to_move_the_output_is_seen_by_its_gradient(small):
+    pattern = band(6, 0)
+    pattern[0, 6] = small
+    (layer,) = attention_report(toy(pattern)).layers
+    assert layer.verdict == "partial" and layer.forward == 6
+
+
+class WithoutGradient(Layer):
+    def forward(self, *args):
+        with torch.no_grad():
+            return super().forward(*args)
+
+
+class Refusing(Layer):
+    def forward(self, states, *args):
+        if states.requires_grad:
+            raise NotImplementedError("no backward here")
+        return super().forward(states, *args)
+
+
+@pytest.mark.parametrize("cls", [WithoutGradient, Refusing])
+@pytest.mark.parametrize("pattern", [FULL, band(6, 0), band(2, 2)])
+def test_layers_without_a_gradient_are_seen_by_perturbation(cls, pattern):
+    (layer,) = attention_report(Toy(cls(pattern)).eval()).layers
+    assert torch.equal(layer.matrix, pattern > 0)
+
+
+class Noisy(Layer):
+    """As parallel reductions do, differs a little from row to row and run to run."""
+
+    def forward(self, states, *args):
+        with torch.no_grad():
+            return super().forward(states, *args) * (1 + 1e-6 * torch.rand(states.shape))
+
+
+def test_numeric_noise_is_no_dependency():
+    (layer,) = attention_report(Toy(Noisy(band(6, 0))).eval()).layers
+    assert torch.equal(layer.matrix, band(6, 0) > 0)
+    assert layer.padding_ok and layer.packing_ok
+
+
+class Transposed(Toy):
+    def call(self, layer, states, mask, documents):
+        return layer(states.transpose(0, 1), mask, documents).transpose(0, 1)
+
+
+class PositionsFirst(Layer):
+    def forward(self, states, mask=None, documents=1):
+        return super().forward(states.transpose(0, 1), mask, documents).transpose(0, 1)
+
+
+class Stacked(Toy):
+    """Four streams before the rows, as Gemma 3n has."""
+
+    def call(self, layer, states, mask, documents):
+        return layer(states.expand(4, *states.shape).clone(), mask, documents).mean(0)
+
+
+class FourStreams(Layer):
+    def forward(self, states, mask=None, documents=1):
+        return torch.stack([super(FourStreams, self).forward(s, mask, documents) for s in states])
+
+
+class Split(Toy):
+    """Streams after the positions, as hyper-connections have."""
+
+    def call(self, layer, states, mask, documents):
+        return layer(states.unflatten(-1, (2, 4)), mask, documents).flatten(-2)
+
+
+class TwoStreams(Layer):
+    def forward(self, states, mask=None, documents=1):
+        return super().forward(states.flatten(-2), mask, documents).unflatten(-1, (2, 4))
+
+
+class Flattened(Toy):
+    """One axis for rows and positions, as models without padding have."""
+
+    def call(self, layer, states, mask, documents):
+        return layer(states.flatten(0, 1), mask, documents).reshape(states.shape)
+
+
+@pytest.mark.parametrize(
+    "model, layer",
+    [(Transposed, PositionsFirst), (Stacked, FourStreams), (Split, TwoStreams), (Flattened, Layer)],
+)
+@pytest.mark.parametrize("pattern", [band(6, 0), band(2, 2)])
+def test_hidden_states_of_other_shapes(model, layer, pattern):
+    (seen,) = attention_report(model(layer(pattern)).eval()).layers
+    assert torch.equal(seen.matrix, pattern > 0)
+    assert seen.padding_ok and seen.packing_ok
+
+
+class SideBranch(Layer):
+    """Attention and, beside it, a causal convolution: the sum depends on everything, half of it only looks back."""
+
+    def __init__(self, weights):
+        super().__init__(weights)
+        self.conv = Mix(band(2, 0))
+
+    def forward(self, states, mask=None, documents=1):
+        return states + self.mix(states, mask, documents) + self.conv(states, mask, documents)
+
+
+def test_a_causal_part_beside_attention_is_named():
+    report = attention_report(Toy(SideBranch(FULL)).eval())
+    (layer,) = report.layers
+    assert layer.matrix.all() and layer.verdict == "partial" and layer.causal_parts == ("conv",)
+    assert not report.is_bidirectional and "only looks back: conv" in str(report)
+
+
+class SharedValues(nn.Module):
+    """Mixes what an earlier layer saw, as layers that share keys and values do; its own input goes straight through."""
+
+    def __init__(self, earlier, weights):
+        super().__init__()
+        self.earlier, self.mix = [earlier], Mix(weights)
+
+    def forward(self, states, mask=None, documents=1):
+        return states + self.mix(self.earlier[0].seen, mask, documents)
+
+
+class Remembering(Layer):
+    def forward(self, states, mask=None, documents=1):
+        self.seen = states
+        return super().forward(states, mask, documents)
+
+
+@pytest.mark.parametrize("pattern", [band(6, 0), FULL])
+def test_a_layer_that_reads_the_values_of_an_earlier_one(pattern):
+    first = Remembering(pattern)
+    report = attention_report(Toy(first, SharedValues(first, pattern)).eval())
+    assert torch.equal(report.layers[1].matrix, pattern > 0)
+
+
+# --- padding, documents, ways of calling ------------------------------------------------------------------------------
+
+
+def test_padding_within_reach():
+    report = attention_report(toy(FULL, sees_padding=True))
+    assert report.layers[0].verdict == "bidirectional" and report.layers[0].padding_ok is False
+    assert not report.is_bidirectional and "padding reached in 1 layers" in report.summary
+
+
+def test_documents_within_reach():
+    report = attention_report(toy(FULL, mixes_documents=True))
+    assert report.layers[0].verdict == "bidirectional" and report.layers[0].packing_ok is False
+    assert not report.is_bidirectional and "documents mixed in 1 layers" in report.summary
+
+
+class NaNPadding(Layer):
+    def forward(self, states, mask=None, documents=1):
+        new = super().forward(states, mask, documents)
+        return new if mask is None else new.masked_fill(mask[..., None] == 0, float("nan"))
+
+
+def test_padding_has_to_be_finite():
+    assert attention_report(Toy(NaNPadding(FULL)).eval()).layers[0].padding_ok is False
+
+
+class CausalUnderAMask(Layer):
+    def forward(self, states, mask=None, documents=1):
+        self.mix.weights = FULL if mask is None else band(6, 0)
+        return super().forward(states, mask, documents)
+
+
+def test_causal_only_when_a_mask_is_given():
+    report = attention_report(Toy(CausalUnderAMask(FULL)).eval())
+    (layer,) = report.layers
+    assert layer.verdict == "partial" and not report.is_bidirectional
+    assert layer.verdicts["no mask"] == "bidirectional" and layer.verdicts["padded left"] == "causal"
+    assert "mask of ones: causal" in str(report)
+
+
+class PlainForward(Toy):
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+
+
+def test_what_the_model_does_not_take_is_not_claimed():
+    (layer,) = attention_report(PlainForward(Layer(FULL)).eval()).layers
+    assert layer.padding_ok is None and layer.packing_ok is None and list(layer.verdicts) == ["no mask"]
+
+
+# --- real models ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_tokens(model, length):
+    """[q, k]: the last hidden state at q moves when token k is another. Right for one layer only."""
+    ids = torch.arange(5, 5 + length)
+    rows = ids.repeat(length + 1, 1)
+    for k in range(length):
+        rows[k + 1, k] += 20
+    states = model(input_ids=rows).last_hidden_state
+    return ((states[1:] - states[:1]).abs().amax(-1) > 1e-6).T
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_changing_tokens_by_hand(family, enabled):
+    settings = {"sliding_window": 4} if family == "mistral" else {}
+    model = tiny_model(family, "eager", head=False, num_hidden_layers=1, **settings)
+    if enabled:
+        enable_bidirectional(model)
+    report = attention_report(model, length=9)
+    assert torch.equal(report.layers[0].matrix, by_tokens(model, 9))
+    assert report.is_bidirectional is enabled
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_backend_before_and_after(make_model, backend):
+    model = make_model("llama", backend)
+    before = attention_report(model)
+    assert {layer.verdict for layer in before.layers} == {"causal"}
+    enable_bidirectional(model)
+    after = attention_report(model)
+    assert after.is_bidirectional and after.unlike_mirror_of(before) == []
+    assert [layer.name for layer in after.layers] == ["model.layers.0", "model.layers.1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    model = tiny_model("llama", "eager").to(dtype)
+    assert {layer.verdict for layer in attention_report(model).layers} == {"causal"}
+    assert attention_report(enable_bidirectional(model)).is_bidirectional
+
+
+def test_an_uneven_window_is_told_from_the_mirror_image():
+    causal = attention_report(toy(band(3, 0), band(6, 0)))
+    assert attention_report(toy(band(3, 3), FULL)).unlike_mirror_of(causal) == []
+    wider = attention_report(toy(band(4, 4), FULL))
+    assert [layer.name for layer in wider.unlike_mirror_of(causal)] == ["stack.0"]
+    with pytest.raises(ValueError, match="can't be compared"):
+        wider.unlike_mirror_of(attention_report(toy(FULL)))
+
+
+@pytest.mark.skipif(TRANSFORMERS < Version("5.2"), reason="transformers has is_causal=False in the config since 5.2")
+def test_what_transformers_own_switch_leaves_undone():
+    llama, mistral = tiny_model("llama"), tiny_model("mistral", sliding_window=4)
+    causal = attention_report(mistral)
+    llama.config.is_causal = mistral.config.is_causal = False
+    assert {layer.packing_ok for layer in attention_report(llama).layers} == {False}
+    assert len(attention_report(mistral).unlike_mirror_of(causal)) == 2  # its window reaches one too far
+
+
+@pytest.mark.slow
+def test_real_weights(load_real):
+    model, _ = load_real()
+    before = attention_report(model)
+    assert {layer.verdict for layer in before.layers} == {"causal"}
+    after = attention_report(enable_bidirectional(model))
+    assert after.is_bidirectional and after.unlike_mirror_of(before) == []
+    assert all(layer.matrix.all() for layer in after.layers)
+
+
+# --- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.pooler, self.encoder = nn.Linear(4, 4), encoder
+
+
+def compiled(model):
+    model = torch.compile(model, backend="eager")
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [Holder, compiled, lambda m: m.model, lambda m: Holder(Holder(m.model))])
+def test_wrappers(wrap):
+    model = tiny_model("llama")
+    wrapped = wrap(model)
+    assert {layer.verdict for layer in attention_report(wrapped).layers} == {"causal"}
+    enable_bidirectional(wrapped)
+    assert attention_report(wrapped).is_bidirectional
+    assert len(attention_report(wrapped).layers) == 2
+
+
+def test_peft():
+    peft = pytest.importorskip("peft", reason="peft isn't installed")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+    assert model.training
+    assert {layer.verdict for layer in attention_report(model).layers} == {"causal"}
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_offloaded_weights():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate isn't installed")
+    model = accelerate.cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    assert {layer.verdict for layer in attention_report(model).layers} == {"causal"}
+
+
+# --- nothing stays behind ---------------------------------------------------------------------------------------------
+
+
+def trace(model):
+    modules = list(model.modules())
+    return (
+        [(m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks), sorted(m.__dict__)) for m in modules],
+        [(p.requires_grad, p.grad is None, p.detach().clone().tolist()) for p in model.parameters()],
+        model.config.to_dict(),
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    )
+
+
+def test_dropout_and_mixed_training_flags_are_left_alone():
+    model = tiny_model("llama", "eager", attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    before = trace(model)
+    with torch.no_grad():
+        report = attention_report(model)
+    assert {layer.verdict for layer in report.layers} == {"causal"}
+    assert trace(model) == before
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+class Failing(Layer):
+    def forward(self, states, mask=None, documents=1):
+        if mask is not None:
+            raise RuntimeError("broken kernel")
+        return super().forward(states, mask, documents)
+
+
+def test_nothing_stays_after_an_error():
+    model = Toy(Layer(FULL), Failing(FULL)).train()
+    before = trace(model)
+    with pytest.raises(UnsupportedModelError, match="Toy failed on random input_ids .*attention_mask.*broken kernel"):
+        attention_report(model)
+    assert trace(model) == before
+
+
+def test_two_reports_of_one_model_are_equal():
+    model = tiny_model("llama")
+    first, second = attention_report(model), attention_report(copy.deepcopy(model))
+    assert str(first) == str(second)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_aligned():
+    lines = str(attention_report(toy(FULL, band(6, 0)))).splitlines()
+    starts = [[m.start() for m in re.finditer(r"(?<=  )\S|^\S", line)][:6] for line in lines[:3]]
+    assert starts[0] == starts[1] == starts[2] and len(starts[0]) == 6
+    assert "bidirectional" in lines[1] and "causal" in lines[2]
+    assert lines[3].startswith("Toy") and "not bidirectional (1 bidirectional, 1 causal)" in lines[3]
+
+
+def test_assert_bidirectional():
+    assert assert_bidirectional(toy(FULL)) is None
+    with pytest.raises(StillCausalError, match="1 causal") as caught:
+        assert_bidirectional(toy(FULL, band(6, 0)))
+    assert "stack.1" in str(caught.value)
+
+
+def test_errors_say_what_was_given():
+    with pytest.raises(UnsupportedModelError, match="not str"):
+        attention_report("a name")
+    with pytest.raises(UnsupportedModelError, match="Linear holds no transformers model"):
+        attention_report(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="at least 3"):
+        attention_report(toy(FULL), length=2)
+    with pytest.raises(UnsupportedModelError, match="meta device.*bidirect-patch check"):
+        attention_report(toy(FULL).to("meta"))
+    with pytest.raises(UnsupportedModelError, match="no decoder layer of Toy"):
+        attention_report(Toy().eval())
+    assert issubclass(UnsupportedModelError, BidirectPatchError)
