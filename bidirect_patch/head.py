@@ -14,6 +14,7 @@ never more than one chunk of logits is alive.
 
 import inspect
 import logging
+from dataclasses import replace
 from functools import cache, wraps
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ try:
 except ImportError:  # before 4.46 the stock loss is written out in each forward
     _stock_loss = None
 
-CHUNK_BYTES = 2**26  # logits of one chunk in float32; smaller saves nothing beside the head's own gradient
+CHUNK_BYTES = 36 * 2**20  # logits of one chunk in float32: above 32 MiB glibc gives freed memory back at once
 _log = logging.getLogger(__name__)
 
 
@@ -119,12 +120,14 @@ def _scored_forward(model: Any, inner: Any, skip_logits: bool, *, labels: Tensor
     targets = targets[rows]
     kept = None if skip_logits else _Kept(model._bidirect_patch_eval_logits, labels.shape, rows)
     compute = _chunked if _is_plain(model, kwargs) else _at_once
-    out = compute(model, inner, rows, targets, kept, {**kwargs, "return_dict": True})
-    out.logits = None if kept is None else kept.logits
+    loss, out = compute(model, inner, rows, targets, kept, {**kwargs, "return_dict": True})
+    out = replace(out, loss=loss, logits=None if kept is None else kept.logits)  # an output can't be emptied in place
     return out if return_dict else out.to_tuple()
 
 
-def _at_once(model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]) -> Any:
+def _at_once(
+    model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]
+) -> tuple[Tensor, Any]:
     """All scored rows as one short sequence, (1, n + 1), through the class's own shift and loss."""
     slot = _head_slot(model)
     lm_head = model._modules[slot]
@@ -133,14 +136,16 @@ def _at_once(model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept
     rows = F.pad(rows, (0, 1))
     view = _view(model, {slot: _StandIn(lm_head, lambda hidden: lm_head(hidden.flatten(0, 1)[rows][None]))})
     out = inner(view, labels=labels, **kwargs)
-    if targets.numel() == 0 and kwargs.get("num_items_in_batch") is None:
-        out.loss = out.logits.float().sum() * 0.0  # a mean over nothing would be NaN
     if kept is not None:
         kept.add(slice(None), out.logits[0, :-1])
-    return out
+    if targets.numel() == 0 and kwargs.get("num_items_in_batch") is None:  # a mean over nothing would be NaN
+        return out.logits.float().sum() * 0.0, out
+    return out.loss, out
 
 
-def _chunked(model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]) -> Any:
+def _chunked(
+    model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]
+) -> tuple[Tensor, Any]:
     """The stock cross-entropy, a chunk of rows at a time: `inner` makes logits of what the head gave, here of each chunk."""
     items = kwargs.pop("num_items_in_batch", None)
     slot = _head_slot(model)
@@ -168,8 +173,7 @@ def _chunked(model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept
     )
     if items is None:
         items = max(targets.numel(), 1)
-    out.loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
-    return out
+    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items), out
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -194,14 +198,19 @@ class _ChunkedLoss(torch.autograd.Function):
             raw = F.linear(x, w, b).requires_grad_(any(needs))
             with torch.set_grad_enabled(any(needs)):
                 logits = finish(raw)
-                chunk_loss = F.cross_entropy(logits.float(), targets[part], reduction="sum")
-            loss += chunk_loss.detach()
             if kept is not None:
                 kept.add(part, logits.detach())
+            as_is, logits_dtype = logits.data_ptr() == raw.data_ptr(), logits.dtype
+            log_p = F.log_softmax(logits.detach(), -1, dtype=torch.float32)
+            here = targets[part].unsqueeze(1)
+            loss -= log_p.gather(1, here).sum()
             if not any(needs):
                 continue
-            (d_raw,) = torch.autograd.grad(chunk_loss, raw)
-            del logits, raw
+            # softmax minus one-hot, in place: of the chunk there are never more than two copies
+            d_raw = log_p.exp_().scatter_add_(1, here, log_p.new_full(here.shape, -1.0)).to(logits_dtype)
+            if not as_is:
+                (d_raw,) = torch.autograd.grad(logits, raw, d_raw)
+            del logits, raw, log_p
             if needs[0]:
                 d_hidden[part] = d_raw @ w
             if needs[1] and dtype == weight.dtype:

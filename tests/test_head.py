@@ -1,0 +1,453 @@
+"""The MNTP head against the stock forward of the same bidirectional model: loss, gradients, logits, and what is computed."""
+
+import copy
+import importlib.metadata
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from packaging.version import Version
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
+
+from bidirect_patch import apply_mntp_head, enable_bidirectional, is_bidirectional
+from bidirect_patch import head as head_module
+from bidirect_patch.errors import HeadError, UnsupportedModelError
+from bidirect_patch.head import remove_mntp_head
+
+from .conftest import FAMILIES, SIZES, TRANSFORMERS, tiny_config, tiny_model
+
+VOCAB = SIZES["vocab_size"]
+LOSS_KWARGS = TRANSFORMERS >= Version("4.47")  # forward hands loss arguments on to the loss
+
+
+@pytest.fixture(params=[VOCAB, 7], ids=["one-chunk", "chunks-of-7-rows"])
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * VOCAB * request.param)
+
+
+def batch(share=0.4, shape=(3, 17), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, shape, generator=generator)
+    scored = torch.rand(shape, generator=generator) < share
+    return dict(input_ids=ids, labels=torch.where(scored, ids, -100))
+
+
+def pair(model, **kwargs):
+    """The stock forward of a bidirectional copy of `model`, and `model` with the head."""
+    stock = enable_bidirectional(copy.deepcopy(model))
+    return stock, apply_mntp_head(model, **kwargs)
+
+
+def check_step(stock, ours, tolerance=1e-6, **inputs):
+    """One training step of each: the same loss, the same gradient of every parameter."""
+    losses = []
+    for model in (stock, ours):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
+    for (name, a), b in zip(ours.named_parameters(), stock.parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            scale = b.grad.abs().max().clamp(min=1.0)
+            torch.testing.assert_close(a.grad / scale, b.grad / scale, rtol=0, atol=tolerance, msg=name)
+    return losses[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_stock(family, chunks):
+    stock, ours = pair(tiny_model(family).train())
+    for seed in range(2):
+        check_step(stock, ours, **batch(seed=seed))
+    mask = torch.ones(3, 17, dtype=torch.long)
+    mask[1, :5] = 0
+    check_step(stock, ours, **batch(), attention_mask=mask)
+
+
+@pytest.mark.skipif(not LOSS_KWARGS, reason="this transformers has no num_items_in_batch")
+@pytest.mark.parametrize("items", [50, torch.tensor(50)], ids=["int", "tensor"])
+def test_num_items_in_batch(items, chunks):
+    stock, ours = pair(tiny_model().train())
+    loss = check_step(stock, ours, **batch(), num_items_in_batch=items)
+    mean = ours(**batch()).loss
+    scored = (batch()["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(loss * 50, mean.detach() * scored)
+
+
+def scaled_models():
+    """Families whose logits are more than the head's output, as far as this transformers has them."""
+    for name, settings in {
+        "Gemma2": dict(final_logit_softcapping=0.7, sliding_window=64),
+        "Gemma3Text": dict(final_logit_softcapping=0.7, sliding_window=64),
+        "Cohere": dict(logit_scale=0.3),
+        "Granite": dict(logits_scaling=5.0),
+    }.items():
+        if hasattr(transformers, f"{name}Config"):
+            yield pytest.param(name, settings, id=name)
+
+
+@pytest.mark.parametrize("name, settings", list(scaled_models()))
+def test_softcapping_and_scaling(name, settings, chunks):
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings})
+    cls = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
+    torch.manual_seed(0)
+    model = cls._from_config(config, attn_implementation="eager").train()
+    stock, ours = pair(model)
+    loss = check_step(stock, ours, **batch())
+    for key, value in settings.items():
+        if "window" not in key:  # it matters: without it the loss is another
+            setattr(ours.config, key, value * 3)
+    assert abs(ours(**batch()).loss - loss) > 1e-4 or name == "Cohere"  # which keeps its scale on the module
+    assert name != "Cohere" or ours.logit_scale == settings["logit_scale"]
+
+
+@pytest.mark.parametrize("output_router_logits", [True, False])
+def test_a_router_loss_is_added_as_in_stock(output_router_logits):
+    config = transformers.MixtralConfig(
+        **SIZES, num_local_experts=4, output_router_logits=output_router_logits, router_aux_loss_coef=0.5
+    )
+    stock, ours = pair(transformers.MixtralForCausalLM._from_config(config, attn_implementation="eager").train())
+    loss = check_step(stock, ours, **batch())
+    ours.config.output_router_logits = False
+    assert (ours(**batch()).loss - loss).abs() > 0.1 if output_router_logits else True
+
+
+def test_bias_frozen_and_untied_heads(chunks):
+    model = tiny_model().train()
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, VOCAB))
+    stock, ours = pair(model)
+    check_step(stock, ours, **batch())
+    for m in (stock, ours):
+        m.lm_head.requires_grad_(False)
+        m.get_input_embeddings().requires_grad_(False)
+    check_step(stock, ours, **batch())
+    assert ours.lm_head.weight.grad is None
+
+
+def test_a_hook_on_the_head_still_runs():
+    stock, ours = pair(tiny_model().train())
+    rows = []
+    for m in (stock, ours):
+        m.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[-2]) or output * 2)
+    check_step(stock, ours, **batch())
+    scored = int((batch()["labels"][:, 1:] != -100).sum())
+    assert rows == [17, scored + 1]
+
+
+@pytest.mark.skipif(not hasattr(transformers.PreTrainedModel, "loss_function"), reason="no loss_function before 4.46")
+def test_a_custom_loss_function_is_used():
+    def loss_function(logits, labels, vocab_size, **kwargs):
+        picked = logits[:, :-1].float().log_softmax(-1).exp()
+        targets = labels[:, 1:]
+        scored = targets != -100
+        return (1 - picked.gather(-1, targets.clamp(min=0)[..., None])[..., 0])[scored].pow(2).mean()
+
+    model = tiny_model().train()
+    model.loss_function = loss_function
+    stock, ours = pair(model)
+    stock.loss_function = loss_function
+    check_step(stock, ours, **batch())
+
+
+class Largest(TorchDispatchMode):
+    """The most rows of any tensor with a last dimension of `vocab` that was made."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) == (SIZES["hidden_size"], self.vocab):
+                continue  # the head's weight, transposed
+            if tensor.dim() and tensor.shape[-1] == self.vocab:
+                self.rows = max(self.rows, tensor.numel() // self.vocab)
+        return out
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_no_logits_but_those_scored(share, chunk, monkeypatch):
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * VOCAB * chunk)
+    stock, ours = pair(tiny_model().train())
+    inputs = batch(share, (4, 30))
+    scored = int((inputs["labels"][:, 1:] != -100).sum())
+    with Largest(VOCAB) as seen:
+        ours(**inputs).loss.backward()
+    assert seen.rows == min(chunk, scored)
+    with Largest(VOCAB) as seen:
+        stock(**inputs).loss.backward()
+    assert seen.rows >= 4 * 29
+    ours.eval()
+    remove_mntp_head(ours)
+    apply_mntp_head(ours, eval_logits="argmax")
+    with Largest(VOCAB) as seen, torch.no_grad():
+        ours(**inputs)
+    assert seen.rows == min(chunk, scored)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_nothing_scored_is_zero_with_zero_gradients(plain):
+    model = apply_mntp_head(tiny_model().train())
+    if not plain:
+        model.lm_head.register_forward_hook(lambda *a: None)
+    inputs = batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    inputs["labels"][:, 0] = 5  # nothing comes before the first token, so it can't be scored
+    out = model(**inputs)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert model.lm_head.weight.grad is not None and model.model.layers[0].mlp.up_proj.weight.grad is not None
+    logits = model.eval()(**inputs).logits
+    assert logits.shape == (3, 17, VOCAB) and not logits.any()
+
+
+def test_outputs_without_labels_and_as_tuples():
+    stock, ours = pair(tiny_model())
+    ids = batch()["input_ids"]
+    torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=0)
+    out = ours.train()(**batch(), output_hidden_states=True)
+    assert out.logits is None and len(out.hidden_states) == 3
+    pieces = ours(**batch(), output_hidden_states=True, return_dict=False)
+    assert torch.equal(pieces[0], out.loss) and len(pieces[1]) == 3
+    torch.testing.assert_close(ours(**batch(), skip_logits=False).logits, ours.eval()(**batch()).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_evaluation_logits_correspond_to_labels(plain, chunks):
+    stock, ours = pair(tiny_model())
+    if not plain:
+        ours.lm_head.register_forward_hook(lambda *a: None)
+    inputs = batch()
+    with torch.no_grad():
+        full, expected = ours(**inputs).logits, stock(**inputs).logits
+        apply_mntp_head(ours, eval_logits="argmax")
+        tokens = ours(**inputs).logits
+    scored = F.pad(inputs["labels"][:, 1:] != -100, (0, 1))
+    torch.testing.assert_close(full[scored], expected[scored], rtol=1e-6, atol=1e-6)
+    assert not full[~scored].any()
+    assert tokens.shape == (3, 17) and torch.equal(tokens[scored], expected.argmax(-1)[scored])
+    assert (tokens[~scored] == -100).all()
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return {k: v[0] for k, v in batch(shape=(1, 17), seed=i).items()}
+
+
+def trainer(model, tmp_path, **kwargs):
+    accelerate = Version(importlib.metadata.version("accelerate"))
+    if TRANSFORMERS < Version("4.41") and accelerate >= Version("1.0"):
+        pytest.skip(f"the Trainer of transformers {TRANSFORMERS} can't be made with accelerate {accelerate}")
+    settings = dict(
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=3,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        learning_rate=0.01,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=True,
+    )
+    metrics = {k: kwargs.pop(k) for k in ("compute_metrics",) if k in kwargs}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **settings, **kwargs)
+    return Trainer(model=model, args=arguments, train_dataset=Data(), eval_dataset=Data(), **metrics)
+
+
+def accuracy(prediction):
+    tokens, labels = prediction.predictions, prediction.label_ids[:, 1:]
+    tokens = (tokens.argmax(-1) if tokens.ndim == 3 else tokens)[:, :-1]
+    return {"accuracy": float((tokens == labels)[labels != -100].mean())}
+
+
+@pytest.mark.parametrize("eval_logits", ["full", "argmax"])
+def test_trainer_evaluates_as_stock(eval_logits, tmp_path):
+    stock, ours = pair(tiny_model(), eval_logits=eval_logits)
+    for model in (stock, ours):  # an accuracy that isn't 0
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        for seed in range(8):
+            model(**batch(seed=seed, shape=(1, 17))).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = trainer(stock, tmp_path, compute_metrics=accuracy).evaluate()
+    found = trainer(ours, tmp_path, compute_metrics=accuracy).evaluate()
+    assert found["eval_accuracy"] == pytest.approx(expected["eval_accuracy"]) and 0 < found["eval_accuracy"] < 1
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [dict(gradient_accumulation_steps=2), dict(label_smoothing_factor=0.2)], ids=str)
+def test_trainer_trains_as_stock(settings, tmp_path):
+    trained = []
+    for model in pair(tiny_model()):
+        run = trainer(model, tmp_path, max_steps=2, optim="sgd", **settings)
+        trained.append((run.train().training_loss, [p.detach().clone() for p in model.parameters()]))
+    assert trained[1][0] == pytest.approx(trained[0][0], rel=1e-6)
+    before = list(tiny_model().parameters())
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(trained[1][1], before))
+    for a, b in zip(trained[1][1], trained[0][1]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16(autocast, chunks):
+    model = tiny_model().train()
+    stock, ours = pair(model if autocast else model.bfloat16())
+    exact = enable_bidirectional(copy.deepcopy(stock).float())
+    grads = []
+    for m in (exact, stock, ours):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and m is not exact):
+            loss = m(**batch()).loss
+        assert loss.dtype == torch.float32
+        loss.backward()
+        grads.append([p.grad.float() for p in m.parameters()])
+    assert all(p.grad.dtype == p.dtype for p in ours.parameters())
+    error = [sum((a - b).norm() for a, b in zip(grads[0], g)) for g in grads[1:]]
+    assert error[1] < 1.25 * error[0]  # no further from float32 than stock is
+
+
+def test_float16_keeps_the_stock_order_of_scaling():
+    stock, ours = pair(tiny_model().train().half())
+    tiny = 2.0**-14  # gradients that only a scaled loss keeps
+    for m in (stock, ours):
+        (m(**batch()).loss * (tiny * 2**14)).backward()
+    for a, b in zip(ours.parameters(), stock.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-2)
+
+
+def test_bare_model_gets_its_head_around_the_same_backbone():
+    bare = tiny_model(head=False)
+    config, weights = bare.config.to_dict(), {n: p for n, p in bare.named_parameters()}
+    model = apply_mntp_head(bare)
+    assert type(model).__name__ == "LlamaForCausalLM" and isinstance(model, transformers.LlamaForCausalLM)
+    assert model.model is bare and model.config is bare.config and bare.config.to_dict() == config
+    assert all(p is weights[n.removeprefix("model.")] for n, p in model.named_parameters() if n != "lm_head.weight")
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert 0.01 < model.lm_head.weight.std() < 0.03 and model.lm_head.weight is not bare.embed_tokens.weight
+    assert is_bidirectional(model) and model.training == bare.training
+    stock = enable_bidirectional(transformers.LlamaForCausalLM._from_config(bare.config, attn_implementation="sdpa"))
+    stock.load_state_dict(model.state_dict())
+    check_step(stock.train(), model.train(), **batch())
+
+
+def test_bare_model_with_tied_embeddings():
+    bare = tiny_model("gemma", head=False)
+    model = apply_mntp_head(bare)
+    assert model.lm_head.weight is bare.embed_tokens.weight
+    model(**batch()).loss.backward()
+    assert bare.embed_tokens.weight.grad is not None
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_peft(head, chunks):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(tiny_model(head=head), config).train()
+    if head:
+        stock, ours = pair(adapted)
+        assert ours is adapted
+    else:
+        ours = apply_mntp_head(adapted)
+        assert ours.model is adapted
+        stock = enable_bidirectional(remove_mntp_head(copy.deepcopy(ours)))
+    inputs = batch()
+    check_step(stock, ours, **inputs)
+    assert any(p.grad is not None and p.grad.any() for n, p in ours.named_parameters() if "lora_A" in n)
+
+
+def test_errors_come_before_any_change():
+    for model in (
+        torch.nn.Linear(2, 2),
+        transformers.LlamaForSequenceClassification(tiny_config("llama")),
+        torch.nn.ModuleList([tiny_model(head=False)]),
+        transformers.CLIPVisionModel(transformers.CLIPVisionConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)),
+        "Llama",
+    ):
+        with pytest.raises(HeadError):
+            apply_mntp_head(model)
+        if isinstance(model, torch.nn.Module):
+            assert not any(hasattr(m, "_original") for m in model.modules())
+    model = tiny_model()
+    with pytest.raises(HeadError, match="'all'"):
+        apply_mntp_head(model, eval_logits="all")
+    assert not is_bidirectional(model)
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(UnsupportedModelError):
+        apply_mntp_head(mamba)
+    assert type(mamba) is transformers.MambaForCausalLM
+
+
+def test_the_way_back_and_copies():
+    model = tiny_model().train()
+    state, original = dict(model.__dict__), type(model)
+    applied = apply_mntp_head(apply_mntp_head(model))  # idempotent
+    assert applied is model and type(model) is not original and isinstance(model, original)
+    assert str(type(model)) == str(original)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(**batch()).loss, model(**batch()).loss)
+        with torch.no_grad():
+            twin.lm_head.weight.mul_(2)
+        assert not torch.equal(twin(**batch()).loss, model(**batch()).loss)
+        assert type(remove_mntp_head(twin)) is original and type(model) is not original
+    assert remove_mntp_head(remove_mntp_head(model)) is model
+    assert type(model) is original and model.__dict__ == state
+    assert is_bidirectional(model)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    stock, ours = pair(tiny_model().train())
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        for m in (stock, ours):
+            m.enable_input_require_grads()
+    check_step(stock, ours, **batch())
+
+
+@pytest.mark.slow
+def test_compiled():
+    torch._dynamo.reset()
+    stock, ours = pair(tiny_model().train())
+    compiled = torch.compile(ours, backend="aot_eager")
+    for seed in range(3):
+        losses = [m(**batch(seed=seed)).loss for m in (stock, compiled)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
+        grads = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (stock, ours))]
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def _rank(rank, folder, inputs):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = apply_mntp_head(tiny_model().train())
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    parallel(**{k: v[2 * rank : 2 * rank + 2] for k, v in inputs.items()}).loss.backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_average_to_the_gradients_of_both(tmp_path):
+    inputs = batch(shape=(4, 17))
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), inputs), nprocs=2)
+    stock = enable_bidirectional(tiny_model().train())
+    halves = [{k: v[at : at + 2] for k, v in inputs.items()} for at in (0, 2)]
+    (sum(stock(**half).loss for half in halves) / 2).backward()
+    for rank in "01":
+        for a, b in zip(torch.load(tmp_path / rank), stock.parameters()):
+            torch.testing.assert_close(a, b.grad, rtol=1e-5, atol=2e-6)
