@@ -112,7 +112,7 @@ def _set(found: list[Decoder], mode: bool, allow_partial: bool = False) -> None:
         _disable(changing)
 
 
-def _enable(found: list[Decoder], allow_partial: bool) -> None:
+def _enable(found: list[Decoder], allow_partial: bool, proof: bool = True) -> None:
     for decoder in found:
         if decoder.in_the_way and not allow_partial:
             raise UnsupportedModelError(
@@ -123,7 +123,10 @@ def _enable(found: list[Decoder], allow_partial: bool) -> None:
     plan = {id(step.module): step for decoder in found for step in _steps(decoder)}  # one builder may serve two decoders
     for step in plan.values():
         _check_not_sharded(step.module)
-    guards.prove(found)
+    if proof:
+        for decoder in found:
+            if not decoder.in_the_way:
+                guards.prove(decoder, lambda small: _enable(decoders(small), False, proof=False))
     guards.install()
     for step in plan.values():
         swap.swap(step.module, step.mixin, step.attributes, step.buffers)

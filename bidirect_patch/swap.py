@@ -56,6 +56,11 @@ def subclass(original: type, mixin: type) -> type:
     return _subclasses[key]
 
 
+def original(cls: type) -> type:
+    """The class that `cls` was made from, or `cls` itself."""
+    return cls.__dict__.get("_original", cls)
+
+
 def is_swapped(module: object, mixin: type) -> bool:
     """Whether `module` carries `mixin`, on top or under somebody else's swap."""
     return isinstance(module, mixin)
