@@ -295,10 +295,11 @@ class _Experiment:
     def _run(self, inputs, parts=False, replace_ends=False) -> list[_Call]:
         for gradients in (True, False) if self.gradients else (False,):
             calls: list[_Call] = []
+            leaves: list[Tensor] = []
             handles = []
             try:
                 for name, layer in self.layers.items():
-                    handles += _watch(name, layer, calls, self.rows, self.length, gradients, parts, replace_ends)
+                    handles += _watch(name, layer, calls, leaves, self.rows, self.length, gradients, parts, replace_ends)
                 with torch.set_grad_enabled(gradients):
                     self.model(**inputs)
                 break
@@ -321,7 +322,7 @@ class _Experiment:
         return calls
 
 
-def _watch(name, layer, calls, rows, length, gradients, parts, replace_ends) -> list:
+def _watch(name, layer, calls, leaves, rows, length, gradients, parts, replace_ends) -> list:
     """Put the hooks on one layer that feed it and add a `_Call` for each time it runs; returns their handles."""
     given: list[Tensor] = []  # leaves, (rows, length, features), of the calls in progress
     seen: list[tuple[str, Tensor]] = []
@@ -334,6 +335,7 @@ def _watch(name, layer, calls, rows, length, gradients, parts, replace_ends) -> 
         states = args[key] if isinstance(key, int) else kwargs[key]
         leaf, replaced = _perturbed(states, layout, rows, length, seed=len(calls), replace_ends=replace_ends)
         given.append(leaf.requires_grad_(gradients))
+        leaves.append(leaf)  # a layer may attend to the keys that an earlier one made of its own input
         replaced = _from_rows(leaf, layout, states.shape)
         if isinstance(key, int):
             args = (*args[:key], replaced, *args[key + 1 :])
@@ -350,7 +352,7 @@ def _watch(name, layer, calls, rows, length, gradients, parts, replace_ends) -> 
             return
         matrix, noise = _by_perturbation(outputs.detach())
         if leaf.requires_grad and outputs.requires_grad:
-            matrix = matrix | _by_gradient(outputs, leaf)
+            matrix = matrix | _by_gradient(outputs, leaves)
         finite = bool(torch.isfinite(outputs).all())
         call = _Call(name, type(module).__name__, matrix.cpu(), finite, outputs.detach().clone(), noise)
         call.parts = [part for part, m in seen if _verdict(m) == CAUSAL]
@@ -401,15 +403,17 @@ def _by_perturbation(outputs):
     return moved.T, noise
 
 
-def _by_gradient(outputs, leaf):
+def _by_gradient(outputs, leaves):
     length = outputs.shape[1]
     positions = torch.arange(length, device=outputs.device)
     chosen = outputs[1 + positions, positions]  # (length, features)
     weights = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(0)).to(chosen)
-    (gradient,) = torch.autograd.grad((chosen * weights).sum(), leaf, allow_unused=True)
-    if gradient is None:
-        return torch.zeros(length, length, dtype=torch.bool, device=outputs.device)
-    return (gradient[1:-1] != 0).any(-1)
+    gradients = torch.autograd.grad((chosen * weights).sum(), leaves, allow_unused=True, retain_graph=True)
+    depends = torch.zeros(length, length, dtype=torch.bool, device=outputs.device)
+    for gradient in gradients:
+        if gradient is not None:
+            depends |= (gradient[1:-1].to(outputs.device) != 0).any(-1)
+    return depends
 
 
 def _distance(a, b):

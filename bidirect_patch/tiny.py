@@ -89,11 +89,13 @@ def _own_random_state():
 def _randomize(model: nn.Module) -> None:
     # Not the model's own initialization: that may leave gates and output projections at zero, where nothing moves.
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
                 continue
             if parameter.dim() < 2:
-                parameter.uniform_(0.5, 1.5)
+                # Normalized queries and keys without a scale of their own would give a softmax that sees one key.
+                small = 0.3 if re.search(r"(^|[._])(q|k|query|key)_?(layer)?norm", name) else 1.0
+                parameter.uniform_(0.5 * small, 1.5 * small)
             else:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
 
