@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from ..errors import BackendError, ConfigError
+from . import one_line
 
 
 def run(argv: list[str]) -> int:
@@ -40,16 +41,19 @@ def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training:
     training.remove_unused_columns = False  # the collator takes what it needs
     decoder = model.load_model(model_settings)
     model.add_adapter(decoder, model_settings)
-    trainer = MNTPTrainer(
-        model=decoder,
-        args=training,
-        train_dataset=sequences.get("train"),
-        eval_dataset=sequences.get("validation"),
-        data_collator=collators[0],
-        eval_collator=collators[1],
-        tokenizer=tokenizer,
-        stop_after_n_steps=mntp_settings.stop_after_n_steps,
-    )
+    try:
+        trainer = MNTPTrainer(
+            model=decoder,
+            args=training,
+            train_dataset=sequences.get("train"),
+            eval_dataset=sequences.get("validation"),
+            data_collator=collators[0],
+            eval_collator=collators[1],
+            tokenizer=tokenizer,
+            stop_after_n_steps=mntp_settings.stop_after_n_steps,
+        )
+    except (ValueError, ImportError) as error:  # settings that contradict each other, or need what isn't installed
+        raise ConfigError(one_line(error)) from error
     report = Report(trainer)
     if training.do_eval and mntp_settings.eval_baselines and checkpoint is None:
         _baselines(trainer, decoder, report)

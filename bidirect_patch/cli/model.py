@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -31,10 +33,14 @@ def load_model(model: ModelArguments) -> PreTrainedModel:
         model.model_name_or_path,
         AutoModelForCausalLM,
         model,
-        torch_dtype=model.torch_dtype,
+        torch_dtype=getattr(torch, model.torch_dtype, model.torch_dtype),  # "auto" stays a word
         attn_implementation=model.attn_implementation,
         low_cpu_mem_usage=model.low_cpu_mem_usage,
+        **_unpacked(model),
     )
+    if model.gguf_file and getattr(loaded, "hf_quantizer", None):
+        # The weights are plain now; left marked as quantized, they could neither be trained nor saved.
+        loaded.hf_quantizer.remove_quantization_config(loaded)
     return apply_mntp_head(loaded, eval_logits="argmax")
 
 
@@ -76,6 +82,14 @@ def collator(tokenizer: Any, data: DataArguments, mntp: MNTPArguments, kind: typ
         seed=seed,
         **shares,
     )
+
+
+def _unpacked(model: ModelArguments) -> dict[str, Any]:
+    """From transformers 5.17 on a GGUF's weights stay packed unless told otherwise, and packed ones can't be trained."""
+    kind = getattr(transformers, "GgufConfig", None)
+    if kind is None or not model.gguf_file:
+        return {}
+    return {"quantization_config": kind(gguf_file=model.gguf_file, dequantize=True)}
 
 
 def _loaded(name: str | None, kind: Any, model: ModelArguments, **how: Any) -> Any:
