@@ -66,6 +66,11 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax"] 
     if causal is None:
         model = causal = _build_around(model)
     _head_slot(causal)
+    if not _shifts(type(causal)):
+        raise HeadError(
+            f"{type(causal).__name__} scores labels where they stand, without the shift by one that MNTP is trained with: "
+            "use a decoder-only *ForCausalLM"
+        )
     attributes = {"_bidirect_patch_eval_logits": eval_logits}
     if not is_swapped(causal, MNTPHead):
         attributes.update(rebound_forward(causal, subclass(type(causal), MNTPHead)))
@@ -325,6 +330,13 @@ def _find_causal(model: Any) -> PreTrainedModel | None:
 @cache
 def _takes_labels(cls: type) -> bool:
     return "labels" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+
+
+@cache
+def _shifts(cls: type) -> bool:
+    """Whether the class's own loss shifts: the decoders of encoder-decoders (Bart, Whisper) have one that doesn't."""
+    code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
+    return any(name == "loss_function" or "shift" in name for name in (*code.co_names, *code.co_varnames))
 
 
 def _head_slot(causal: PreTrainedModel) -> str:

@@ -366,12 +366,16 @@ def test_peft(head, chunks):
     assert any(p.grad is not None and p.grad.any() for n, p in ours.named_parameters() if "lora_A" in n)
 
 
+BART = dict(vocab_size=61, d_model=16, decoder_layers=1, decoder_ffn_dim=16, decoder_attention_heads=2)
+
+
 def test_errors_come_before_any_change():
     for model in (
         torch.nn.Linear(2, 2),
         transformers.LlamaForSequenceClassification(tiny_config("llama")),
         torch.nn.ModuleList([tiny_model(head=False)]),
         transformers.CLIPVisionModel(transformers.CLIPVisionConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)),
+        transformers.BartForCausalLM(transformers.BartConfig(**BART)),  # whose loss has no shift
         "Llama",
     ):
         with pytest.raises(HeadError):
