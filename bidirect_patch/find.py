@@ -106,6 +106,7 @@ def decoders(model: Any) -> list[Decoder]:
     models = [(n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)]
     found: list[Decoder] = []
     rejected: list[str] = []
+    stuck: list[str] = []
     for name, module in models:
         owned = list(_own_attentions(module))
         wraps = any(_is_inside(other, name) for other, _ in models)
@@ -114,11 +115,14 @@ def decoders(model: Any) -> list[Decoder]:
             found.append(_describe(name, module, owned))
         elif reason:
             rejected.append(f"{_where(name, module)}: {reason}")
+            if not reason.startswith("an encoder:"):  # a tower that is bidirectional as it is may stay beside a decoder
+                stuck.append(rejected[-1])
     if not found:
         what = "; ".join(rejected) or "no transformers PreTrainedModel inside"
         raise UnsupportedModelError(
             f"{type(model).__name__} has no decoder with causal attention that could be made bidirectional ({what})"
         )
+    found[0].in_the_way += stuck
     for decoder in found:
         decoder.builders = [
             m
@@ -158,7 +162,8 @@ def _why_no_decoder(model: PreTrainedModel, attentions: list[tuple[str, nn.Modul
         layers = None if wraps else _longest_list(model)
         if layers is None:
             return ""
-        return f"its layers ({_kinds(layers)}) have no attention"
+        what = "attention" if any(_mixes_otherwise(m) for m in layers.modules()) else "causal attention"
+        return f"{'' if what == 'attention' else 'an encoder: '}its layers ({_kinds(layers)}) have no {what}"
     if getattr(model.config, "is_encoder_decoder", False):
         return "an encoder-decoder"
     # Attention that was built causal says so (is_causal) on most versions; else the model's own mask code does.

@@ -73,6 +73,7 @@ class BidirectionalModel(Swapped):
         if inputs is None or isinstance(mask, dict) or _is_block_mask(mask):
             return kwargs  # the model reports missing input itself; a ready mask is the user's own
         if getattr(mask, "ndim", None) == 4:
+            _check_ready(mask, inputs.shape[0], inputs.shape[1])
             if masks.ONES_AND_ZEROS and not self._inverts and mask.max() > 0:  # type: ignore[attr-defined]
                 dtype = self._embedding_dtype()
                 kwargs[name] = torch.zeros_like(mask, dtype=dtype).masked_fill(mask == 0, torch.finfo(dtype).min)
@@ -98,6 +99,15 @@ class BidirectionalModel(Swapped):
         weight = getattr(self.get_input_embeddings(), "weight", None)  # type: ignore[attr-defined]
         dtype = weight.dtype if weight is not None else self.dtype  # type: ignore[attr-defined]
         return dtype if dtype.is_floating_point else self.dtype  # type: ignore[attr-defined]
+
+
+def _check_ready(mask: Tensor, batch: int, length: int) -> None:
+    # (batch, K, 1, length) is what an outer model made for FlashAttention
+    if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, length) or mask.shape[3] != length:
+        raise AttentionMaskError(
+            f"a ready 4D attention_mask of shape {tuple(mask.shape)} for input of {batch} x {length} tokens: give "
+            f"({batch}, 1, {length}, {length}), or the 2D mask ({batch}, {length})"
+        )
 
 
 def _is_block_mask(mask: Any) -> bool:

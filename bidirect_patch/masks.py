@@ -165,7 +165,12 @@ def read_layout(
     elif position_ids is not None:
         # (3 or 4, batch, length) are multimodal rotary positions; only the fourth form starts with text positions
         text = position_ids[0] if position_ids.dim() == 3 and position_ids.shape[0] == 4 else position_ids
-        if text.dim() == 2 and text.shape[-1] == length and length > 1:
+        if text.dim() == 2 and (text.shape[0] not in (1, batch) or text.shape[1] != length):
+            raise AttentionMaskError(
+                f"position_ids of shape {tuple(text.shape)} for input of {batch} x {length} tokens: give ({batch}, {length}) "
+                f"or (1, {length})"
+            )
+        if text.dim() == 2 and length > 1:
             starts = torch.diff(text.to(device), dim=-1) != 1
             if _compiling() or bool(starts.any()):
                 document = torch.nn.functional.pad(starts.cumsum(-1), (1, 0)).expand(batch, length)

@@ -116,8 +116,8 @@ def _enable(found: list[Decoder], allow_partial: bool, proof: bool = True) -> No
     for decoder in found:
         if decoder.in_the_way and not allow_partial:
             raise UnsupportedModelError(
-                f"{type(decoder.module).__name__} can't be made fully bidirectional: {len(decoder.in_the_way)} of its "
-                f"{len(decoder.layers)} layers mix tokens by other means than attention ({'; '.join(decoder.in_the_way)}). "
+                f"{type(decoder.module).__name__} can't be made fully bidirectional, since this mixes tokens by other means "
+                f"than causal attention: {'; '.join(decoder.in_the_way)}. "
                 "allow_partial=True patches its attention layers all the same"
             )
     plan = {id(step.module): step for decoder in found for step in _steps(decoder)}  # one builder may serve two decoders
