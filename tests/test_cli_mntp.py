@@ -259,19 +259,14 @@ def test_evaluation_is_the_mean_over_all_masked_tokens(settings):
     assert found["eval_loss"] == found["before_loss"] != found["causal_loss"]
 
 
-def test_padding_free_scores_the_same_tokens_to_the_same_loss(settings):
-    settings |= {"do_eval": True, "line_by_line": True}
+def test_padding_free_trains_to_the_same_weights_as_padding(settings):
+    """The same texts and masks, laid out otherwise; and to others than no training at all."""
+    settings |= {"do_train": True, "line_by_line": True, "lora_dropout": 0.0, "stop_after_n_steps": 3}
     packed = settings | {"output_dir": settings["output_dir"] + "-packed", "padding_free": True}
     assert run(settings) == 0 and run(packed) == 0
-    padded, packed = results(settings), results(packed)
-    assert packed["eval_masked_tokens"] == padded["eval_masked_tokens"]
-    for key in ("causal_loss", "eval_loss"):
-        assert packed[key] == pytest.approx(padded[key], abs=1e-4)
-
-
-def test_padding_free_trains(settings):
-    assert run(settings, "--do_train", "--do_eval", "--line_by_line", "--padding_free", "--stop_after_n_steps=15") == 0
-    assert results(settings)["eval_loss"] < results(settings)["before_loss"] - 0.1
+    padded, packed = weights(settings), weights(packed)
+    assert all(torch.allclose(packed[key], padded[key], atol=2e-4) for key in padded)
+    assert all(padded[key].abs().max() > 0.01 for key in padded if "lora_B" in key)  # where it starts is zero
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "stream", "folder"])

@@ -30,9 +30,13 @@ def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training:
     checkpoint = _checkpoint(training, saving.last_whole_checkpoint)
     set_seed(training.seed)
     tokenizer = model.load_tokenizer(model_settings)
-    collators = [
-        model.collator(tokenizer, data_settings, mntp_settings, ResumableCollator, training.seed) for _ in range(2)
-    ]
+    # Evaluation is padded: it runs the causal model too, and older transformers let packed documents see each other.
+    train_collator, eval_collator = (
+        model.collator(
+            tokenizer, data_settings, mntp_settings, ResumableCollator, padding_free=packed, seed=training.seed
+        )
+        for packed in (data_settings.padding_free, False)
+    )
     texts = data.load_texts(model_settings, data_settings, training)
     wanted = [split for split, used in (("train", training.do_train), ("validation", training.do_eval)) if used]
     sequences = {split: data.tokenize(texts[split], split, tokenizer, data_settings, training) for split in wanted}
@@ -47,8 +51,8 @@ def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training:
             args=training,
             train_dataset=sequences.get("train"),
             eval_dataset=sequences.get("validation"),
-            data_collator=collators[0],
-            eval_collator=collators[1],
+            data_collator=train_collator,
+            eval_collator=eval_collator,
             tokenizer=tokenizer,
             stop_after_n_steps=mntp_settings.stop_after_n_steps,
         )

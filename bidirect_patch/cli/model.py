@@ -66,7 +66,9 @@ def adapter_of(model: PreTrainedModel) -> PeftModel | None:
     return model.base_model if isinstance(model.base_model, PeftModel) else None
 
 
-def collator(tokenizer: Any, data: DataArguments, mntp: MNTPArguments, kind: type[MNTPCollator], seed: int):
+def collator(
+    tokenizer: Any, data: DataArguments, mntp: MNTPArguments, kind: type[MNTPCollator], *, padding_free: bool, seed: int
+) -> MNTPCollator:
     """A collator of `kind` as the settings describe it. Raises MaskTokenError if the mask token isn't one id."""
     mask_token = mntp.mask_token
     if mask_token is None and tokenizer.mask_token is None:
@@ -78,14 +80,14 @@ def collator(tokenizer: Any, data: DataArguments, mntp: MNTPArguments, kind: typ
         mlm_probability=mntp.mlm_probability,
         mask_token=mask_token,
         pad_to_multiple_of=sequence_length(tokenizer, data) if data.pad_to_max_length else None,
-        padding_free=data.padding_free,
+        padding_free=padding_free,
         seed=seed,
         **shares,
     )
 
 
 def _unpacked(model: ModelArguments) -> dict[str, Any]:
-    """From transformers 5.17 on a GGUF's weights stay packed unless told otherwise, and packed ones can't be trained."""
+    """From transformers 5.17 on a GGUF's weights stay packed unless told otherwise; packed ones can't be trained."""
     kind = getattr(transformers, "GgufConfig", None)
     if kind is None or not model.gguf_file:
         return {}
