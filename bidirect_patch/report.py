@@ -95,13 +95,28 @@ class AttentionReport:
 
         This holds a window to |q - k| < w and a chunk to its whole, where `causal` reports the same model unpatched.
         """
-        if (self.length, len(self.layers)) != (causal.length, len(causal.layers)):
-            raise ValueError(
-                f"reports of {len(self.layers)} layers at length {self.length} and of {len(causal.layers)} layers at "
-                f"length {causal.length} can't be compared"
-            )
-        pairs = zip(self.layers, causal.layers, strict=True)
+        pairs = self._beside(causal)
         return [new for new, old in pairs if not torch.equal(new.matrix, old.matrix | old.matrix.T)]
+
+    def narrower_than(self, causal: "AttentionReport") -> list[LayerReport]:
+        """The layers here that look back less far than the same layers of `causal`, the same model unpatched.
+
+        One position of a window is forgiven: some releases, 4.39 among them, let it reach one further than its size.
+        """
+        lost = []
+        for new, old in self._beside(causal):
+            slack = 1 if old.backward < causal.length - 1 else 0
+            if new.backward < old.backward - slack:
+                lost.append(new)
+        return lost
+
+    def _beside(self, other: "AttentionReport") -> list[tuple[LayerReport, LayerReport]]:
+        if (self.length, len(self.layers)) != (other.length, len(other.layers)):
+            raise ValueError(
+                f"reports of {len(self.layers)} layers at length {self.length} and of {len(other.layers)} layers at "
+                f"length {other.length} can't be compared"
+            )
+        return list(zip(self.layers, other.layers, strict=True))
 
     def __str__(self) -> str:
         head = ("layer", "class", "verdict", "reach", "padding", "documents", "")
@@ -299,7 +314,9 @@ class _Experiment:
             handles = []
             try:
                 for name, layer in self.layers.items():
-                    handles += _watch(name, layer, calls, leaves, self.rows, self.length, gradients, parts, replace_ends)
+                    handles += _watch(
+                        name, layer, calls, leaves, self.rows, self.length, gradients, parts, replace_ends
+                    )
                 with torch.set_grad_enabled(gradients):
                     self.model(**inputs)
                 break

@@ -50,7 +50,9 @@ def tiny_like(model_or_config, attn_implementation: str | None = None, trust_rem
         device = device if tensor.is_meta else tensor.device
     else:
         config, build = model_or_config, AutoModelForCausalLM.from_config
-    backend = attn_implementation or getattr(config, "_attn_implementation", None)
+    # A config that no one gave a backend says "eager" on older releases, and means the model's default.
+    chosen = "_attn_implementation" if isinstance(model_or_config, nn.Module) else "_attn_implementation_internal"
+    backend = attn_implementation or getattr(config, chosen, None)
     options = {"attn_implementation": backend} if isinstance(backend, str) else {}
     if trust_remote_code:
         options["trust_remote_code"] = True

@@ -1,13 +1,16 @@
 """`bidirect-patch check`: tables and exit codes, for folders that hold a config alone, and with weights."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from bidirect_patch import cli
 from bidirect_patch.cli import check
 from bidirect_patch.errors import StillCausalError
+from bidirect_patch.report import attention_report
 
 from .conftest import tiny_config, tiny_model
 
@@ -61,6 +64,24 @@ def test_a_layer_that_stays_causal_is_a_failure(folder, capsys, monkeypatch):
     monkeypatch.setattr(check, "bidirectional", nullcontext)
     assert cli.main(["check", folder]) == 1
     assert "2 causal" in capsys.readouterr().out.split("bidirectional:\nlayer")[1]
+
+
+def test_a_layer_that_sees_less_than_before_is_a_failure(folder, capsys, monkeypatch):
+    """Bidirectional, but in a window where the model as it is has none."""
+
+    band = torch.ones(7, 7).triu(-2).tril(2).bool()
+
+    def report(model, length):
+        seen = attention_report(model, length=length)
+        if seen.is_bidirectional:
+            layers = [replace(layer, matrix=band, backward=2, forward=2) for layer in seen.layers]
+            seen = replace(seen, layers=layers)
+        return seen
+
+    monkeypatch.setattr(check, "attention_report", report)
+    assert cli.main(["check", folder]) == 1
+    out = capsys.readouterr().out
+    assert "looked back 6 positions and now reaches -2 .. +2" in out
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,10 @@ def test_an_uneven_window_is_told_from_the_mirror_image():
     assert attention_report(toy(band(3, 3), FULL)).unlike_mirror_of(causal) == []
     wider = attention_report(toy(band(4, 4), FULL))
     assert [layer.name for layer in wider.unlike_mirror_of(causal)] == ["stack.0"]
+    assert wider.narrower_than(causal) == []
+    assert attention_report(toy(band(2, 2), FULL)).narrower_than(causal) == []  # a window one too long before
+    narrower = attention_report(toy(band(1, 1), band(5, 5)))
+    assert [layer.name for layer in narrower.narrower_than(causal)] == ["stack.0", "stack.1"]
     with pytest.raises(ValueError, match="can't be compared"):
         wider.unlike_mirror_of(attention_report(toy(FULL)))
 

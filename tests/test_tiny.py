@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig
 
@@ -12,7 +13,7 @@ from bidirect_patch.errors import UnsupportedModelError
 from bidirect_patch.report import attention_report
 from bidirect_patch.tiny import shrink, tiny_like
 
-from .conftest import tiny_model
+from .conftest import TRANSFORMERS, tiny_model
 
 # (hidden_size, intermediate_size, heads, key/value heads, layers, vocabulary) and what else is in the config.json.
 LLAMA_NAMES = (
@@ -218,6 +219,8 @@ def published(name):
     model_type, sizes, others = PUBLISHED[name]
     if model_type not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    if name == "Llama-3.1-70B" and TRANSFORMERS < Version("4.43"):
+        pytest.skip(f"transformers {TRANSFORMERS} has no llama3 rope")
     sizes = dict(zip(LLAMA_NAMES, sizes, strict=True)) if sizes else {}
     return AutoConfig.for_model(model_type, **copy.deepcopy(sizes | others))
 
@@ -232,7 +235,8 @@ def test_published_sizes_shrink_and_run(name):
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     report = attention_report(model, length=9)
     assert {layer.verdict for layer in report.layers} == {"causal"}
-    assert {layer.backward for layer in report.layers} == REACHES.get(name, {8})
+    if TRANSFORMERS >= Version("4.48"):  # before, a window may be one longer, or count on one backend only
+        assert {layer.backward for layer in report.layers} == REACHES.get(name, {8})
     assert 2 <= len(report.layers) <= 6
 
 

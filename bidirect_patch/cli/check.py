@@ -19,9 +19,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(argv: list[str]) -> int:
-    """Print the two tables; 0 if every layer became bidirectional, 1 if one didn't or the model was refused.
+    """Print the two tables; 0 if every layer became bidirectional and sees as far back as before, else 1.
 
-    Bad input (no such model or backend, a config that no small model can be built from) raises a BidirectPatchError.
+    A model that is refused by name counts as 1. Bad input (no such model or backend, a config that no small model can
+    be built from) raises a BidirectPatchError.
     """
     settings = _parser().parse_args(argv)
     model = _weights(settings) if settings.weights else _small(settings)
@@ -34,10 +35,10 @@ def run(argv: list[str]) -> int:
         print(f"refused: {one_line(error)}")
         return 1
     print(f"bidirectional:\n{after}")
-    strays = after.unlike_mirror_of(before)
-    for layer in strays:
-        print(f"{layer.name}: -{layer.backward} .. +{layer.forward} isn't what it saw before and its mirror image")
-    return 0 if after.is_bidirectional and not strays else 1
+    for layer in after.unlike_mirror_of(before):
+        old = before.layers[layer.index].backward
+        print(f"note: {layer.name} looked back {old} positions and now reaches -{layer.backward} .. +{layer.forward}")
+    return 0 if after.is_bidirectional and not after.narrower_than(before) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
