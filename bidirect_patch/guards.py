@@ -1,41 +1,23 @@
-"""Guards on the cold paths: `generate` on a bidirectional model, and the proof that a class can be made bidirectional.
+"""The proof that a class can be made bidirectional by the installed transformers.
 
-The proof runs once per class and backend: a small random model of the same class is patched like the real one, and
+It runs once per class and backend: a small random model of the same class is patched like the real one, and
 `attention_report` tells what its layers see. So a transformers that stopped honouring the patch is found before the
 first real batch, and an error says so.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
-import wrapt
 from torch import nn
-from transformers import GenerationMixin
 
 from . import masks, swap
-from .errors import BidirectPatchError, GenerateError, UnsupportedModelError
+from .errors import BidirectPatchError, UnsupportedModelError
 from .find import Decoder
-from .forward import BidirectionalModel, text_config
+from .forward import text_config
 from .report import attention_report
 from .tiny import tiny_like
 
 _verdicts: dict[tuple, str] = {}  # by class and backend: "" if seen to be bidirectional, else what was seen
-
-
-@lru_cache(maxsize=None)
-def install() -> None:
-    """Wrap `generate`, which has no meaning on a bidirectional model; once, on the class, gated by the instance."""
-    wrapt.wrap_function_wrapper(GenerationMixin, "generate", _generate)
-
-
-def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    if any(swap.is_swapped(m, BidirectionalModel) for m in model.modules()):
-        raise GenerateError(
-            f"{type(model).__name__}.generate was called while attention is bidirectional, where left-to-right generation "
-            "has no meaning: use `with bidirectional(model, enabled=False): model.generate(...)`"
-        )
-    return wrapped(*args, **kwargs)
 
 
 def prove(decoder: Decoder, enable: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from . import guards, swap, switch
+from . import guards, hooks, swap, switch
 from .errors import OrderError, UnsupportedModelError
 from .find import Decoder, decoders
 from .forward import (
@@ -127,7 +127,7 @@ def _enable(found: list[Decoder], allow_partial: bool, proof: bool = True) -> No
         for decoder in found:
             if not decoder.in_the_way:
                 guards.prove(decoder, lambda small: _enable(decoders(small), False, proof=False))
-    guards.install()
+    hooks.install()
     for step in plan.values():
         swap.swap(step.module, step.mixin, step.attributes, step.buffers)
 

@@ -1,0 +1,74 @@
+"""Hooks on the cold paths of transformers and PEFT: generate, save and load.
+
+Each is put once on the class with wrapt, when its module is imported, and looks at the instance that it is handed:
+models that aren't bidirectional go the stock way.
+"""
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import wrapt
+
+from .errors import GenerateError
+from .saving import holds_bidirectional, save_adapter, save_model, says_bidirectional
+
+enables = False  # whether loading enables (bidirect_patch.auto) or only warns
+
+
+@lru_cache(maxsize=None)
+def install() -> None:
+    """Put every hook in place; those on PEFT wait until it is imported."""
+    from transformers import GenerationMixin, PreTrainedModel
+
+    wrapt.wrap_function_wrapper(GenerationMixin, "generate", _generate)
+    wrapt.wrap_function_wrapper(PreTrainedModel, "save_pretrained", save_model)
+    wrapt.wrap_function_wrapper(PreTrainedModel, "from_pretrained", _load_model)
+    wrapt.wrap_function_wrapper(PreTrainedModel, "load_adapter", _load_adapter)
+    wrapt.register_post_import_hook(_install_peft, "peft.peft_model")
+
+
+def _install_peft(module: Any) -> None:
+    wrapt.wrap_function_wrapper(module.PeftModel, "save_pretrained", save_adapter)
+    wrapt.wrap_function_wrapper(module.PeftModel, "load_adapter", _load_adapter)  # from_pretrained calls it too
+
+
+def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    if holds_bidirectional(model):
+        raise GenerateError(
+            f"{type(model).__name__}.generate was called while attention is bidirectional, where left-to-right generation "
+            "has no meaning: use `with bidirectional(model, enabled=False): model.generate(...)`"
+        )
+    return wrapped(*args, **kwargs)
+
+
+def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
+    config = model.config
+    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+    if enables and any(getattr(part, "is_causal", True) is False for part in parts):
+        from .patch import enable_bidirectional
+
+        enable_bidirectional(model)
+    return result
+
+
+def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    where = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
+    if where is None or not says_bidirectional(where, **kwargs):
+        return result
+    from .patch import enable_bidirectional, is_bidirectional
+
+    if is_bidirectional(model):
+        return result
+    if enables:
+        enable_bidirectional(model)
+    else:
+        warnings.warn(
+            f"the adapter {where} was trained with bidirectional attention and was loaded onto a causal model, where it "
+            "doesn't belong: call enable_bidirectional(model), or import bidirect_patch.auto before loading",
+            stacklevel=3,
+        )
+    return result
