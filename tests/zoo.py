@@ -1,7 +1,7 @@
-"""Every causal LM of the installed transformers as a tiny random model, and an oracle for which tokens its output depends on.
+"""Every causal LM of the installed transformers as a tiny random model, and an oracle for what its output depends on.
 
-Sizes come from one table of config attributes (`SIZES` in zoo_overrides.py), applied wherever a config or sub-config has
-the attribute; what a family needs beyond that stands there too, as data.
+Sizes come from one table of config attributes (`SIZES` in zoo_overrides.py), applied wherever a config or sub-config
+has the attribute; what a family needs beyond that stands there too, as data.
 """
 
 import contextlib
@@ -10,14 +10,19 @@ from unittest import mock
 
 import torch
 import transformers
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .zoo_overrides import FOREIGN_TOWER, OVERRIDES, SIZES, WHY_NOT
+from .zoo_overrides import FOREIGN_TOWER, NOT_CAUSAL, OVERRIDES, RETIRED, SIZES, TOKENS, WHY_NOT
 
+__all__ = ["FOREIGN_TOWER", "NOT_CAUSAL", "OVERRIDES", "RETIRED", "WHY_NOT"]
+
+RELEASE = Version(Version(transformers.__version__).base_version)
 FIRST_ID, LAST_ID = 5, 100  # ordinary tokens: every special id lies outside
 
 
@@ -28,7 +33,13 @@ def model_types() -> list[str]:
 
 def why_not(model_type: str) -> str | None:
     """Why this type can't be built or run on text alone, or None if it can."""
-    return WHY_NOT.get(model_type)
+    reason, _, versions = WHY_NOT.get(model_type, (None, None, ""))
+    return reason if RELEASE in SpecifierSet(versions) else None
+
+
+def why_not_causal(model_type: str) -> str | None:
+    """Why the stock output of this type depends on later tokens, or None if it doesn't."""
+    return NOT_CAUSAL.get(model_type)
 
 
 def config(model_type: str) -> PretrainedConfig:
@@ -44,28 +55,36 @@ def _model_class(model_type):
 
 
 def _shrunk(cls: type, overrides: dict) -> PretrainedConfig:
-    default = vars(cls())
-    kwargs = {name: value for name, value in SIZES.items() if name in default or name in (cls.attribute_map or {})}
+    default = vars(_default(cls, overrides))
+    common = SIZES | TOKENS if "vocab_size" in default else SIZES
+    kwargs = {name: value for name, value in common.items() if name in default or name in (cls.attribute_map or {})}
     if kinds := default.get("layer_types"):
         kinds = list(dict.fromkeys(kinds))
         kwargs["layer_types"] = (kinds * 4)[: max(4, len(kinds))]  # each kind of layer occurs
         kwargs["num_hidden_layers"] = len(kwargs["layer_types"])
     for name, value in default.items():
         if isinstance(value, PretrainedConfig):
-            kwargs[name] = _shrunk(type(value), overrides.get(name, {})).to_dict()
-        elif name.endswith(("_token_id", "_token_index")) and name not in SIZES and isinstance(value, int):
+            kwargs[name] = _shrunk(type(value), overrides.get(name, {})).to_diff_dict()
+            kwargs[name].pop("transformers_version", None)  # a strict config refuses it
+        elif name in overrides:
+            kwargs[name] = overrides[name]
+        elif name.endswith(("_token_id", "_token_index")) and name not in TOKENS and isinstance(value, int):
             kwargs[name] = LAST_ID
-    for name, value in overrides.items():
-        if not isinstance(kwargs.get(name), PretrainedConfig):
-            kwargs[name] = value
-    return cls(**kwargs)
+    return cls(**{name: value for name, value in overrides.items() if name not in default} | kwargs)
+
+
+def _default(cls, overrides):
+    try:
+        return cls()
+    except Exception:  # a few are valid only together with what is overridden
+        return cls(**overrides)
 
 
 def build(model_type: str, attn_implementation: str = "eager", seed: int = 0) -> nn.Module:
     """The tiny `*ForCausalLM` of this type: random, float32, on the CPU, in eval mode.
 
-    Weights are drawn wider than any `initializer_range`, and noise is added to norms, biases and gates, so that what one
-    token does to another is far above rounding and nothing is switched off by an initial zero.
+    Weights are drawn wider than any `initializer_range`, and noise is added to norms, biases and gates, so that what
+    one token does to another is far above rounding and nothing is switched off by an initial zero.
     """
     torch.manual_seed(seed)
     with _foreign_tower(model_type), warnings.catch_warnings():

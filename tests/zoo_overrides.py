@@ -1,9 +1,11 @@
 """Data of the zoo: sizes common to all families, and what single families need beyond them."""
 
+# fmt: off
+
 # Set wherever a config or sub-config has the attribute.
 SIZES = {
     "vocab_size": 128,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64,
     # width
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "hidden_dim": 32,
     "intermediate_size": 48, "moe_intermediate_size": 24, "ffn_dim": 48,
@@ -22,11 +24,6 @@ SIZES = {
     # experts
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_topk": 2,
-    # tokens
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "n_positions": 64, "n_ctx": 64,
-    # encoders of the mapping are decoders here
-    "is_decoder": True,
     # recurrences
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64,
@@ -38,10 +35,13 @@ SIZES = {
 }
 
 
+# Set wherever a config has a vocabulary: special ids, and encoders are decoders here.
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "is_decoder": True}
+
 MLA = {"num_key_value_heads": 4}  # every head has its own keys, expanded from the latent
 MIXED = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-TINY_VISION = {"depth": 1, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
+GEMMA3N = {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0]}
 QWEN4 = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2,
     "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 32, "heads_per_ngram": 2, "ngram_vocab_size_base": 50,
@@ -52,6 +52,14 @@ DOTS3 = {
     "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
     "shared_experts_intermediate_size": 24,
 }
+ASSISTANT = {
+    "backbone_hidden_size": 32,
+    "text_config": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+    },
+}
+
 OVERRIDES = {
     "axk1": MLA,
     "axk2": MLA,
@@ -63,7 +71,7 @@ OVERRIDES = {
     },
     "cpmant": {"dim_head": 8, "dim_ff": 48, "prompt_length": 4, "position_bias_num_buckets": 32},
     "ctrl": {"dff": 48},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 32}},
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "deepseek_v32": MLA,
@@ -74,25 +82,40 @@ OVERRIDES = {
     "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": DOTS3,
     "dots3_note_text": DOTS3,
-    "gemma3n": {"text_config": {"num_kv_shared_layers": 2}},
-    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma3n": {"text_config": GEMMA3N},
+    "gemma3n_text": GEMMA3N,
     "gemma4": {"text_config": {"num_kv_shared_layers": 2}},
     "gemma4_text": {"num_kv_shared_layers": 2},
+    "gemma4_assistant": ASSISTANT,
+    "gemma4_unified_assistant": ASSISTANT,
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 24},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "jamba": {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": MLA | {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "longcat_flash": MLA | {"zero_expert_num": 2, "expert_ffn_hidden_size": 24, "ffn_hidden_size": 48},
+    "longcat_flash": MLA | {"zero_expert_num": 2, "expert_ffn_hidden_size": 24, "ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 16},
+    "jetmoe": {"kv_channels": 8},
+    "mega": {"bidirectional": False},
     "minicpm3": MLA,
+    "mllama": {"rope_scaling": {"rope_type": "default"}},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
     "nemotron_h": {
         "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
         "moe_shared_expert_intermediate_size": 24,
+    },
+    "phi4_multimodal": {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 56,
+            "crop_size": 56,
+        },
+        "audio_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 4, "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32,
+        },
     },
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2, "layer_types": MIXED},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 2, "layer_types": MIXED},
@@ -105,6 +128,7 @@ OVERRIDES = {
         "feed_forward_size": 48, "num_buckets": 2, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "hash_seed": 0,
     },
     "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "transfo-xl": {"cutoffs": [30, 60], "d_embed": 32, "d_head": 8, "d_inner": 48},
     "xlm": {"causal": True},
     "xlnet": {"d_inner": 48},
     "xlstm": {"qk_dim_factor": 2.0, "v_dim_factor": 2.0},
@@ -118,7 +142,24 @@ OVERRIDES = {
 # A sub-config whose model transformers takes from another package (timm).
 FOREIGN_TOWER = {"gemma3n": "Gemma3nVisionConfig"}
 
+# Types that can't be built, or run on text alone: why, a part of the error that says so, in which transformers.
 WHY_NOT = {
-    name: "its config demands that every layer shares the target model's keys, which its own text model rejects"
-    for name in ("gemma4_assistant", "gemma4_unified_assistant")
+    "gemma4_assistant": ("its config demands what its own layers refuse: all keys shared", "types producing a cache", ">=5"),
+    "gemma4_unified_assistant": ("its config demands what its own layers refuse: all keys shared", "types producing a cache", ">=5"),
+    "open-llama": ("its attention reads rope_theta, which nothing sets", "rope_theta", "<4.44"),
+    "qdqbert": ("needs the package pytorch-quantization", "pytorch-quantization", ">=4"),
+    "speech_to_text_2": ("its initialization reads a weight that its positions lack", "no attribute 'weight'", ">=4.53"),
+    "transfo-xl": ("its forward calls Tensor.type_as without a tensor", "type_as", ">=4"),
 }
+
+# Types whose stock output is not a function of the past alone.
+NOT_CAUSAL = {
+    "cpmant": "its whole prompt is visible to itself",
+    "prophetnet": "position biases are mixed up between heads and positions",
+    "reformer": "hashing sorts all tokens into chunks, so later tokens decide which earlier ones meet",
+    "xlm-prophetnet": "position biases are mixed up between heads and positions",
+    "xlnet": "causal only through the perm_mask that a caller passes",
+}
+
+# Types that older transformers mapped and the newest doesn't.
+RETIRED = {"mega", "open-llama", "qdqbert", "speech_to_text_2", "transfo-xl", "xlm-prophetnet"}
