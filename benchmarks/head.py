@@ -3,7 +3,7 @@
     python -m benchmarks.head [--rounds 5] [--quick]
 
 Llama-3's vocabulary (128,256), 8 layers of 512, 8x256 tokens, float32, all weights trained and with the vocabulary's
-two matrices frozen, as under LoRA. Beside it: how both grow with the scored share, and the floor given by the arithmetic.
+two matrices frozen, as under LoRA. Beside it: how both grow with the scored share, and the arithmetic's floor.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def make_step(way: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor])
 
 
 def flops(setting: Setting, scored_only: bool) -> float:
-    """Of one training step's matmuls: 2 per weight and position forward, twice that backward (less for a frozen head)."""
+    """Of one step's matmuls: 2 per weight and position forward, twice that backward (half that for a frozen head)."""
     s, tokens = setting, setting.batch * setting.length
     layers = s.layers * (4 * s.hidden**2 + 3 * s.hidden * s.intermediate)
     attention = s.layers * 2 * s.length * s.hidden
@@ -102,11 +102,12 @@ def growth(setting: Setting, way: str, repeats: int) -> list[float]:
 
 
 def compare(setting: Setting, rounds: int) -> list[dict[str, object]]:
-    """One row for each way: seconds, time over the stock step's, over the arithmetic's floor, growth, growth over stock's."""
+    """One row for each way: seconds, their ratio to the stock step's, the arithmetic's floor, growth, its ratio."""
     seconds = times(setting, rounds)
     relative = ratios(seconds, "stock")
     grown = {way: growth(setting, way, repeats=3) for way in WAYS}
     stock = statistics.median(grown["stock"])
+    floor = {way: flops(setting, way != "stock") / matmul_rate() / statistics.median(seconds["stock"]) for way in WAYS}
     return [
         {
             "scored": f"{setting.share:.0%}",
@@ -114,7 +115,7 @@ def compare(setting: Setting, rounds: int) -> list[dict[str, object]]:
             "step": way,
             "seconds": f"{statistics.median(seconds[way]):.2f}",
             "time / stock": str(relative[way]),
-            "floor / stock": f"{flops(setting, way != 'stock') / matmul_rate() / statistics.median(seconds['stock']):.3f}",
+            "floor / stock": f"{floor[way]:.3f}",
             "growth, MB": f"{statistics.median(grown[way]) / 1e6:.0f}",
             "growth / stock": str(quartiles([g / stock for g in grown[way]])),
         }
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
         settings += [Setting(share=share) for share in SHARES if share != 0.2]
     rows = [row for setting in settings for row in compare(setting, options.rounds)]
     print(table(rows))
-    print(f"\nfloor: FLOPs of the step's matmuls at this machine's rate, {matmul_rate() / 1e9:.0f} GFLOP/s on one thread")
+    print(f"\nfloor: FLOPs of the step's matmuls at this machine's {matmul_rate() / 1e9:.0f} GFLOP/s on one thread")
     return rows
 
 

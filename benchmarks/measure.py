@@ -41,9 +41,12 @@ def quartiles(values: list[float]) -> Ratio:
 
 
 def paired_times(
-    steps: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 1, clock: Callable[[], float] = time.process_time
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each of `rounds` rounds: every round runs all steps once, so that a slow minute hits all."""
+    """Seconds of each step in each of `rounds` rounds: a round runs every step once, so that a slow minute hits all."""
     timers = {
         name: Timer("step()", globals={"step": step}, timer=clock, num_threads=torch.get_num_threads())
         for name, step in steps.items()
@@ -64,7 +67,7 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, Ratio]:
 
 
 def peak_growth(module: str, *arguments: str, repeats: int = 1) -> list[float]:
-    """Bytes by which resident memory grew at its peak, for each of `repeats` fresh runs of `python -m module *arguments`.
+    """Bytes by which resident memory grew at its peak, in each of `repeats` runs of `python -m module *arguments`.
 
     That program calls `report_growth(step)` once, and that is what it prints.
     """
@@ -94,8 +97,10 @@ def _resident(field: str) -> int:
 
 
 @cache
-def matmul_rate(size: int = 2048, dtype: torch.dtype = torch.float32, clock: Callable[[], float] = time.process_time) -> float:
-    """FLOPs per second of a square matmul here, by the same clock: what the arithmetic alone would cost is FLOPs / rate."""
+def matmul_rate(
+    size: int = 2048, dtype: torch.dtype = torch.float32, clock: Callable[[], float] = time.process_time
+) -> float:
+    """FLOPs per second of a square matmul here, by the same clock: the arithmetic alone costs FLOPs / rate seconds."""
     a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     times = paired_times({"matmul": lambda: a @ b}, rounds=5, clock=clock)["matmul"]
     return 2 * size**3 / statistics.median(times)

@@ -15,7 +15,7 @@ never more than one chunk of logits is alive.
 import inspect
 import logging
 from dataclasses import replace
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -51,8 +51,8 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax"] 
 
     - without labels: the stock logits. That is how `Trainer` smooths labels, at the stock cost.
     - with labels, training: None.
-    - with labels, evaluation, "full": (batch, seq, vocab), detached, the stock values where position i predicts a scored
-      label i+1 and 0 elsewhere, so that `Trainer.evaluate` and a stock `compute_metrics` work unchanged.
+    - with labels, evaluation, "full": (batch, seq, vocab), detached, the stock values where position i predicts a
+      scored label i+1 and 0 elsewhere, so that `Trainer.evaluate` and a stock `compute_metrics` work unchanged.
     - with labels, evaluation, "argmax": (batch, seq), int64, the predicted token ids, -100 where not scored: memory
       stays bounded by one chunk, and `compute_metrics` gets them as predictions.
     - `skip_logits=True` or `False` in a call overrides the first two, as in Liger-Kernel.
@@ -68,8 +68,8 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax"] 
     _head_slot(causal)
     if not _shifts(type(causal)):
         raise HeadError(
-            f"{type(causal).__name__} scores labels where they stand, without the shift by one that MNTP is trained with: "
-            "use a decoder-only *ForCausalLM"
+            f"{type(causal).__name__} scores labels where they stand, without the shift by one that MNTP is trained "
+            "with: use a decoder-only *ForCausalLM"
         )
     attributes = {"_bidirect_patch_eval_logits": eval_logits}
     if not is_swapped(causal, MNTPHead):
@@ -116,7 +116,7 @@ class MNTPHead(Swapped):
         cls.forward = forward  # type: ignore[attr-defined]
 
 
-def _scored_forward(model: Any, inner: Any, skip_logits: bool, *, labels: Tensor, return_dict=None, **kwargs: Any) -> Any:
+def _scored_forward(model: Any, inner: Any, skip_logits: bool, labels: Tensor, return_dict=None, **kwargs: Any) -> Any:
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
     ignore = kwargs.get("ignore_index", -100)
@@ -139,7 +139,11 @@ def _at_once(
     # The shift drops the first label and the last row, so one of each is put there to be dropped.
     labels = F.pad(targets, (1, 0), value=kwargs.get("ignore_index", -100))[None]
     rows = F.pad(rows, (0, 1))
-    view = _view(model, {slot: _StandIn(lm_head, lambda hidden: lm_head(hidden.flatten(0, 1)[rows][None]))})
+
+    def some(hidden: Tensor) -> Tensor:
+        return lm_head(hidden.flatten(0, 1)[rows.to(hidden.device)][None])
+
+    view = _view(model, {slot: _StandIn(lm_head, some)})
     out = inner(view, labels=labels, **kwargs)
     if kept is not None:
         kept.add(slice(None), out.logits[0, :-1])
@@ -151,7 +155,7 @@ def _at_once(
 def _chunked(
     model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]
 ) -> tuple[Tensor, Any]:
-    """The stock cross-entropy, a chunk of rows at a time: `inner` makes logits of what the head gave, here of each chunk."""
+    """The stock cross-entropy, a chunk of rows at a time; `inner` makes logits of what the head gave for each."""
     items = kwargs.pop("num_items_in_batch", None)
     slot = _head_slot(model)
     lm_head = model._modules[slot]
@@ -166,16 +170,15 @@ def _chunked(
     out = inner(view, **kwargs)
     if not captured:
         raise HeadError(f"{type(model).__name__}.forward makes its logits without calling its output head, {slot!r}")
-    hidden = captured[0].flatten(0, 1)[rows]  # (n, width)
+    hidden = captured[0].flatten(0, 1)
+    hidden, targets = hidden[rows.to(hidden.device)], targets.to(hidden.device)  # (n, width), (n,)
 
     def finish(raw: Tensor) -> Tensor:
         """What this family does to its head's output: scaling, soft-capping, float()."""
         ready = _view(model, {model.base_model_prefix: backbone, slot: _StandIn(lm_head, lambda _: raw[None])})
         return inner(ready, **kwargs).logits[0]
 
-    loss = _ChunkedLoss.apply(
-        hidden, lm_head.weight, lm_head.bias, targets.to(hidden.device), finish, kept, torch.is_grad_enabled()
-    )
+    loss = _ChunkedLoss.apply(hidden, lm_head.weight, lm_head.bias, targets, finish, kept, torch.is_grad_enabled())
     if items is None:
         items = max(targets.numel(), 1)
     return loss / (items.to(loss.device) if isinstance(items, Tensor) else items), out
@@ -192,9 +195,9 @@ class _ChunkedLoss(torch.autograd.Function):
         needs = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
         dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else weight.dtype
         w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-        d_hidden = torch.empty_like(hidden) if needs[0] else None
-        d_weight = torch.zeros_like(weight) if needs[1] else None
-        d_bias = torch.zeros_like(bias) if needs[2] else None
+        d_hidden: Any = torch.empty_like(hidden) if needs[0] else None
+        d_weight: Any = torch.zeros_like(weight) if needs[1] else None
+        d_bias: Any = torch.zeros_like(bias) if needs[2] else None
         loss = torch.zeros((), device=hidden.device)
         size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, max(len(hidden), 1), size):  # once too where nothing is scored, for `kept`
@@ -268,7 +271,7 @@ class _StandIn:
 
 
 class _RunOnce:
-    """Stands in the backbone's place: the first call runs it, or the model inside it that is called, the next repeat that."""
+    """Stands in the backbone's place: the first call runs it, or the model in it, and the next repeat that."""
 
     def __init__(self, module: nn.Module, outputs: list[Any]) -> None:
         self.module, self.outputs = module, outputs
@@ -291,7 +294,7 @@ def _view(model: nn.Module, replaced: dict[str, Any]) -> Any:
 
 
 def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the loss is the stock cross-entropy of a plain linear head and nothing else, so that it may be chunked."""
+    """Whether the loss is the stock cross-entropy of a plain linear head and nothing else: then it may be chunked."""
     lm_head = model._modules[_head_slot(model)]
     config = text_config(model.config)
     return (
@@ -319,7 +322,7 @@ def _in_half(weight: Tensor) -> bool:
 def _find_causal(model: Any) -> PreTrainedModel | None:
     """The first model in `model` that has an output head and a loss."""
     if not isinstance(model, nn.Module):
-        raise HeadError(f"expected a torch.nn.Module, got {type(model).__name__}: load the model first and pass the object")
+        raise HeadError(f"expected a torch.nn.Module, got {type(model).__name__}: load the model and pass the object")
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             if _takes_labels(type(module)):
@@ -327,12 +330,10 @@ def _find_causal(model: Any) -> PreTrainedModel | None:
     return None
 
 
-@cache
 def _takes_labels(cls: type) -> bool:
     return "labels" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
 
 
-@cache
 def _shifts(cls: type) -> bool:
     """Whether the class's own loss shifts: the decoders of encoder-decoders (Bart, Whisper) have one that doesn't."""
     code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
@@ -346,8 +347,8 @@ def _head_slot(causal: PreTrainedModel) -> str:
         if child is head:
             return name
     raise HeadError(
-        f"{type(causal).__name__} keeps its output head ({type(head).__name__}) inside another module, where it can't be "
-        "handed the scored positions alone: use the stock loss with enable_bidirectional(model)"
+        f"{type(causal).__name__} keeps its output head ({type(head).__name__}) inside another module, where it can't "
+        "be handed the scored positions alone: use the stock loss with enable_bidirectional(model)"
     )
 
 
@@ -356,25 +357,29 @@ def _build_around(model: nn.Module) -> PreTrainedModel:
     bare = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if bare is None or not (bare is model or hasattr(model, "peft_config")):
         raise HeadError(
-            f"{type(model).__name__} holds no causal language model with a loss: pass a *ForCausalLM, a bare *Model of one, "
-            "or PEFT over either, before it is wrapped in anything else"
+            f"{type(model).__name__} holds no causal language model with a loss: pass a *ForCausalLM, a bare *Model of "
+            "one, or PEFT over either, before it is wrapped in anything else"
         )
     if type(bare.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise HeadError(f"transformers knows no *ForCausalLM for {type(bare).__name__}: MNTP needs a decoder-only language model")
+        raise HeadError(f"transformers knows no *ForCausalLM for {type(bare).__name__}: use a decoder-only model")
     with torch.device("meta"):
         causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(bare.config)](bare.config)
     slot = causal.base_model_prefix
     if not isinstance(bare, type(causal._modules.get(slot))):
-        raise HeadError(f"{type(bare).__name__} is not the backbone of {type(causal).__name__}: load a *ForCausalLM and pass that")
+        raise HeadError(
+            f"{type(bare).__name__} is not the backbone of {type(causal).__name__}: load a *ForCausalLM and pass that"
+        )
     setattr(causal, slot, model)
     causal.training = model.training
     embedding = bare.get_input_embeddings().weight
     for name, child in causal.named_children():
         if name != slot:
-            child.to_empty(device=embedding.device).to(embedding.dtype).train(model.training).apply(causal._init_weights)
+            child.to_empty(device=embedding.device).to(embedding.dtype).train(model.training)
+            child.apply(causal._init_weights)
     head = causal.get_output_embeddings()
     if getattr(text_config(bare.config), "tie_word_embeddings", False):
         head.weight = embedding
     else:
-        _log.warning("%s has no head: that of %s is new. Load the *ForCausalLM to keep one.", type(bare).__name__, type(causal).__name__)
+        names = type(bare).__name__, type(causal).__name__
+        _log.warning("%s has no output head: that of its %s is new. Load the *ForCausalLM to keep one.", *names)
     return causal
