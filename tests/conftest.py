@@ -66,7 +66,7 @@ def tiny_config(family: str, **settings):
 
 
 def tiny_model(family: str = "llama", backend: str = "sdpa", head: bool = True, config=None, seed: int = 0, **settings):
-    """A tiny random `*ForCausalLM` (or bare `*Model`) in eval mode, float32, with weights large enough to tell tokens apart."""
+    """A tiny random `*ForCausalLM` (or bare `*Model`), float32, in eval mode; its weights tell tokens well apart."""
     cls = getattr(transformers, f"{FAMILIES[family]}{'ForCausalLM' if head else 'Model'}")
     config = tiny_config(family, **settings) if config is None else config
     model = cls._from_config(config, attn_implementation=backend)

@@ -90,17 +90,18 @@ class FlashDouble:
         if version == 2:
 
             def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
-                                softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip
+                                softcap=0.0, deterministic=False):  # fmt: skip
                 check_dropout(dropout_p)
                 return dense(q, k, v, softmax_scale, causal, window_size, softcap)
 
             def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
                                        softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                                       alibi_slopes=None, deterministic=False, return_attn_probs=False,
-                                       block_table=None):  # fmt: skip
+                                       deterministic=False):  # fmt: skip
                 check_dropout(dropout_p)
                 longest = max_seqlen_q, max_seqlen_k
-                return varlen(q, k, v, (cu_seqlens_q, cu_seqlens_k), longest, softmax_scale, causal, window_size, softcap)
+                return varlen(
+                    q, k, v, (cu_seqlens_q, cu_seqlens_k), longest, softmax_scale, causal, window_size, softcap
+                )
 
         else:  # 3 and 4 have no dropout; 4 returns (out, lse)
             none = (None, None) if version == 4 else (-1, -1)
@@ -114,7 +115,9 @@ class FlashDouble:
                                        softmax_scale=None, causal=False, window_size=none, softcap=0.0,
                                        deterministic=False):  # fmt: skip
                 longest = max_seqlen_q, max_seqlen_k
-                out = varlen(q, k, v, (cu_seqlens_q, cu_seqlens_k), longest, softmax_scale, causal, window_size, softcap)
+                out = varlen(
+                    q, k, v, (cu_seqlens_q, cu_seqlens_k), longest, softmax_scale, causal, window_size, softcap
+                )
                 return (out, None) if version == 4 else out
 
         return flash_attn_func, flash_attn_varlen_func
@@ -162,9 +165,7 @@ class FlashDouble:
         contents = {top: {}}
         if version == 2:
             contents[top] = {"__version__": VERSIONS[2][1]}
-            contents["flash_attn.bert_padding"] = {
-                f.__name__: f for f in (index_first_axis, pad_input, unpad_input)
-            }
+            contents["flash_attn.bert_padding"] = {f.__name__: f for f in (index_first_axis, pad_input, unpad_input)}
             contents["flash_attn.layers"] = {}
             contents["flash_attn.layers.rotary"] = {"apply_rotary_emb": None}
         home = contents.setdefault("flash_attn.cute", {}) if version == 4 else contents[top]
@@ -208,7 +209,9 @@ class FlashDouble:
                 put(FA_VERSION=version, flash_241=True)
                 put(**{f"HAS_FA{v}": v == version for v in (2, 3)})
                 put(**{f"flash_attn_{version}_func": dense, f"flash_attn_{version}_varlen_func": varlen})
-                pads = (pad_input, unpad_input) if version == 2 else (names["_fa3_pad_input"], names["_fa3_unpad_input"])
+                pads = (
+                    (pad_input, unpad_input) if version == 2 else (names["_fa3_pad_input"], names["_fa3_unpad_input"])
+                )
                 put(**dict(zip((f"pad_input_fa{version}", f"unpad_input_fa{version}"), pads, strict=True)))
                 put(pad_input=pads[0], unpad_input=pads[1])
         if ".models." in module.__name__ and "is_flash_attn_2_available" in names:  # imported there only if available
@@ -257,7 +260,10 @@ class _Metadata(importlib.metadata.DistributionFinder):
 
 class _Distribution(importlib.metadata.Distribution):
     def __init__(self, name, version, top_level):
-        self._files = {"METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "top_level.txt": top_level}
+        self._files = {
+            "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+            "top_level.txt": top_level,
+        }
 
     def read_text(self, filename):
         return self._files.get(filename)

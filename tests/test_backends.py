@@ -78,7 +78,9 @@ def test_windows_are_the_same_distance_on_every_backend(make_model, backend, win
 @each_backend
 def test_layers_of_different_reach(make_model, backend):
     if TRANSFORMERS < Version("4.53"):
-        pytest.skip("before config.layer_types (4.53) transformers' own backends disagree about which Qwen2 layers slide")
+        pytest.skip(
+            "before config.layer_types (4.53) transformers' own backends disagree about which Qwen2 layers slide"
+        )
     settings = dict(use_sliding_window=True, sliding_window=3, max_window_layers=1, num_hidden_layers=3)
     model = enable_bidirectional(make_model("qwen2", backend, **settings))
     for name in ("no-mask", "right", "left", "packed"):
@@ -164,7 +166,7 @@ def test_switched_backend_after_enabling(make_model):
         torch.testing.assert_close(model.model(IDS).last_hidden_state, causal, **CLOSE)
 
 
-# --- the double itself ---------------------------------------------------------------------------------------------------
+# --- the double itself ---
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -189,10 +191,12 @@ def test_the_doubles_attention_is_flash_attentions(causal, window):
     flash_attn = pytest.importorskip("flash_attn", reason="flash_attn isn't installed")
     q, k, v = (torch.randn(1, 16, h, 32, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
     out = flash_attn.flash_attn_func(q, k, v, causal=causal, window_size=window)
-    torch.testing.assert_close(out[0], attend(q[0], k[0], v[0], causal=causal, window_size=window), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(
+        out[0], attend(q[0], k[0], v[0], causal=causal, window_size=window), atol=2e-2, rtol=2e-2
+    )
 
 
-# --- real weights --------------------------------------------------------------------------------------------------------
+# --- real weights ---
 
 
 @pytest.mark.slow
@@ -216,4 +220,3 @@ def test_real_weights_on_real_text(load_real):
             assert (sdpa.model(**changed).last_hidden_state - full)[0, 0].abs().max() > 1e-4
         assert torch.equal(sdpa(**batch, use_cache=False).logits, stock)
     torch.testing.assert_close(full[real], plain[real], atol=2e-3, rtol=1e-3)
-

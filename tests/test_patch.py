@@ -108,13 +108,14 @@ def test_a_snapshot_sees_what_changed(make_model):
     model = make_model()
     attention = model.model.layers[0].self_attn
     cls = type(attention)
+    twin = type(cls.__name__, (cls,), {})
     before = snapshot(model)
     for change, undo in (
         (lambda: setattr(attention, "extra", 1), lambda: delattr(attention, "extra")),
         (lambda: setattr(attention, "is_causal", False), lambda: setattr(attention, "is_causal", True)),
-        (lambda: setattr(attention, "__class__", type(cls.__name__, (cls,), {})), lambda: setattr(attention, "__class__", cls)),
+        (lambda: setattr(attention, "__class__", twin), lambda: setattr(attention, "__class__", cls)),
         (lambda: setattr(model.config, "is_causal", False), lambda: delattr(model.config, "is_causal")),
-    ):  # fmt: skip
+    ):
         change()
         with pytest.raises(AssertionError):
             assert_same(before, snapshot(model))
@@ -126,7 +127,7 @@ def test_a_snapshot_sees_what_changed(make_model):
     handle.remove()
 
 
-# --- what bidirectional means -----------------------------------------------------------------------------------------
+# --- what bidirectional means ---
 
 
 @each_family
@@ -141,7 +142,7 @@ def test_every_token_reaches_every_token(make_model, family, head):
 
 
 def test_every_layer_is_bidirectional(make_model):
-    """Each attention is asked alone: the last position of its own input is moved, all positions of its output must move."""
+    """Each attention is asked alone: its input moves at the last position, its output everywhere."""
     model = enable_bidirectional(make_model(num_hidden_layers=3))
     outputs = []
 
@@ -249,7 +250,7 @@ def test_qwen2_without_use_sliding_window_has_no_window(make_model, backend):
     assert sees_all(enable_bidirectional(make_model("qwen2", backend, **settings)))
 
 
-# --- what the model's forward still gives -----------------------------------------------------------------------------
+# --- what the model's forward still gives ---
 
 
 @each_family
@@ -327,7 +328,7 @@ def test_training_mode_sees_the_same(make_model):
     assert sees_all(model)
 
 
-# --- training -----------------------------------------------------------------------------------------------------------
+# --- training ---
 
 
 def gradients(model, attention_mask=MASK, after=None):
@@ -344,7 +345,9 @@ def gradients(model, attention_mask=MASK, after=None):
 def assert_gradients(actual, expected):
     assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -390,7 +393,7 @@ def test_a_training_step_moves_the_weights(make_model):
     assert sees_all(model.eval())
 
 
-# --- the exact way back -------------------------------------------------------------------------------------------------
+# --- the exact way back ---
 
 
 @each_family
@@ -418,10 +421,11 @@ def test_an_exception_inside_the_block_changes_nothing(make_model):
             assert same is model and sees_all(model)
             raise KeyError("mine")
     assert_same(before, snapshot(model))
+    # not with output_hidden_states: transformers 4.57 to 5.1 leave a wrapper of their own when such a forward raises
     with pytest.raises(BidirectPatchError), bidirectional(model):
-        hidden(model, attention_mask=torch.ones(2, 3, 4))
+        model(IDS, attention_mask=torch.ones(2, 3, 4))
     with pytest.raises(IndexError), bidirectional(model):
-        hidden(model, IDS + 1000)
+        model(IDS + 1000)
     assert_same(before, snapshot(model))
     assert sees_only_the_past(model)
 
@@ -541,7 +545,7 @@ def test_a_class_swapped_on_top_is_not_dropped(make_model):
     assert sees_only_the_past(model)
 
 
-# --- caches and generate -------------------------------------------------------------------------------------------------
+# --- caches and generate ---
 
 
 @each_family
@@ -589,7 +593,7 @@ def test_another_model_may_generate_meanwhile(make_model):
         assert torch.equal(other.generate(IDS[:1], max_new_tokens=3, do_sample=False), stock)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_attention_2"])
@@ -687,7 +691,7 @@ def test_a_checkpoint_that_says_so_is_bidirectional_where_transformers_honours_i
     assert model.config.is_causal is False
 
 
-# --- copies, files, wrappers -----------------------------------------------------------------------------------------------
+# --- copies, files, wrappers ---
 
 
 def test_a_deep_copy_is_a_model_of_its_own(make_model):
@@ -868,7 +872,7 @@ def test_distributed_data_parallel(make_model, one_process_group, order):
     assert sees_only_the_past(wrapped) and not is_bidirectional(model)
 
 
-# --- torch.compile -----------------------------------------------------------------------------------------------------------
+# --- torch.compile ---
 
 
 @pytest.fixture
@@ -882,7 +886,9 @@ def fullgraph():
         try:
             torch.compile(model, fullgraph=True, backend="eager")(**inputs)
         except Exception as error:  # whatever Dynamo raises
-            pytest.skip(f"stock {type(model).__name__} of transformers {TRANSFORMERS} isn't one graph: {str(error)[:80]!r}")
+            pytest.skip(
+                f"stock {type(model).__name__} of transformers {TRANSFORMERS} isn't one graph: {str(error)[:80]!r}"
+            )
         torch._dynamo.reset()
         counter = CompileCounter()
         return torch.compile(model, fullgraph=True, backend=counter), counter
@@ -925,7 +931,7 @@ def test_the_compiled_wrapper_is_taken_like_the_model(make_model, fullgraph):
         torch.testing.assert_close(compiled(input_ids=IDS, use_cache=False).last_hidden_state, causal, **CLOSE)
 
 
-# --- threads -------------------------------------------------------------------------------------------------------------------
+# --- threads ---
 
 
 class Thread(threading.Thread):
@@ -997,8 +1003,12 @@ def test_the_last_thread_to_leave_restores(make_model):
 def test_threads_in_the_same_mode_get_right_results(make_model):
     model = make_model()
     rows = torch.randint(3, 61, (4, 3, 8), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad(), bidirectional(model):
-        expected = [hidden(model, ids, MASK[1:].expand(3, -1)) for ids in rows]
+    mask = MASK[1:].expand(3, -1)
+    with (
+        torch.no_grad(),
+        bidirectional(model),
+    ):  # logits: transformers 4.57 to 5.1 record hidden states in no thread-safe way
+        expected = [model(ids, attention_mask=mask).logits for ids in rows]
     before = snapshot(model)
     errors = []
     start = threading.Barrier(len(rows))
@@ -1009,7 +1019,7 @@ def test_threads_in_the_same_mode_get_right_results(make_model):
             with torch.no_grad():
                 for _ in range(10):
                     with bidirectional(model):
-                        out = hidden(model, ids, MASK[1:].expand(3, -1))
+                        out = model(ids, attention_mask=mask).logits
                     torch.testing.assert_close(out, right, **CLOSE)
         except BaseException as error:
             errors.append(error)

@@ -32,7 +32,7 @@ def mntp(padding="right"):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plain_decoder_is_the_stock_causal_model(make_model, family, backend):
-    """The yardstick is checked first, and with it the FlashAttention double: with a causal mask it is the stock model."""
+    """The yardstick first, and with it the FlashAttention double: under a causal mask it is the stock model."""
     model = make_model(family, backend)
     sides = ["right", "left"]
     if backend == "flash_attention_3" and TRANSFORMERS < Version("4.54"):

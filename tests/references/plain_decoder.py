@@ -36,7 +36,7 @@ def reach(real, position_ids=None, window=None, causal=False):
 def hidden_states(model, input_ids, allowed, position_ids=None, theta=10000.0):
     """The last hidden states, (batch, seq, hidden), of a stock model's weights under these masks.
 
-    `allowed` is bool (batch, query, key), or a list of them, one a layer. Rows that may look at nothing hold no meaning.
+    `allowed` is bool (batch, query, key), or a list of them, one a layer; a row that may look at nothing means nothing.
     `theta` is the base of the rotary embedding.
     """
     config = model.config
