@@ -322,6 +322,25 @@ def test_a_share_is_held_out_if_there_is_no_validation_file(settings):
 
 
 @pytest.mark.slow
+def test_real_weights_from_gguf_learn(load_real, real_weights, settings, tmp_path):
+    """SmolLM2 on Python's own help texts: worse when made bidirectional, and on its way back after three steps."""
+    from pydoc_data.topics import topics
+
+    load_real()  # skips where transformers reads no GGUF
+    path = tmp_path / "topics.txt"
+    path.write_text("\n".join(" ".join(text.split()) for text in list(topics.values())[:12]))
+    settings |= {"model_name_or_path": str(real_weights), "gguf_file": next(real_weights.glob("*.gguf")).name}
+    settings |= {"train_file": str(path), "validation_file": None, "validation_split_percentage": 25}
+    settings |= {"max_seq_length": 64, "max_eval_samples": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    assert run(settings, "--do_train", "--do_eval", "--stop_after_n_steps=3") == 0
+    found = results(settings)
+    assert found["causal_loss"] + 0.5 < found["before_loss"]
+    assert found["eval_loss"] + 0.2 < found["before_loss"]
+    config = json.loads((Path(settings["output_dir"]) / "config.json").read_text())
+    assert config["is_causal"] is False and "quantization_config" not in config
+
+
+@pytest.mark.slow
 def test_two_processes_train_one_model(settings):
     path = Path(settings["output_dir"]).with_suffix(".json")
     settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 20, "per_device_train_batch_size": 4}

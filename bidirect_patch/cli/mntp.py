@@ -56,7 +56,7 @@ def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training:
             tokenizer=tokenizer,
             stop_after_n_steps=mntp_settings.stop_after_n_steps,
         )
-    except (ValueError, ImportError) as error:  # settings that contradict each other, or need what isn't installed
+    except (ValueError, TypeError, ImportError) as error:  # contradictory settings, or packages that don't fit
         raise ConfigError(one_line(error)) from error
     report = Report(trainer)
     if training.do_eval and mntp_settings.eval_baselines and checkpoint is None:
