@@ -6,12 +6,12 @@ its list of layers. A layer that holds no attention module, or something else th
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,6 +30,14 @@ _ATTENTION = re.compile(r"[Aa]ttention|Attn$")
 # Parts of a layer that treat each position alone; a layer of nothing else mixes nothing.
 _POSITIONWISE = re.compile(r"MLP|M[oO]E|Experts?|FeedForward|FFN|Norm|Linear|Dropout|Identity|Router|Activation")
 _BUILDS_CAUSAL_MASK = re.compile(r"causal_mask|causal_attention_mask|masks_for_generate|prepare_decoder_attention_mask")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def per_class(function: Function) -> Function:
+    """Cache what a function finds out about a class."""
+    return lru_cache(maxsize=None)(function)  # type: ignore[return-value]
 
 
 class Reach(NamedTuple):
@@ -70,14 +78,14 @@ class Decoder:
         return "counts" if alibi or _counts_mask(cls) else "ready"
 
 
-@lru_cache(maxsize=None)
+@per_class
 def mask_parameter(cls: type) -> str | None:
     """The name of the mask among the parameters of `cls.forward`."""
     parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
     return next((n for n in ("attention_mask", "attn_mask", "mask") if n in parameters), None)
 
 
-@lru_cache(maxsize=None)
+@per_class
 def bias_parameter(cls: type) -> str | None:
     """The name of an ALiBi bias among the parameters of `cls.forward`."""
     parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
@@ -91,7 +99,7 @@ def is_attention(module: nn.Module) -> bool:
     )
 
 
-@lru_cache(maxsize=None)
+@per_class
 def _takes_mask_and_no_state(cls: type) -> bool:
     return mask_parameter(cls) is not None and not _RECURRENT.search(cls.__name__)
 
@@ -205,18 +213,18 @@ def _names_causal_mask(function: Any) -> bool:
     return code is not None and any(_BUILDS_CAUSAL_MASK.search(n) for n in _code_names(code))
 
 
-@lru_cache(maxsize=None)
+@per_class
 def _builds_causal_mask(cls: type) -> bool:
     return any(_names_causal_mask(f) for f in _functions(cls))
 
 
-@lru_cache(maxsize=None)
+@per_class
 def _counts_mask(cls: type) -> bool:
     code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
     return "cumsum" in _code_names(code)
 
 
-@lru_cache(maxsize=None)
+@per_class
 def _forward_builds_mask(cls: type) -> bool:
     return _names_causal_mask(cls.forward)  # type: ignore[attr-defined]
 
@@ -232,15 +240,13 @@ def _kinds(modules: Any) -> str:
 
 def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.Module]]) -> Decoder:
     decoder = Decoder(name, model)
-    lists = {}
+    lists: dict[str, nn.ModuleList] = {}
     for path, attention in attentions:
         decoder.attentions.append((path, attention, reach_of(attention, path, model.config)))
         steps = path.split(".")
         holders = [".".join(steps[:i]) for i in range(1, len(steps))]
         modules = accumulate(steps[:-1], getattr, initial=model)
-        holder = next(((h, m) for h, m in zip(["", *holders], modules) if isinstance(m, nn.ModuleList)), None)
-        if holder is not None:
-            lists[holder[0]] = holder[1]
+        lists.update(next(({h: m} for h, m in zip(["", *holders], modules) if isinstance(m, nn.ModuleList)), {}))
     for holder, entries in lists.items():
         for index, layer in enumerate(entries):
             if layer is None:

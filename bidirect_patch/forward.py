@@ -66,13 +66,13 @@ class BidirectionalModel(Swapped):
         if "use_cache" in self._names:
             kwargs["use_cache"] = False
         name = self._mask_name  # type: ignore[attr-defined]
-        mask = kwargs.get(name)
+        mask: Any = kwargs.get(name)
         inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = kwargs.get("input_ids")
         if inputs is None or isinstance(mask, dict) or _is_block_mask(mask):
             return kwargs  # the model reports missing input itself; a ready mask is the user's own
-        if getattr(mask, "ndim", None) == 4:
+        if isinstance(mask, Tensor) and mask.dim() == 4:
             _check_ready(mask, inputs.shape[0], inputs.shape[1])
             if masks.ONES_AND_ZEROS and not self._inverts and mask.max() > 0:  # type: ignore[attr-defined]
                 dtype = self._embedding_dtype()
@@ -81,7 +81,12 @@ class BidirectionalModel(Swapped):
         if mask is not None and not isinstance(mask, Tensor):
             raise AttentionMaskError(f"attention_mask must be a tensor or None, got {type(mask).__name__}")
         layout = masks.read_layout(
-            mask, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), inputs.shape[0], inputs.shape[1], inputs.device
+            mask,
+            kwargs.get("position_ids"),
+            kwargs.get("cu_seq_lens_q"),
+            inputs.shape[0],
+            inputs.shape[1],
+            inputs.device,
         )
         if self._bidirect_patch_mask_code != "ready" and layout.document is None:
             return kwargs
@@ -174,7 +179,7 @@ class BidirectionalAttention(Swapped):
         if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != 1:
             return mask, {}
         plan = _plans(mask)[index]
-        if plan.mask is not None:
+        if plan.positions is None:
             return plan.mask, {}
         if hasattr(self, "_upad_input"):
             return mask, {}

@@ -5,7 +5,7 @@ models that aren't bidirectional go the stock way.
 """
 
 import warnings
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import wrapt
@@ -16,7 +16,7 @@ from .saving import holds_bidirectional, save_adapter, save_model, says_bidirect
 enables = False  # whether loading enables (bidirect_patch.auto) or only warns
 
 
-@lru_cache(maxsize=None)
+@cache
 def install() -> None:
     """Put every hook in place; those on PEFT wait until it is imported."""
     from transformers import GenerationMixin, PreTrainedModel

@@ -5,11 +5,13 @@ mask, before which transformers' own mask code steps aside. `attention_arguments
 picks the mask of that module's reach. Everything travels as one forward argument, so that gradient checkpointing
 replays it and threads don't share it.
 
-| backend | what `ready_mask` makes, for K distinct reaches | what the attention module gets |
-|---|---|---|
-| eager, sdpa | (batch, K, query, key), additive or bool; stride 0 throughout if nothing is masked | (batch, 1, query, key), or None for sdpa |
-| flex_attention | a BlockMask with one BlockMask per reach, or the stride-0 tensor | BlockMask or None |
-| flash_attention_* | int32 (batch, K, 1, key): the document of each position, -1 for padding; None if nothing is masked | 2D mask, or cu_seq_lens |
+For K distinct reaches `ready_mask` makes, and the attention module gets:
+
+- eager, sdpa: (batch, K, query, key), additive or bool, stride 0 throughout if nothing is masked -> its own
+  (batch, 1, query, key), or None for sdpa if nothing is masked;
+- flex_attention: a BlockMask that carries one for each reach, or the stride-0 tensor -> its own BlockMask, or None;
+- flash_attention_*: int32 (batch, K, 1, key), the document of each position and -1 for padding, or None if nothing is
+  masked -> the 2D mask, or cu_seq_lens.
 
 Visible means: the key is real, in the query's document, and within the layer's reach. A padded query sees every real
 key, and in a row of padding alone everything sees everything, so that no softmax runs over nothing.
@@ -50,12 +52,11 @@ def _sdpa_honours_flag() -> bool:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
     except ImportError:
         return False
-    module = torch.nn.Module()
-    module.is_causal = False  # type: ignore[assignment]
-    module.num_key_value_groups = 1  # type: ignore[assignment]
+    module: Any = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = False, 1
     query = torch.zeros(1, 1, 2, 1)
     value = torch.tensor([[[[0.0], [1.0]]]])
-    out, _ = sdpa_attention_forward(module, query, query, value, None)  # type: ignore[arg-type]
+    out, _ = sdpa_attention_forward(module, query, query, value, None)
     return bool(out[0, 0, 0, 0] == 0.5)  # 0.0 if the first position can't see the second
 
 
@@ -197,7 +198,11 @@ def ready_mask(
             return torch.ones((), dtype=torch.bool, device=layout.device).expand(shape)
         fill = 1.0 if ones_and_zeros else 0.0
         return torch.full((), fill, dtype=dtype, device=layout.device).expand(shape)
-    seen = torch.stack([layout.visible(r) for r in reaches], 1) if len(reaches) > 1 else layout.visible(reaches[0])[:, None]
+    seen = (
+        torch.stack([layout.visible(r) for r in reaches], 1)
+        if len(reaches) > 1
+        else layout.visible(reaches[0])[:, None]
+    )
     if as_bool:
         return seen
     if ones_and_zeros:

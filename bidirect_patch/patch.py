@@ -120,7 +120,9 @@ def _enable(found: list[Decoder], allow_partial: bool, proof: bool = True) -> No
                 f"than causal attention: {'; '.join(decoder.in_the_way)}. "
                 "allow_partial=True patches its attention layers all the same"
             )
-    plan = {id(step.module): step for decoder in found for step in _steps(decoder)}  # one builder may serve two decoders
+    plan = {
+        id(step.module): step for decoder in found for step in _steps(decoder)
+    }  # one builder may serve two decoders
     for step in plan.values():
         _check_not_sharded(step.module)
     if proof:

@@ -5,14 +5,14 @@ transformers' causal-LM mapping, patches it, and looks what depends on what.
 """
 
 import json
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from typing import Any
 
 BIDIRECTIONAL = "bidirectional"
 
 
-@lru_cache(maxsize=None)
+@cache
 def conformance() -> dict[str, dict[str, dict[str, Any]]]:
     """{release: {model type: {"backends": {backend: verdict}, "why": str}}}; a verdict other than "bidirectional" is a
     refusal or what kept the type from being run."""

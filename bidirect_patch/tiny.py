@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def tiny_like(model_or_config, attn_implementation: str | None = None, trust_rem
     dtype, device = torch.float32, torch.device("cpu")
     if isinstance(model_or_config, nn.Module):
         model = pretrained(model_or_config)
-        config, build = model.config, type(model)._from_config
+        config, build = model.config, type(model)._from_config  # type: ignore[attr-defined]
         tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         dtype = tensor.dtype
         device = device if tensor.is_meta else tensor.device
@@ -53,7 +53,7 @@ def tiny_like(model_or_config, attn_implementation: str | None = None, trust_rem
     # A config that no one gave a backend says "eager" on older releases, and means the model's default.
     chosen = "_attn_implementation" if isinstance(model_or_config, nn.Module) else "_attn_implementation_internal"
     backend = attn_implementation or getattr(config, chosen, None)
-    options = {"attn_implementation": backend} if isinstance(backend, str) else {}
+    options: dict[str, Any] = {"attn_implementation": backend} if isinstance(backend, str) else {}
     if trust_remote_code:
         options["trust_remote_code"] = True
     with _own_random_state(), torch.device("cpu"):
