@@ -1,0 +1,118 @@
+"""The conformance table: every entry of the causal-LM mapping of the installed transformers, on every backend.
+
+    python -m benchmarks.conformance [--only TYPE ...]
+
+Each type is built tiny and random, patched, and looked at with `attention_report`; FlashAttention is the tests' double.
+Rows of the installed release are replaced in bidirect_patch/conformance.json and the table in
+benchmarks/CONFORMANCE.md is written anew from it.
+"""
+
+import argparse
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from bidirect_patch import attention_report, enable_bidirectional
+from bidirect_patch.errors import BidirectPatchError, UnsupportedModelError
+from tests import zoo
+from tests.flash_double import FlashDouble
+
+BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+DATA = Path(__file__).parent.parent / "bidirect_patch" / "conformance.json"
+TABLE = Path(__file__).parent / "CONFORMANCE.md"
+SEEN, REFUSED, NOT_OFFERED, NOT_RUN, CAUSAL = "bidirectional", "refused", "not offered", "not run", "STAYS CAUSAL"
+
+
+def verdict(model_type: str, backend: str) -> tuple[str, str]:
+    """What becomes of one type on one backend, and why."""
+    try:
+        model = zoo.build(model_type, attn_implementation=backend)
+        causal = attention_report(model)
+    except (
+        UnsupportedModelError,
+        ImportError,
+        NotImplementedError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+    ) as e:
+        return (NOT_OFFERED if backend != "eager" else NOT_RUN), _short(e)
+    try:
+        enable_bidirectional(model)
+    except UnsupportedModelError as error:
+        return REFUSED, _short(error)
+    try:
+        report = attention_report(model)
+    except BidirectPatchError as error:
+        return REFUSED, _short(error)
+    if report.is_bidirectional and not report.unlike_mirror_of(causal):
+        return SEEN, ""
+    return CAUSAL, report.summary
+
+
+def _short(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error)) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def row(model_type: str) -> dict[str, Any]:
+    """{"backends": {backend: verdict}, "why": str} of one type."""
+    reason = zoo.why_not(model_type)
+    if reason:
+        return {"backends": {}, "why": reason}
+    backends, why = {}, ""
+    for backend in BACKENDS:
+        with pytest.MonkeyPatch.context() as monkeypatch, torch.random.fork_rng():
+            if backend.startswith("flash"):
+                FlashDouble(monkeypatch).install(2)
+            backends[backend], reason = verdict(model_type, backend)
+        why = why or (reason if backends[backend] in (REFUSED, CAUSAL, NOT_RUN) else "")
+        if backend == "eager" and backends[backend] in (REFUSED, NOT_RUN):
+            break  # the same on all
+    return {"backends": backends, "why": why}
+
+
+def write_table(table: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """benchmarks/CONFORMANCE.md from the data."""
+    lines = ["# Conformance", "", __doc__.strip(), ""]
+    for release in sorted(table, key=lambda r: [int(n) for n in r.split(".")], reverse=True):
+        rows = table[release]
+        counts: dict[str, int] = {}
+        for entry in rows.values():
+            kind = SEEN if SEEN in entry["backends"].values() else entry["backends"].get("eager", NOT_RUN)
+            counts[kind] = counts.get(kind, 0) + 1
+        lines += [f"## transformers {release}: " + ", ".join(f"{n} {k}" for k, n in sorted(counts.items())), ""]
+        lines += ["| type | " + " | ".join(BACKENDS) + " | why |", "|---" * (len(BACKENDS) + 2) + "|"]
+        for model_type, entry in rows.items():
+            cells = [entry["backends"].get(b, "") for b in BACKENDS]
+            lines.append(f"| {model_type} | " + " | ".join(cells) + f" | {entry['why'].replace('|', '/')[:200]} |")
+        lines.append("")
+    TABLE.write_text("\n".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    """Look at the types, write the data and the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", metavar="TYPE", help="these types alone")
+    only = parser.parse_args().only
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    table = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
+    rows = table.setdefault(transformers.__version__, {})
+    for model_type in only or zoo.model_types():
+        rows[model_type] = row(model_type)
+        print(model_type, rows[model_type], flush=True)
+        table[transformers.__version__] = dict(sorted(rows.items()))
+        DATA.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_table(table)
+
+
+if __name__ == "__main__":
+    main()
