@@ -65,8 +65,9 @@ def test_windows_are_shorter_than_the_texts(model_type, windows):
         pytest.skip("not in this transformers")
     model = zoo.build(model_type)
     attentions = model(**zoo.inputs(model, 1, LENGTH), output_attentions=True).attentions
+    slack = model_type == "mistral" and zoo.RELEASE < Version("4.40")  # its eager window reached one further then
     for probabilities, window in zip(attentions, windows, strict=True):
-        assert torch.equal(probabilities[0].amax(0) > 0, banded(window or LENGTH))
+        assert torch.equal(probabilities[0].amax(0) > 0, banded(window + slack if window else LENGTH))
 
 
 def test_building_is_reproducible():

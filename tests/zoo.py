@@ -42,12 +42,12 @@ def why_not_causal(model_type: str) -> str | None:
     return NOT_CAUSAL.get(model_type)
 
 
-def config(model_type: str) -> PretrainedConfig:
+def config(model_type: str, **overrides) -> PretrainedConfig:
     """A tiny config of this type; of the text model's own type where the causal LM is a part of something larger."""
     cls, wanted = CONFIG_MAPPING[model_type], _model_class(model_type).config_class
     if not issubclass(cls, wanted) and wanted.__module__ == cls.__module__:
         cls = wanted
-    return _shrunk(cls, OVERRIDES.get(model_type, {}))
+    return _shrunk(cls, OVERRIDES.get(model_type, {}) | overrides)
 
 
 def _model_class(model_type):
@@ -80,8 +80,8 @@ def _default(cls, overrides):
         return cls(**overrides)
 
 
-def build(model_type: str, attn_implementation: str = "eager", seed: int = 0) -> nn.Module:
-    """The tiny `*ForCausalLM` of this type: random, float32, on the CPU, in eval mode.
+def build(model_type: str, attn_implementation: str = "eager", seed: int = 0, **overrides) -> nn.Module:
+    """The tiny `*ForCausalLM` of this type, with `overrides` in its config: random, float32, on the CPU, in eval mode.
 
     Weights are drawn wider than any `initializer_range`, and noise is added to norms, biases and gates, so that what
     one token does to another is far above rounding and nothing is switched off by an initial zero.
@@ -89,7 +89,8 @@ def build(model_type: str, attn_implementation: str = "eager", seed: int = 0) ->
     torch.manual_seed(seed)
     with _foreign_tower(model_type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = _model_class(model_type)._from_config(config(model_type), attn_implementation=attn_implementation)
+        made = _model_class(model_type)._from_config
+        model = made(config(model_type, **overrides), attn_implementation=attn_implementation)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point():

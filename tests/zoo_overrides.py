@@ -34,7 +34,6 @@ SIZES = {
     "rotary_dim": 4,
 }
 
-
 # Set wherever a config has a vocabulary: special ids, and encoders are decoders here.
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "is_decoder": True}
 
@@ -65,7 +64,11 @@ OVERRIDES = {
     "axk2": MLA,
     "bailing_hybrid": MLA,
     "bamba": {"attn_layer_indices": [1, 3]},
-    "blt": {"num_hidden_layers": 4, "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32}, "encoder_hash_byte_group_vocab": 64, "local_attention_window_len": 4},
+    "bert-generation": {"use_cache": False},  # old releases drop the mask where they build a cache
+    "blt": {
+        "num_hidden_layers": 4, "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32},
+        "encoder_hash_byte_group_vocab": 64, "local_attention_window_len": 4,
+    },
     "cohere_compass_text": {
         "layer_types": MIXED, "rope_parameters": {kind: ROPE | {"mrope_section": [2, 1, 1]} for kind in MIXED},
     },
@@ -79,7 +82,7 @@ OVERRIDES = {
         "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8,
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     },
-    "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots1": {"max_window_layers": 2, "layer_types": MIXED, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": DOTS3,
     "dots3_note_text": DOTS3,
     "gemma3n": {"text_config": GEMMA3N},
@@ -93,13 +96,17 @@ OVERRIDES = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 24},
     "jamba": {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "jetmoe": {"kv_channels": 8},
     "kimi_linear": MLA | {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": MLA | {"zero_expert_num": 2, "expert_ffn_hidden_size": 24, "ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 16},
-    "jetmoe": {"kv_channels": 8},
     "mega": {"bidirectional": False},
     "minicpm3": MLA,
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 2, "index_topk_blocks": 2,
+        "dense_intermediate_size": 48,
+    },
     "mllama": {"rope_scaling": {"rope_type": "default"}},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
@@ -128,6 +135,7 @@ OVERRIDES = {
         "feed_forward_size": 48, "num_buckets": 2, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "hash_seed": 0,
     },
     "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "smollm3": {"use_sliding_window": True, "layer_types": MIXED},
     "transfo-xl": {"cutoffs": [30, 60], "d_embed": 32, "d_head": 8, "d_inner": 48},
     "xlm": {"causal": True},
     "xlnet": {"d_inner": 48},
@@ -136,7 +144,7 @@ OVERRIDES = {
     "youtu": MLA,
     "zamba": {"use_mamba_kernels": False, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "use_mem_rope": True},
-    "zaya": {"num_experts_per_tok": 1},
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "num_experts_per_tok": 1},
 }
 
 # A sub-config whose model transformers takes from another package (timm).
