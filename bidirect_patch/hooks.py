@@ -11,7 +11,7 @@ from typing import Any
 import wrapt
 
 from .errors import GenerateError
-from .saving import holds_bidirectional, save_adapter, save_model, says_bidirectional
+from .saving import fit_adapter_keys, holds_bidirectional, save_adapter, save_model, says_bidirectional
 
 enables = False  # whether loading enables (bidirect_patch.auto) or only warns
 
@@ -59,6 +59,10 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     where = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
     if where is None or not says_bidirectional(where, **kwargs):
         return result
+    if getattr(result, "unexpected_keys", None) and hasattr(model, "peft_config"):
+        name = args[1] if len(args) > 1 else kwargs.get("adapter_name", "default")
+        hub = {k: v for k, v in kwargs.items() if k in ("revision", "cache_dir", "token", "subfolder")}
+        result = fit_adapter_keys(model, where, name, **hub)
     from .patch import enable_bidirectional, is_bidirectional
 
     if is_bidirectional(model):

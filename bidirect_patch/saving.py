@@ -8,6 +8,7 @@ Nothing on the live model or its config object changes.
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,37 +65,75 @@ def save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     if not holds_bidirectional(model):
         return wrapped(*args, **kwargs)
     with _saved_as(model):
-        return wrapped(*args, **kwargs)
+        result = wrapped(*args, **kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers wrote an adapter and nothing else
+        _mark_adapters(model, args, kwargs)
+    return result
 
 
 def save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """Stands around `PeftModel.save_pretrained`: marks each adapter folder that it wrote."""
     result = wrapped(*args, **kwargs)
-    if holds_bidirectional(model) and kwargs.get("is_main_process", True):
-        folder = os.fspath(args[0] if args else kwargs["save_directory"])
-        folders = [folder, *(os.path.join(folder, name) for name in model.peft_config)]
-        config = saving_config(model.get_base_model())
-        for place in folders:
-            if os.path.isfile(os.path.join(place, "adapter_config.json")):
-                config.save_pretrained(place)
+    if holds_bidirectional(model):
+        _mark_adapters(model.get_base_model(), args, kwargs, list(model.peft_config))
     return result
 
 
-def says_bidirectional(name_or_path: Any, **hub: Any) -> bool:
-    """Whether the config.json of a checkpoint or adapter says `is_causal: false`, at its top or for its text part.
+def _mark_adapters(base: Any, args: Any, kwargs: Any, names: list[str] | None = None) -> None:
+    if not kwargs.get("is_main_process", True):
+        return
+    folder = os.fspath(args[0] if args else kwargs["save_directory"])
+    config = saving_config(base)
+    for place in (folder, *(os.path.join(folder, name) for name in names or ())):
+        if os.path.isfile(os.path.join(place, "adapter_config.json")):
+            config.save_pretrained(place)
 
-    hub: revision, cache_dir, token, subfolder, as `from_pretrained` takes them. False where there is no config.json.
+
+# The classes that adapters of LLM2Vec, which carry no flag, say they were trained on.
+_BIDIRECTIONAL_CLASS = re.compile(r"Bi(Model|ForMNTP)$|llm2vec|LLM2Vec|modeling_\w+_encoder")
+
+
+def says_bidirectional(name_or_path: Any, **hub: Any) -> bool:
+    """Whether a checkpoint or adapter says `is_causal: false` in its config.json, at its top or for its text part, or
+    names one of LLM2Vec's bidirectional classes.
+
+    hub: revision, cache_dir, token, subfolder, as `from_pretrained` takes them. False where it has no config.
     """
+    hub = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token", "subfolder", "local_files_only")}
+    config, adapter = (_read(name_or_path, name, hub) for name in ("config.json", "adapter_config.json"))
+    if any(part.get("is_causal") is False for part in (config, *(v for v in config.values() if isinstance(v, dict)))):
+        return True
+    classes = [*(adapter.get("auto_mapping") or {}).values(), *(config.get("auto_map") or {}).values()]
+    return any(_BIDIRECTIONAL_CLASS.search(str(c)) for c in classes)
+
+
+def _read(name_or_path: Any, file_name: str, hub: dict[str, Any]) -> dict[str, Any]:
     from transformers.utils import cached_file
 
-    hub = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token", "subfolder", "local_files_only")}
     try:
-        path = cached_file(os.fspath(name_or_path), "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+        path = cached_file(os.fspath(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **hub)
         if path is None:
-            return False
+            return {}
         with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+            return json.load(file)
     except (OSError, ValueError, TypeError):
-        return False
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return any(part.get("is_causal") is False for part in parts)
+        return {}
+
+
+def fit_adapter_keys(model: Any, where: Any, name: str, **hub: Any) -> Any:
+    """Load an adapter's weights again under the names that they have here; what PEFT says of the result.
+
+    LLM2Vec's are for a bare `LlamaModel` (`base_model.model.layers...`); a `*ForCausalLM` has one `model.` more.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    prefix = "base_model.model."
+    here = {key.removeprefix(prefix): key for key in get_peft_model_state_dict(model, adapter_name=name)}
+    given = load_peft_weights(os.fspath(where), device="cpu", **hub)
+    fitted = {}
+    for key, weight in given.items():
+        bare = key.removeprefix(prefix)
+        alike = (k for k in here if k == bare or k.endswith(f".{bare}") or bare.endswith(f".{k}"))
+        fitted[here.get(next(alike, ""), key)] = weight
+    return set_peft_model_state_dict(model, fitted, adapter_name=name)

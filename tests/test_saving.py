@@ -1,0 +1,400 @@
+"""What a bidirectional model leaves on disk and how it opens again: checkpoints, shards, the Hub, GGUF, adapters."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, hooks, is_bidirectional
+
+from .conftest import TRANSFORMERS, tiny_config, tiny_model
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+HONOURS_THE_FLAG = pytest.mark.skipif(
+    Version("5.2") > TRANSFORMERS, reason=f"transformers {TRANSFORMERS} doesn't know is_causal in a config"
+)
+
+
+@torch.no_grad()
+def encode(model):
+    """What the model gives for the real tokens of IDS: (10, width)."""
+    return model(input_ids=IDS, attention_mask=MASK)[0][MASK.bool()]
+
+
+@torch.no_grad()
+def reaches_back(model):
+    """Whether the first position's output depends on the last token."""
+    other = IDS.clone()
+    other[0, -1] = 20
+    return not torch.equal(model(input_ids=IDS)[0][0, 0], model(input_ids=other)[0][0, 0])
+
+
+def config_of(folder):
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def auto(monkeypatch):
+    """What `import bidirect_patch.auto` does, for one test."""
+    hooks.install()
+    monkeypatch.setattr(hooks, "enables", True)
+
+
+@pytest.fixture
+def only_warns(monkeypatch):
+    """This package in use, without `import bidirect_patch.auto`."""
+    hooks.install()
+    monkeypatch.setattr(hooks, "enables", False)
+
+
+# Checkpoints
+
+
+def test_what_is_saved_says_so_and_saving_changes_nothing(tmp_path):
+    model = enable_bidirectional(tiny_model())
+    before, config, attributes = encode(model), copy.deepcopy(model.config.to_dict()), set(vars(model))
+    config_object = model.config
+    model.save_pretrained(tmp_path)
+    saved = config_of(tmp_path)
+    assert saved["is_causal"] is False
+    assert saved["architectures"] == ["LlamaForCausalLM"]
+    assert model.config is config_object and model.config.to_dict() == config and set(vars(model)) == attributes
+    assert torch.equal(encode(model), before)
+
+
+def test_a_failing_save_leaves_the_model_as_it_was(tmp_path):
+    model = enable_bidirectional(tiny_model())
+    config_object, attributes = model.config, set(vars(model))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception):  # noqa: B017  (which one is transformers' affair)
+        model.save_pretrained(tmp_path / "file" / "folder")
+    assert model.config is config_object and set(vars(model)) == attributes
+
+
+def test_a_causal_model_saves_no_flag(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "stock")
+    enable_bidirectional(model)
+    with bidirectional(model, enabled=False):
+        model.save_pretrained(tmp_path / "island")
+    disable_bidirectional(model).save_pretrained(tmp_path / "disabled")
+    for folder in ("stock", "island", "disabled"):
+        assert "is_causal" not in config_of(tmp_path / folder)
+
+
+@HONOURS_THE_FLAG
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_stock_transformers_opens_it_equal_to_ours(tmp_path, only_warns, family):
+    model = enable_bidirectional(tiny_model(family, sliding_window=32) if family == "mistral" else tiny_model(family))
+    model.save_pretrained(tmp_path)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(opened) is getattr(transformers, type(model).__name__)
+    assert type(opened.model) in (transformers.LlamaModel, transformers.MistralModel)  # not ours
+    same(encode(opened), encode(model))
+
+
+def test_without_the_flag_the_same_weights_give_something_else(tmp_path):
+    model = enable_bidirectional(tiny_model())
+    ours = encode(model)
+    disable_bidirectional(model).save_pretrained(tmp_path)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.allclose(encode(opened), ours, atol=1e-2)
+
+
+@pytest.mark.parametrize("opener", ["AutoModelForCausalLM", "AutoModel", "LlamaModel"])
+def test_with_auto_each_version_opens_it_bidirectional(tmp_path, auto, opener):
+    model = enable_bidirectional(tiny_model())
+    model.save_pretrained(tmp_path)
+    opened, info = getattr(transformers, opener).from_pretrained(tmp_path, output_loading_info=True)
+    assert is_bidirectional(opened) and reaches_back(opened) and not info["missing_keys"]
+    same(encode(opened), encode(model if opener == "AutoModelForCausalLM" else model.model))
+    opened.save_pretrained(tmp_path / "again")
+    assert config_of(tmp_path / "again")["is_causal"] is False
+
+
+def test_with_auto_a_causal_checkpoint_stays_causal(tmp_path, auto):
+    tiny_model().save_pretrained(tmp_path)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not is_bidirectional(opened) and not reaches_back(opened)
+
+
+def test_importing_auto_is_all_it_takes(tmp_path):
+    enable_bidirectional(tiny_model()).save_pretrained(tmp_path)
+    script = """
+import sys, bidirect_patch.auto, torch, transformers
+model = transformers.AutoModel.from_pretrained(sys.argv[1]).eval()
+a, b = (model(input_ids=torch.tensor([[5, 6, last]]))[0][0, 0] for last in (7, 8))
+print("two ways" if type(model) is not transformers.LlamaModel and not torch.equal(a, b) else "one way")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split("\n")[0] == "two ways", done.stderr
+
+
+def test_sharded_safetensors(tmp_path, auto):
+    model = enable_bidirectional(tiny_model())
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    same(encode(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), encode(model))
+
+
+def test_push_to_hub_pushes_the_flag(monkeypatch):
+    import huggingface_hub
+    from transformers.utils import hub
+
+    pushed = {}
+
+    def create_repo(*args, repo_id=None, **kwargs):
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id or next(a for a in args if '/' in str(a))}")
+
+    def create_commit(*args, operations, **kwargs):
+        for operation in operations:
+            source = operation.path_or_fileobj
+            pushed[operation.path_in_repo] = Path(source).read_bytes() if isinstance(source, (str, Path)) else source
+
+    for name, stand_in in {"create_repo": create_repo, "create_commit": create_commit}.items():
+        monkeypatch.setattr(huggingface_hub.HfApi, name, stand_in)
+        if hasattr(hub, name):
+            monkeypatch.setattr(hub, name, stand_in)
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda *a, **k: huggingface_hub.ModelCard(""))
+    enable_bidirectional(tiny_model()).push_to_hub("somebody/encoder")
+    assert json.loads(pushed["config.json"])["is_causal"] is False
+    assert "model.safetensors" in pushed
+
+
+def test_a_composite_config_is_flagged_for_its_text_part(tmp_path, auto):
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **vision),
+        text_config=tiny_config("llama"),
+        image_token_index=3,
+    )
+    model = enable_bidirectional(transformers.LlavaForConditionalGeneration(config).eval())
+    model.save_pretrained(tmp_path)
+    saved = config_of(tmp_path)
+    assert saved["text_config"]["is_causal"] is False
+    assert "is_causal" not in saved["vision_config"] and "is_causal" not in saved
+    assert getattr(model.config.text_config, "is_causal", None) is None
+    opened = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert reaches_back(opened)
+    same(encode(opened), encode(model))
+
+
+@pytest.mark.slow
+def test_a_gguf_source_saves(tmp_path, load_real, auto):
+    model, tokenizer = load_real()
+    ids = tokenizer("A model that was quantized", return_tensors="pt").input_ids
+    with torch.no_grad(), bidirectional(model):
+        before = model(input_ids=ids)[0]
+        model.save_pretrained(tmp_path)
+    saved = config_of(tmp_path)
+    assert saved["is_causal"] is False and "quantization_config" not in saved
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        same(opened(input_ids=ids)[0], before)
+
+
+# Adapters
+
+
+def lora(model, seed=0, name="default", **settings):
+    """`model` under a LoRA adapter that changes what it gives."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **settings)
+    if hasattr(model, "peft_config"):
+        model.add_adapter(name, config)
+        return model
+    return get_peft_model(model, config, adapter_name=name).eval()
+
+
+def test_an_adapter_may_be_put_on_before_or_after():
+    pytest.importorskip("peft")
+    before = enable_bidirectional(lora(tiny_model()))
+    after = lora(enable_bidirectional(tiny_model()))
+    assert torch.equal(encode(before), encode(after)) and reaches_back(before)
+    assert not torch.allclose(encode(before), encode(enable_bidirectional(tiny_model())), atol=1e-2)
+    assert not is_bidirectional(disable_bidirectional(after)) and not reaches_back(after)
+
+
+def test_a_saved_adapter_is_marked_and_a_causal_one_is_not(tmp_path):
+    pytest.importorskip("peft")
+    model = lora(tiny_model())
+    model.save_pretrained(tmp_path / "causal")
+    assert not (tmp_path / "causal" / "config.json").exists()
+    enable_bidirectional(model).save_pretrained(tmp_path / "both")
+    assert config_of(tmp_path / "both")["is_causal"] is False
+    assert getattr(model.get_base_model().config, "is_causal", None) is None
+
+
+@pytest.mark.parametrize("through", ["peft", "transformers"])
+@pytest.mark.parametrize("patched", [True, False])
+def test_reload_onto_a_patched_or_an_unpatched_base(tmp_path, auto, patched, through):
+    peft = pytest.importorskip("peft")
+    model = enable_bidirectional(lora(tiny_model()))
+    model.save_pretrained(tmp_path)
+    base = enable_bidirectional(tiny_model()) if patched else tiny_model()
+    if through == "peft":
+        base = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    else:
+        base.load_adapter(str(tmp_path))
+    same(encode(base.eval()), encode(model))
+
+
+@pytest.mark.parametrize("through", ["peft", "transformers"])
+def test_without_auto_loading_onto_a_causal_base_warns(tmp_path, only_warns, through):
+    peft = pytest.importorskip("peft")
+    enable_bidirectional(lora(tiny_model())).save_pretrained(tmp_path)
+
+    def load(base):
+        if through == "peft":
+            return peft.PeftModel.from_pretrained(base, str(tmp_path))
+        base.load_adapter(str(tmp_path))
+        return base
+
+    with pytest.warns(UserWarning, match=r"call enable_bidirectional\(model\)"):
+        assert not reaches_back(load(tiny_model()).eval())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the adapter")
+        load(enable_bidirectional(tiny_model()))  # where it belongs
+
+
+def test_a_folder_with_an_adapter_opens_through_transformers_too(tmp_path, auto):
+    pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = enable_bidirectional(lora(base))
+    model.save_pretrained(tmp_path / "adapter")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert reaches_back(opened)
+    same(encode(opened), encode(model))
+
+
+def test_an_adapter_saved_through_transformers_is_marked(tmp_path, auto):
+    peft = pytest.importorskip("peft")
+    model = enable_bidirectional(tiny_model())
+    torch.manual_seed(0)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    opened = tiny_model()
+    opened.load_adapter(str(tmp_path))
+    assert reaches_back(opened.eval())
+    same(encode(opened), encode(model.eval()))
+
+
+def test_merged(tmp_path, auto):
+    pytest.importorskip("peft")
+    model = enable_bidirectional(lora(tiny_model()))
+    before = encode(model)
+    merged = model.merge_and_unload()
+    assert is_bidirectional(merged)
+    same(encode(merged), before)
+    merged.save_pretrained(tmp_path)
+    assert config_of(tmp_path)["is_causal"] is False
+    same(encode(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), before)
+
+
+def test_several_adapters_are_each_marked_and_switch(tmp_path, auto):
+    peft = pytest.importorskip("peft")
+    model = enable_bidirectional(lora(lora(tiny_model(), name="first"), seed=1, name="second")).eval()
+    want = {}
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        want[name] = encode(model)
+    assert not torch.allclose(want["first"], want["second"], atol=1e-2)
+    model.save_pretrained(tmp_path)
+    for name in ("first", "second"):
+        assert config_of(tmp_path / name)["is_causal"] is False
+    opened = peft.PeftModel.from_pretrained(tiny_model(), str(tmp_path / "first"), adapter_name="first")
+    opened.load_adapter(str(tmp_path / "second"), adapter_name="second")
+    for name in ("first", "second"):
+        opened.set_adapter(name)
+        same(encode(opened.eval()), want[name])
+
+
+def test_mntp_then_simcse_merge_first_then_the_second_adapter(tmp_path, auto):
+    """The second adapter was trained over the merged first: the base alone isn't what it belongs to."""
+    peft = pytest.importorskip("peft")
+    mntp = enable_bidirectional(lora(tiny_model(head=False), seed=1))
+    mntp.save_pretrained(tmp_path / "mntp")
+    simcse = lora(mntp.merge_and_unload(), seed=2)
+    simcse.save_pretrained(tmp_path / "simcse")
+    opened = peft.PeftModel.from_pretrained(tiny_model(head=False), str(tmp_path / "mntp")).merge_and_unload()
+    opened = peft.PeftModel.from_pretrained(opened, str(tmp_path / "simcse")).eval()
+    same(encode(opened), encode(simcse))
+    alone = peft.PeftModel.from_pretrained(tiny_model(head=False), str(tmp_path / "simcse")).eval()
+    assert not torch.allclose(encode(alone), encode(simcse), atol=1e-2)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Adapter files as LLM2Vec's were published, over a tiny `LlamaModel`; and what they should give."""
+    pytest.importorskip("peft")
+    model = lora(tiny_model(head=False))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["auto_mapping"] = {
+        "base_model_class": "LlamaBiModel",
+        "parent_library": "llm2vec.models.bidirectional_llama",
+    }
+    path.write_text(json.dumps(config))
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert all(key.startswith("base_model.model.layers.") for key in keys)
+    return tmp_path, encode(enable_bidirectional(model))
+
+
+@pytest.mark.parametrize("through", ["peft", "transformers"])
+def test_published_adapters_load_and_are_known_to_be_bidirectional(published, auto, through):
+    import peft
+
+    folder, want = published
+    model = tiny_model(head=False)
+    if through == "peft":
+        model = peft.PeftModel.from_pretrained(model, str(folder))
+    else:
+        model.load_adapter(str(folder))
+    same(encode(model.eval()), want)
+
+
+def test_published_adapters_onto_a_causal_model_warn_without_auto(published, only_warns):
+    import peft
+
+    with pytest.warns(UserWarning, match="trained with bidirectional attention"):
+        peft.PeftModel.from_pretrained(tiny_model(head=False), str(published[0]))
+
+
+def test_published_adapters_load_onto_a_model_with_a_head(published, auto):
+    """Its keys lack the `model.` of a *ForCausalLM; left at that, PEFT would load none of them."""
+    import peft
+
+    folder, want = published
+    model = peft.PeftModel.from_pretrained(tiny_model(), str(folder)).eval()
+    same(encode(model.get_base_model().model), want)
+
+
+def test_keys_of_a_model_with_a_head_load_onto_a_bare_one(published, auto):
+    import peft
+
+    folder, want = published
+    path = folder / "adapter_model.safetensors"
+    weights = {key.replace("model.layers", "model.model.layers"): value for key, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    same(encode(peft.PeftModel.from_pretrained(tiny_model(head=False), str(folder)).eval()), want)
