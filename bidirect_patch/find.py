@@ -269,8 +269,8 @@ def _mixes_otherwise(module: nn.Module) -> bool:
 def reach_of(attention: nn.Module, path: str, config: Any) -> Reach:
     """The window or chunk that the layer was trained with, read from where transformers keeps it.
 
-    The module's own `sliding_window` wins; else `config.layer_types` at the layer's index; else the config's
-    `sliding_window`, which then holds for every layer.
+    The layer's kind in `config.layer_types` decides whether it has one, where there is such a list. The window is the
+    module's own `sliding_window`, else the config's.
     """
     index = getattr(attention, "layer_idx", None)
     if index is None:
@@ -280,8 +280,11 @@ def reach_of(attention: nn.Module, path: str, config: Any) -> Reach:
     kind = kinds[index] if kinds and index < len(kinds) else None
     if kind is not None and "chunk" in kind:
         return Reach(chunk=getattr(config, "attention_chunk_size", None))
-    if "sliding_window" in attention.__dict__:
-        return Reach(window=attention.__dict__["sliding_window"])
+    if kind == "full_attention":
+        return Reach()
+    own = before_swaps(attention, "sliding_window", getattr(attention, "sliding_window", None))
+    if own is not None or hasattr(attention, "sliding_window"):
+        return Reach(window=own)
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return Reach()

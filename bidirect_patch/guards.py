@@ -5,7 +5,7 @@ It runs once per class and backend: a small random model of the same class is pa
 first real batch, and an error says so.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,50 +14,65 @@ from . import masks, swap
 from .errors import BidirectPatchError, UnsupportedModelError
 from .find import Decoder
 from .forward import text_config
-from .report import attention_report
+from .report import AttentionReport, attention_report
 from .tiny import tiny_like
 
 _verdicts: dict[tuple, str] = {}  # by class and backend: "" if seen to be bidirectional, else what was seen
 
 
-def prove(decoder: Decoder, enable: Any) -> bool:
-    """Whether the class of `decoder` was seen to become bidirectional; False if it can't be run here and now.
+def prove(decoder: Decoder, enable: Callable[[nn.Module], None]) -> bool:
+    """Whether the class of `decoder` was seen to become bidirectional; False if no small model of it can be run.
 
     enable: patches a model without asking for proof. Raises UnsupportedModelError if a layer was seen to stay causal.
     """
-    model = decoder.builders[0] if decoder.builders else decoder.module
-    backend = masks.backend_of(text_config(decoder.module.config))
-    key = (swap.original(type(model)), backend, decoder.reaches, decoder.mask_code)
-    if key not in _verdicts:
-        if all(p.is_meta for p in model.parameters()):
+    key = _key(decoder)
+    if key not in _verdicts and not _on_meta(decoder):  # without weights there is nothing to be wrong about yet
+        try:
+            small = tiny_like(_subject(decoder))
+            if masks.backend_of(text_config(decoder.module.config)) != "flash":
+                small = small.to(device="cpu", dtype=torch.float32)
+            enable(small)
+            _verdicts[key] = _seen(attention_report(small), "a small random model of its class")
+        except BidirectPatchError:
             return False
-        verdict = _look(model, backend, enable)
-        if verdict is None:
-            return False
-        _verdicts[key] = verdict
-    if _verdicts[key]:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} was not made bidirectional: with the patch on, {_verdicts[key]}"
-        )
-    return True
+    return key in _verdicts and _accept(decoder, _verdicts[key])
 
 
-def _look(model: nn.Module, backend: str, enable: Any) -> str | None:
+def prove_itself(decoder: Decoder) -> None:
+    """The same proof on the patched model itself, where no small one could be made. On meta there is nothing to run."""
+    if _on_meta(decoder):
+        return
     try:
-        small = tiny_like(model)
-        if backend != "flash":
-            small = small.to(device="cpu", dtype=torch.float32)
-        causal = attention_report(small)
-    except BidirectPatchError:
-        return None
-    if not any(layer.verdict == "causal" for layer in causal.layers):
-        return None  # it doesn't show what the real one does
-    enable(small)
-    report = attention_report(small)
+        report = attention_report(_subject(decoder))
+    except UnsupportedModelError:  # a kernel that isn't here, say: it will not run before it is
+        return
+    _verdicts[_key(decoder)] = _seen(report, "the model itself")
+    _accept(decoder, _verdicts[_key(decoder)])
+
+
+def _subject(decoder: Decoder) -> nn.Module:
+    return decoder.builders[0] if decoder.builders else decoder.module
+
+
+def _on_meta(decoder: Decoder) -> bool:
+    return all(p.is_meta for p in decoder.module.parameters())
+
+
+def _key(decoder: Decoder) -> tuple:
+    backend = masks.backend_of(text_config(decoder.module.config))
+    return swap.original(type(_subject(decoder))), backend, decoder.reaches, decoder.mask_code
+
+
+def _seen(report: AttentionReport, where: str) -> str:
     # Not compared with what the causal layers reached: older releases let windows reach too far, or ignored them.
-    if report.is_bidirectional:
-        return ""
-    return f"this was seen in a small random model of its class:\n{report}"
+    return "" if report.is_bidirectional else f"this was seen in {where}:\n{report}"
+
+
+def _accept(decoder: Decoder, verdict: str) -> bool:
+    if verdict:
+        name = swap.original(type(decoder.module)).__name__
+        raise UnsupportedModelError(f"{name} was not made bidirectional: with the patch on, {verdict}")
+    return True
 
 
 def natively_bidirectional(decoder: Decoder) -> bool:

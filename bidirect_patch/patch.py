@@ -125,13 +125,17 @@ def _enable(found: list[Decoder], allow_partial: bool, proof: bool = True) -> No
     }  # one builder may serve two decoders
     for step in plan.values():
         _check_not_sharded(step.module)
-    if proof:
-        for decoder in found:
-            if not decoder.in_the_way:
-                guards.prove(decoder, lambda small: _enable(decoders(small), False, proof=False))
+    whole = [d for d in found if not d.in_the_way] if proof else []
+    unproven = [d for d in whole if not guards.prove(d, lambda small: _enable(decoders(small), False, proof=False))]
     hooks.install()
     for step in plan.values():
         swap.swap(step.module, step.mixin, step.attributes, step.buffers)
+    try:
+        for decoder in unproven:
+            guards.prove_itself(decoder)
+    except BaseException:
+        _disable(found)
+        raise
 
 
 class _Step(NamedTuple):
