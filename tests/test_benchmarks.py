@@ -1,0 +1,62 @@
+"""The benchmarks run: each script imports, and the cheap ones print a table. What they measure is not tested."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import benchmarks
+
+from .conftest import TRANSFORMERS, Version
+
+SCRIPTS = [m.name for m in pkgutil.iter_modules(benchmarks.__path__)]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The scripts set one thread."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "__main__"])
+def test_a_script_imports_and_says_how_it_is_run(script):
+    module = importlib.import_module(f"benchmarks.{script}")
+    if hasattr(module, "main"):
+        assert f"benchmarks.{script}" in module.__doc__ or f"benchmarks/{script}.py" in module.__doc__
+
+
+def test_the_collators_table(capsys):
+    importlib.import_module("benchmarks.collator").main(["--quick"])
+    table = capsys.readouterr().out.splitlines()
+    assert (
+        table[0].split() == "| features | stock, million tokens / s | ours, million tokens / s | ours / stock |".split()
+    )
+    assert len(table) == 5  # a header, a line, and three kinds of features
+
+
+@pytest.mark.skipif(
+    Version("4.40") <= TRANSFORMERS < Version("5.2"),
+    reason="has neither a native switch nor the hand-written subclasses",
+)
+def test_the_patch_makes_what_its_peer_makes(capsys):
+    """The script itself compares hidden states before it times anything."""
+    module = importlib.import_module("benchmarks.patch_cost")
+    module.step_cost(1, quick=True)
+    assert capsys.readouterr().out.count("1 layer of 64") == 2
+
+
+def test_tensors_that_operators_make_are_counted():
+    module = importlib.import_module("benchmarks.patch_cost")
+    with module.TensorCount() as counted:
+        torch.ones(2) + 1
+    assert counted.count == 2
+
+
+def test_padded_and_padding_free_batches_train_alike(capsys):
+    """The script itself compares their losses before it times anything."""
+    importlib.import_module("benchmarks.padding_free").main(["--quick"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[3].strip() == "100%" for row in rows] == [False, False, True, True]
