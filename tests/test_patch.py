@@ -173,6 +173,8 @@ def test_padding_of_any_dtype_changes_nothing(make_model, side, kind):
         with_junk = hidden(model, junk, mask.to(kind))
     torch.testing.assert_close(padded[1, mask[1].bool()], alone[0], **CLOSE)
     torch.testing.assert_close(with_junk[mask.bool()], padded[mask.bool()], **CLOSE)
+    with bidirectional(model, enabled=False), torch.no_grad():
+        assert not torch.allclose(hidden(model, ids, mask.to(kind))[mask.bool()], padded[mask.bool()])
     assert padded.isfinite().all() and with_junk.isfinite().all()
 
 
@@ -180,6 +182,7 @@ def test_no_mask_and_a_mask_of_ones_are_the_same(make_model):
     model = enable_bidirectional(make_model())
     with torch.no_grad():
         torch.testing.assert_close(hidden(model), hidden(model, attention_mask=torch.ones_like(IDS)), **CLOSE)
+    assert sees_all(model)
 
 
 def test_a_row_of_padding_alone_is_finite_and_harmless(make_model):
@@ -229,6 +232,7 @@ def test_the_positions_that_generate_gives_left_padding_are_one_document(make_mo
     with torch.no_grad():
         out = hidden(model, ids, mask, position_ids=positions)
         torch.testing.assert_close(out[1, 3:], hidden(model, ids[1:, 3:])[0], **CLOSE)
+    assert sees_all(model)
 
 
 def test_positions_that_start_late_are_one_document(make_model):
@@ -317,6 +321,7 @@ def test_half_precision_is_finite_and_close(make_model, backend, dtype):
         half = hidden(model.to(dtype), IDS, MASK)
     assert half.dtype == dtype and half.isfinite().all()
     assert (half[MASK.bool()].float() - exact[MASK.bool()]).abs().mean() < 0.05
+    assert not torch.equal(half[:, 0], hidden(disable_bidirectional(model), IDS, MASK)[:, 0])
 
 
 def test_training_mode_sees_the_same(make_model):
@@ -368,8 +373,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, backend, re
 def test_checkpoints_recomputed_after_the_block_are_right_or_refused(make_model, reentrant):
     """The backward of a checkpointed forward runs the layers again, maybe in another mode: never silently causal."""
     model = make_model().train()
+    causal = gradients(model, None)
     with bidirectional(model):
         expected = gradients(model, None)
+    assert not torch.allclose(causal["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     enable_bidirectional(model)
     try:
@@ -487,6 +494,7 @@ def test_isinstance_and_names_hold(make_model):
     model = make_model()
     enable_bidirectional(model)
     assert isinstance(model, transformers.LlamaForCausalLM) and isinstance(model.model, transformers.LlamaModel)
+    assert sees_all(model)
     assert type(model.model).__name__ == "LlamaModel"
     assert type(model.model).__module__ == transformers.LlamaModel.__module__
     assert model.config.architectures in (None, ["LlamaForCausalLM"])
@@ -718,7 +726,7 @@ def test_torch_save_of_the_whole_model(make_model):
     torch.save(model, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    assert is_bidirectional(loaded)
+    assert is_bidirectional(loaded) and sees_all(loaded)
     assert torch.equal(hidden(loaded), hidden(model))
     disable_bidirectional(loaded)
     disable_bidirectional(model)
@@ -1009,6 +1017,7 @@ def test_threads_in_the_same_mode_get_right_results(make_model):
         bidirectional(model),
     ):  # logits: transformers 4.57 to 5.1 record hidden states in no thread-safe way
         expected = [model(ids, attention_mask=mask).logits for ids in rows]
+    assert not torch.allclose(model(rows[0], attention_mask=mask).logits[:, 0], expected[0][:, 0])
     before = snapshot(model)
     errors = []
     start = threading.Barrier(len(rows))
