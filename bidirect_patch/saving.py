@@ -1,7 +1,8 @@
 """What a bidirectional model leaves on disk: `"is_causal": false` in config.json, under the stock architecture name.
 
-Stock transformers from 5.2 on heeds that flag, and so do others that read it (vLLM). An adapter folder gets a
-config.json with the flag beside its adapter_config.json: the mark that the adapter was trained bidirectionally.
+Stock transformers from 5.2 on heeds that flag, and so do others that read it (vLLM). An adapter has no config.json (with
+one beside it, transformers takes the folder for a whole model), so its adapter_config.json gets the flag, where PEFT
+keeps what it knows of the base model: `"auto_mapping": {"is_causal": false}`.
 Nothing on the live model or its config object changes.
 """
 
@@ -29,7 +30,9 @@ def saving_config(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     for module in model.modules():
         if swap.is_swapped(module, BidirectionalModel):
-            parts = [n for n, value in vars(model.config).items() if value is module.config]
+            inner = vars(model.config).items()  # of a composite config; older transformers give its models a copy
+            parts = [n for n, value in inner if value is module.config]
+            parts = parts or [n for n, value in inner if type(value) is type(module.config)]
             for part in [getattr(config, n) for n in parts] or [config]:
                 part.is_causal = False
     return config
@@ -67,7 +70,7 @@ def save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     with _saved_as(model):
         result = wrapped(*args, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers wrote an adapter and nothing else
-        _mark_adapters(model, args, kwargs)
+        _mark_adapters(args, kwargs)
     return result
 
 
@@ -75,18 +78,22 @@ def save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """Stands around `PeftModel.save_pretrained`: marks each adapter folder that it wrote."""
     result = wrapped(*args, **kwargs)
     if holds_bidirectional(model):
-        _mark_adapters(model.get_base_model(), args, kwargs, list(model.peft_config))
+        _mark_adapters(args, kwargs, list(model.peft_config))
     return result
 
 
-def _mark_adapters(base: Any, args: Any, kwargs: Any, names: list[str] | None = None) -> None:
+def _mark_adapters(args: Any, kwargs: Any, names: list[str] | None = None) -> None:
     if not kwargs.get("is_main_process", True):
         return
     folder = os.fspath(args[0] if args else kwargs["save_directory"])
-    config = saving_config(base)
     for place in (folder, *(os.path.join(folder, name) for name in names or ())):
-        if os.path.isfile(os.path.join(place, "adapter_config.json")):
-            config.save_pretrained(place)
+        path = os.path.join(place, "adapter_config.json")
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+            config["auto_mapping"] = {**(config.get("auto_mapping") or {}), "is_causal": False}
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(config, file, indent=2, sort_keys=True)
 
 
 # The classes that adapters of LLM2Vec, which carry no flag, say they were trained on.
@@ -94,17 +101,19 @@ _BIDIRECTIONAL_CLASS = re.compile(r"Bi(Model|ForMNTP)$|llm2vec|LLM2Vec|modeling_
 
 
 def says_bidirectional(name_or_path: Any, **hub: Any) -> bool:
-    """Whether a checkpoint or adapter says `is_causal: false` in its config.json, at its top or for its text part, or
-    names one of LLM2Vec's bidirectional classes.
+    """Whether a checkpoint or adapter says `is_causal: false` in its config, or names one of LLM2Vec's bidirectional
+    classes.
 
     hub: revision, cache_dir, token, subfolder, as `from_pretrained` takes them. False where it has no config.
     """
     hub = {k: v for k, v in hub.items() if k in ("revision", "cache_dir", "token", "subfolder", "local_files_only")}
-    config, adapter = (_read(name_or_path, name, hub) for name in ("config.json", "adapter_config.json"))
-    if any(part.get("is_causal") is False for part in (config, *(v for v in config.values() if isinstance(v, dict)))):
-        return True
-    classes = [*(adapter.get("auto_mapping") or {}).values(), *(config.get("auto_map") or {}).values()]
-    return any(_BIDIRECTIONAL_CLASS.search(str(c)) for c in classes)
+    for file_name in ("adapter_config.json", "config.json"):
+        config = _read(name_or_path, file_name, hub)
+        parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+        classes = [str(v) for key in ("auto_mapping", "auto_map") for v in (config.get(key) or {}).values()]
+        if any(part.get("is_causal") is False for part in parts) or any(map(_BIDIRECTIONAL_CLASS.search, classes)):
+            return True
+    return False
 
 
 def _read(name_or_path: Any, file_name: str, hub: dict[str, Any]) -> dict[str, Any]:

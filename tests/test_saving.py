@@ -15,6 +15,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, hooks, is_bidirectional
+from bidirect_patch.saving import says_bidirectional
 
 from .conftest import TRANSFORMERS, tiny_config, tiny_model
 
@@ -215,11 +216,11 @@ def test_a_gguf_source_saves(tmp_path, load_real, auto):
 
 def lora(model, seed=0, name="default", **settings):
     """`model` under a LoRA adapter that changes what it gives."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(seed)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **settings)
-    if hasattr(model, "peft_config"):
+    if isinstance(model, PeftModel):
         model.add_adapter(name, config)
         return model
     return get_peft_model(model, config, adapter_name=name).eval()
@@ -238,10 +239,12 @@ def test_a_saved_adapter_is_marked_and_a_causal_one_is_not(tmp_path):
     pytest.importorskip("peft")
     model = lora(tiny_model())
     model.save_pretrained(tmp_path / "causal")
-    assert not (tmp_path / "causal" / "config.json").exists()
+    assert not says_bidirectional(tmp_path / "causal")
     enable_bidirectional(model).save_pretrained(tmp_path / "both")
-    assert config_of(tmp_path / "both")["is_causal"] is False
-    assert getattr(model.get_base_model().config, "is_causal", None) is None
+    assert says_bidirectional(tmp_path / "both")
+    assert sorted(p.name for p in (tmp_path / "causal").iterdir()) == sorted(
+        p.name for p in (tmp_path / "both").iterdir()
+    )
 
 
 @pytest.mark.parametrize("through", ["peft", "transformers"])
@@ -321,7 +324,7 @@ def test_several_adapters_are_each_marked_and_switch(tmp_path, auto):
     assert not torch.allclose(want["first"], want["second"], atol=1e-2)
     model.save_pretrained(tmp_path)
     for name in ("first", "second"):
-        assert config_of(tmp_path / name)["is_causal"] is False
+        assert says_bidirectional(tmp_path / name)
     opened = peft.PeftModel.from_pretrained(tiny_model(), str(tmp_path / "first"), adapter_name="first")
     opened.load_adapter(str(tmp_path / "second"), adapter_name="second")
     for name in ("first", "second"):

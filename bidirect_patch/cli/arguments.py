@@ -104,7 +104,18 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MNTPArguments
     Raises:
         ConfigError: a file or setting that can't be used; the message names it.
     """
-    parser = _Parser(KINDS, prog="bidirect-patch mntp", usage="%(prog)s [CONFIG.json] [--name value ...]")
+    (model, data, mntp, training), output_dir = parse_kinds(KINDS, "mntp", argv)
+    _check(model, data, mntp, training, output_dir)
+    return model, data, mntp, training
+
+
+def parse_kinds(kinds: Any, command: str, argv: list[str]) -> tuple[tuple, str | None]:
+    """The settings of a command as dataclasses of `kinds`, and the output_dir that was given (transformers makes one up).
+
+    Raises:
+        ConfigError: a file or setting that can't be used; the message names it.
+    """
+    parser = _Parser(kinds, prog=f"bidirect-patch {command}", usage="%(prog)s [CONFIG.json] [--name value ...]")
     if "-h" in argv or "--help" in argv:
         parser.parse_args(["--help"])
     settings = {}
@@ -112,7 +123,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MNTPArguments
         settings = read_json(argv[0])
         argv = argv[1:]
     settings |= _read_flags(argv)
-    known = {f.name for kind in KINDS for f in fields(kind) if f.init}
+    known = {f.name for kind in kinds for f in fields(kind) if f.init}
     settings = to_this_era(settings, known)
     for name in settings:
         if name not in known:
@@ -126,11 +137,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MNTPArguments
         # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
-        model, data, mntp, training = parser.parse_dict(values)
+        return parser.parse_dict(values), values["output_dir"]
     except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
         raise ConfigError(one_line(error)) from error
-    _check(model, data, mntp, training, values["output_dir"])
-    return model, data, mntp, training
 
 
 def read_json(path: str) -> dict[str, Any]:
