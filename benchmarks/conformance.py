@@ -1,6 +1,6 @@
 """The conformance table: every entry of the causal-LM mapping of the installed transformers, on every backend.
 
-    python -m benchmarks.conformance [--only TYPE ...]
+    python -m benchmarks.conformance [--only TYPE ...] [--missing]
 
 Each type is built tiny and random, patched, and looked at with `attention_report`; FlashAttention is the tests' double.
 Rows of the installed release are replaced in bidirect_patch/conformance.json and the table in
@@ -101,17 +101,25 @@ def main() -> None:
     """Look at the types, write the data and the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", metavar="TYPE", help="these types alone")
-    only = parser.parse_args().only
+    parser.add_argument("--missing", action="store_true", help="only types that have no row yet")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    table = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
-    rows = table.setdefault(transformers.__version__, {})
-    for model_type in only or zoo.model_types():
-        rows[model_type] = row(model_type)
-        print(model_type, rows[model_type], flush=True)
-        table[transformers.__version__] = dict(sorted(rows.items()))
+    release = transformers.__version__
+    types = options.only or zoo.model_types()
+    if options.missing:
+        types = [t for t in types if t not in _read().get(release, {})]
+    for model_type in types:
+        new = row(model_type)
+        print(model_type, new, flush=True)
+        table = _read()  # another release may be at work beside this one
+        table[release] = dict(sorted({**table.get(release, {}), model_type: new}.items()))
         DATA.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    write_table(table)
+    write_table(_read())
+
+
+def _read() -> dict[str, dict[str, dict[str, Any]]]:
+    return json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
 
 
 if __name__ == "__main__":

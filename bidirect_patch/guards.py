@@ -33,7 +33,7 @@ def prove(decoder: Decoder, enable: Callable[[nn.Module], None]) -> bool:
                 small = small.to(device="cpu", dtype=torch.float32)
             enable(small)
             _verdicts[key] = _seen(attention_report(small), "a small random model of its class")
-        except BidirectPatchError:
+        except Exception:  # a small model that can't be made or run, for whatever reason, proves nothing
             return False
     return key in _verdicts and _accept(decoder, _verdicts[key])
 
