@@ -76,9 +76,7 @@ def _head_goal(body: str) -> str:
         return ""
     _, _, _, _, share, floor, _, memory = (re.search(r"[\d.]+", c) for c in row[0].strip("| ").split("|"))
     met = float(share[0]) <= 0.35 and float(memory[0]) <= 0.35
-    why = (
-        f"The arithmetic's floor is {floor[0]} of the stock step's time; both vocabulary matrices' gradients are dense."
-    )
+    why = f"The arithmetic alone is {floor[0]} of its time; both vocabulary matrices' gradients are dense."
     verdict = "met" if met else f"missed. {why}"
     return (
         "\n\nGoal: at most 0.35 of the stock step's time and of its peak growth, all weights trained: "

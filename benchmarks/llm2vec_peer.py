@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     from bidirect_patch import enable_bidirectional
 
     single_thread()
-    hidden, layers, batch, length = (64, 1, 2, 16) if options.quick else (512, 8, 4, 256)
+    hidden, layers, batch, length = (64, 1, 2, 16) if options.quick else (512, 4, 2, 256)
     sizes = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=8)
     rows, figure = [], {}
     for backend in ("eager", "sdpa"):
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         for padded in (False, True):
             mask = real if padded else torch.ones_like(real)
 
-            def make(model, mask=mask):
+            def make(model, ids=ids, mask=mask):
                 def step() -> torch.Tensor:
                     model.zero_grad()
                     hidden = model(ids, attention_mask=mask.long()).last_hidden_state[mask]

@@ -1,6 +1,6 @@
 """Real tokens per second of MNTP training: padded batches, length-grouped padded batches, and padding-free rows.
 
-    python -m benchmarks.padding_free [--rounds 4] [--quick]
+    python -m benchmarks.padding_free [--rounds 3] [--quick]
 
 Texts as long as sentences (median 40 tokens, long tail to 256), 32 a batch, on SDPA: forward and backward with
 `apply_mntp_head` of layers of SmolLM2-135M's shape. Padded and padding-free batches hold the same texts and score the
@@ -65,10 +65,10 @@ def real_tokens(batches: list[dict[str, torch.Tensor]]) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    options = parser(__doc__, rounds=4).parse_args(arguments)
+    options = parser(__doc__, rounds=3).parse_args(arguments)
     single_thread()
     model = make_model(1, 72) if options.quick else make_model(2)
-    batches = make_batches(1, 4) if options.quick else make_batches(4, BATCH)
+    batches = make_batches(1, 4) if options.quick else make_batches(2, BATCH)
 
     def step(way: str) -> float:
         total = 0.0

@@ -39,7 +39,7 @@ def test_the_collators_table(capsys):
 
 @pytest.mark.skipif(
     Version("4.40") <= TRANSFORMERS < Version("5.2"),
-    reason="has neither a native switch nor the hand-written subclasses",
+    reason="neither a native switch nor the hand-written subclasses",
 )
 def test_the_patch_makes_what_its_peer_makes(capsys):
     """The script itself compares hidden states before it times anything."""
