@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .errors import StillCausalError, UnsupportedModelError
+from .errors import AttentionMaskError, StillCausalError, UnsupportedModelError
 from .tiny import pretrained
 
 BIDIRECTIONAL, CAUSAL, PARTIAL, NONE = "bidirectional", "causal", "partial", "no attention"
@@ -40,7 +40,7 @@ class LayerReport:
     forward: int  # ... and on a later one
     matrix: Tensor = field(repr=False)  # (length, length) bool, [q, k]: position q depends on position k; no mask given
     padding_ok: bool | None  # real positions don't depend on padding and all is finite; None: the model takes no mask
-    packing_ok: bool | None  # no document depends on another; None: the model takes no position_ids
+    packing_ok: bool | None  # no document depends on another; None: the model takes no position_ids, or no packing
     verdicts: dict[str, str]  # by way of calling: "no mask", "mask of ones", "padded right", "padded left", "packed"
     causal_parts: tuple[str, ...] = ()  # modules in the layer that only look back, beside others that don't
 
@@ -263,13 +263,16 @@ class _Experiment:
             # One row, as collators without padding make it: FlashAttention looks for documents only there.
             positions = torch.arange(length, device=self.device).repeat(rows)[None]
             packed = {"input_ids": ids.reshape(1, -1), "position_ids": positions}
-            calls["packed"] = self._run(packed)
-            others = self._run(packed, replace_ends=True)
-            real["packed"] = slice(0, length)
-            apart = [
-                self._same_between(a, b, plain.noise)
-                for a, b, plain in zip(calls["packed"], others, calls["no mask"], strict=True)
-            ]
+            try:
+                calls["packed"] = self._run(packed)
+                others = self._run(packed, replace_ends=True)
+                real["packed"] = slice(0, length)
+                apart = [
+                    self._same_between(a, b, plain.noise)
+                    for a, b, plain in zip(calls["packed"], others, calls["no mask"], strict=True)
+                ]
+            except AttentionMaskError:  # the patch refuses what this family's mask code can't tell apart
+                calls.pop("packed", None)
 
         layers = []
         for index, plain in enumerate(calls["no mask"]):
@@ -320,7 +323,9 @@ class _Experiment:
                 with torch.set_grad_enabled(gradients):
                     self.model(**inputs)
                 break
-            except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError) as error:
+            except AttentionMaskError:
+                raise
+            except Exception as error:
                 # Some kernels have no backward and refuse to run where one may be asked for.
                 if not gradients:
                     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
