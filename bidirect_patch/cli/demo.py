@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -126,6 +127,8 @@ def _demo(options: argparse.Namespace) -> int:
     source = arguments.ModelArguments(
         model_name_or_path=options.model or str(SHIPPED), gguf_file=options.gguf_file, lora_r=16
     )
+    if not options.model:
+        torch.set_num_threads(1)  # so small a model gains little from more, and on a busy machine waits for them
     tokenizer = model.load_tokenizer(source)
     collators = [ResumableCollator(tokenizer, mlm_probability=0.2, seed=options.seed) for _ in range(2)]
     decoder = model.load_model(source)
@@ -145,10 +148,8 @@ def _demo(options: argparse.Namespace) -> int:
     after = attention_report(enable_bidirectional(decoder))
     print(_side_by_side(before, after))
 
-    print(
-        f"\n2. Masked next token prediction, {options.steps} steps of {BATCH} x {LENGTH} tokens. The text is Python's own"
-    )
-    print("   documentation; loss (nats) and accuracy are those of masked tokens in chapters held out.\n")
+    print(f"\n2. Masked next token prediction, {options.steps} steps of {BATCH} x {LENGTH} tokens of Python's own")
+    print("   documentation. Loss (nats) and accuracy are those of masked tokens in chapters held out.\n")
     set_seed(options.seed)  # an adapter starts from a draw
     model.add_adapter(decoder, source)
     trainer = _trainer(decoder, tokenizer, settings, sequences, collators)
@@ -195,7 +196,8 @@ def _side_by_side(before: AttentionReport, after: AttentionReport) -> str:
     """A line for each layer: what it used, and what it uses; -n is n positions back, +n is n positions ahead."""
     rows = [("layer", "as it was loaded", "after enable_bidirectional")]
     for old, new in zip(before.layers, after.layers):
-        rows.append((old.name, *(f"{layer.verdict:14}-{layer.backward} .. +{layer.forward}" for layer in (old, new))))
+        was, now = (f"{layer.verdict:14}-{layer.backward} .. +{layer.forward}" for layer in (old, new))
+        rows.append((old.name, was, now))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("   ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
