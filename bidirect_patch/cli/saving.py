@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..saving import saving_config
 from .model import adapter_of
 
 
@@ -29,20 +30,9 @@ def save_bidirectional(
         if state_dict is not None:
             state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         adapter.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
-        model.config.save_pretrained(folder)
-    mark_bidirectional(os.path.join(folder, "config.json"))
+        saving_config(model).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def mark_bidirectional(path: str) -> None:
-    """Write `"is_causal": false` into the config.json at `path`; transformers from 5.2 on heeds it."""
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    config["is_causal"] = False
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2, sort_keys=True)
-        file.write("\n")
 
 
 def last_whole_checkpoint(folder: str) -> str | None:
