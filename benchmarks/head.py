@@ -28,6 +28,8 @@ class Setting:
     hidden: int = 512
     intermediate: int = 1024
     layers: int = 8
+    heads: int = 8
+    kv_heads: int = 2  # Llama-3's four queries a key
     batch: int = 8
     length: int = 256
 
@@ -41,7 +43,8 @@ def make_model(setting: Setting) -> torch.nn.Module:
         hidden_size=setting.hidden,
         intermediate_size=setting.intermediate,
         num_hidden_layers=setting.layers,
-        num_attention_heads=8,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=setting.kv_heads,
         tie_word_embeddings=False,
         use_cache=False,
     )
@@ -84,7 +87,8 @@ def make_step(way: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor])
 def flops(setting: Setting, scored_only: bool) -> float:
     """Of one step's matmuls: 2 per weight and position forward, twice that backward (half that for a frozen head)."""
     s, tokens = setting, setting.batch * setting.length
-    layers = s.layers * (4 * s.hidden**2 + 3 * s.hidden * s.intermediate)
+    projections = 2 * s.hidden**2 * (1 + s.kv_heads / s.heads)
+    layers = s.layers * (projections + 3 * s.hidden * s.intermediate)
     attention = s.layers * 2 * s.length * s.hidden
     rows = tokens * (s.share if scored_only else 1)
     return 6 * tokens * (layers + attention) + (4 if s.frozen else 6) * rows * s.vocab * s.hidden

@@ -196,7 +196,7 @@ class _ChunkedLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else weight.dtype
         w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         d_hidden: Any = torch.empty_like(hidden) if needs[0] else None
-        d_weight: Any = torch.zeros_like(weight) if needs[1] else None
+        d_weight: Any = None
         d_bias: Any = torch.zeros_like(bias) if needs[2] else None
         loss = torch.zeros((), device=hidden.device)
         size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
@@ -221,7 +221,9 @@ class _ChunkedLoss(torch.autograd.Function):
             del logits, raw, log_p
             if needs[0]:
                 d_hidden[part] = d_raw @ w
-            if needs[1] and dtype == weight.dtype:
+            if needs[1] and d_weight is None:
+                d_weight = (d_raw.t() @ x).to(weight.dtype)
+            elif needs[1] and dtype == weight.dtype:
                 d_weight.addmm_(d_raw.t(), x)
             elif needs[1]:
                 d_weight += d_raw.t() @ x
