@@ -92,13 +92,15 @@ def build(model_type: str, attn_implementation: str = "eager", seed: int = 0, **
         made = _model_class(model_type)._from_config
         model = made(config(model_type, **overrides), attn_implementation=attn_implementation)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
                 continue
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
             else:
                 parameter.nan_to_num_().add_(0.1 * torch.randn_like(parameter))
+                if re.search(r"(^|[._])(q|k|query|key)_?(layer)?norm", name):
+                    parameter.mul_(0.3)  # a softmax over normalized queries and keys would see one key and no other
     return model.float().eval()
 
 
