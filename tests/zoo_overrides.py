@@ -98,6 +98,7 @@ OVERRIDES = {
     "jamba": {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
     "jetmoe": {"kv_channels": 8},
     "kimi_linear": MLA | {"linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": MLA | {"zero_expert_num": 2, "expert_ffn_hidden_size": 24, "ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 16},
