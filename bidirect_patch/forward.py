@@ -65,6 +65,7 @@ class BidirectionalModel(Swapped):
             )
         if "use_cache" in self._names:
             kwargs["use_cache"] = False
+        kwargs.pop("is_causal", None)  # transformers 5.2 and newer put it above the modules' own flag
         name = self._mask_name  # type: ignore[attr-defined]
         mask: Any = kwargs.get(name)
         inputs = kwargs.get("inputs_embeds")
@@ -163,6 +164,8 @@ class BidirectionalAttention(Swapped):
             # A mask per head has the bias in it already.
             merged = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
             extra[self._bias_name] = torch.zeros_like(bias) if merged else mirrored_bias(bias, hidden.shape[1])  # type: ignore[attr-defined]
+        if kwargs.get("is_causal") is not None:  # from the config, which may say True
+            extra["is_causal"] = False
         return self._with_arguments(args, kwargs, {**extra, self._mask_name: mask})  # type: ignore[attr-defined]
 
     def _argument(self, args: tuple, kwargs: dict[str, Any], name: str | None) -> Any:
@@ -245,7 +248,7 @@ def attention_attributes(decoder: Decoder, attention: nn.Module, reach: Reach) -
         "is_causal": False,
         "_bidirect_patch_reach": (reaches.index(reach), len(reaches)),
         "_bidirect_patch_config": config,
-        "_bidirect_patch_needs_no_mask": () if parts else masks.backends_without_mask(),
+        "_bidirect_patch_needs_no_mask": () if parts else masks.WITHOUT_MASK,
         "_bidirect_patch_mirrors": decoder.mask_code != "ready",
     }
     if reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE and masks.backend_of(config) == "flash":

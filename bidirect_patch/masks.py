@@ -42,12 +42,8 @@ def backend_of(config: Any) -> str:
     return next((kind for kind in ("flash", "flex", "sdpa") if kind in name), "eager")
 
 
-def backends_without_mask() -> tuple[str, ...]:
-    """Backends that see everything when a non-causal module hands them no mask, found by running SDPA's function."""
-    return ("flex", "sdpa") if _sdpa_honours_flag() else ("flex",)
-
-
 def _sdpa_honours_flag() -> bool:
+    """Whether SDPA without a mask sees everything when the module isn't causal, found by running transformers' function."""
     try:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
     except ImportError:
@@ -58,6 +54,10 @@ def _sdpa_honours_flag() -> bool:
     value = torch.tensor([[[[0.0], [1.0]]]])
     out, _ = sdpa_attention_forward(module, query, query, value, None)
     return bool(out[0, 0, 0, 0] == 0.5)  # 0.0 if the first position can't see the second
+
+
+# Backends that see everything when a non-causal module hands them no mask.
+WITHOUT_MASK = ("flex", "sdpa") if _sdpa_honours_flag() else ("flex",)
 
 
 def _flex_takes_block_mask() -> bool:  # 4.50

@@ -12,6 +12,7 @@ pickle and never outlives the instance.
 """
 
 import copyreg
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -115,4 +116,7 @@ def restore(module: nn.Module, mixin: type[Swapped]) -> None:
             module.__dict__[name] = before[name]
         else:
             del module.__dict__[name]
-    module.__class__ = type(module).__dict__["_original"]
+    cls, module.__class__ = type(module), type(module).__dict__["_original"]
+    # A hook that was put on meanwhile (accelerate's) keeps the forward that it found, which is ours.
+    if getattr(module.__dict__.get("_old_forward"), "__func__", None) is getattr(cls, "forward", cls):
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)

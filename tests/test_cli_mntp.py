@@ -26,6 +26,7 @@ from transformers import (
 
 from bidirect_patch.cli import main
 from bidirect_patch.errors import ConfigError
+from bidirect_patch.saving import says_bidirectional
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -154,8 +155,7 @@ def test_a_published_settings_file_runs_unchanged_and_the_result_opens_bidirecti
     found = results(settings)
     assert found["eval_loss"] < found["before_loss"] - 0.1 and found["causal_loss"] != found["before_loss"]
 
-    config = json.loads((folder / "config.json").read_text())
-    assert config["is_causal"] is False and config["architectures"] == ["LlamaForCausalLM"]
+    assert says_bidirectional(folder)
     base = enable_bidirectional(AutoModel.from_pretrained(settings["model_name_or_path"]))
     ids = torch.arange(4, 12)[None]
     before = base(input_ids=ids)[0]
@@ -336,8 +336,7 @@ def test_real_weights_from_gguf_learn(load_real, real_weights, settings, tmp_pat
     found = results(settings)
     assert found["causal_loss"] + 0.5 < found["before_loss"]
     assert found["eval_loss"] + 0.2 < found["before_loss"]
-    config = json.loads((Path(settings["output_dir"]) / "config.json").read_text())
-    assert config["is_causal"] is False and "quantization_config" not in config
+    assert says_bidirectional(settings["output_dir"])
 
 
 @pytest.mark.slow

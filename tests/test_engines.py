@@ -118,18 +118,13 @@ def test_what_was_sharded_since_is_not_undone(one_rank):
     torch.testing.assert_close(encode(model), want)
 
 
-KEPT_FORWARD = "accelerate's hook keeps the swapped class's forward, and undoing the swap doesn't rebind it"
-
-
 @pytest.mark.parametrize(
     "first, hooks",
     [
         ("patch", "cpu_offload"),
         ("hooks", "cpu_offload"),
         ("hooks", "dispatch_model"),
-        pytest.param(
-            "patch", "dispatch_model", marks=pytest.mark.xfail(raises=AttributeError, reason=KEPT_FORWARD, strict=True)
-        ),
+        ("patch", "dispatch_model"),
     ],
 )
 def test_accelerate_hooks_before_or_after(first, hooks):

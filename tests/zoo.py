@@ -5,6 +5,7 @@ has the attribute; what a family needs beyond that stands there too, as data.
 """
 
 import contextlib
+import re
 import warnings
 from unittest import mock
 

@@ -7,17 +7,16 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..saving import saving_config
 from .model import adapter_of
 
 
 def save_bidirectional(
     model: PreTrainedModel, folder: str, tokenizer: Any = None, state_dict: dict[str, Any] | None = None
 ) -> None:
-    """Write `model` to `folder`: its weights, or only its adapter, and a config.json that says `"is_causal": false`.
+    """Write `model` to `folder`: its weights and a config.json that says `"is_causal": false`, or only its adapter.
 
-    Architecture names stay the stock ones. An adapter is written for the bare backbone, as LLM2Vec's are; the
-    config.json beside it is the mark that it was trained bidirectionally.
+    Architecture names stay the stock ones. An adapter is written for the bare backbone, as LLM2Vec's are; its
+    adapter_config.json carries the mark that it was trained bidirectionally.
 
     Args:
         state_dict: the weights to write, where the model's own are sharded.
@@ -30,7 +29,6 @@ def save_bidirectional(
         if state_dict is not None:
             state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         adapter.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
-        saving_config(model).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
