@@ -27,7 +27,7 @@ SIZES = {
     # recurrences
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64,
-    # indexers: fewer keys than the texts have
+    # indexers: as many keys as the texts have, so that each layer sees all that it may
     "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64,
     # other
     "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
