@@ -145,7 +145,7 @@ def test_flash_attention_with_lengths_given(make_model, backend):
 def test_flex_attention_compiled(make_model):
     """FlexAttention as it is really run: compiled, on the CPU."""
     if TRANSFORMERS < Version("4.57"):
-        pytest.skip(f"transformers {TRANSFORMERS} asks FlexAttention for its log-sum-exp, which torch has on a GPU only")
+        pytest.skip(f"transformers {TRANSFORMERS} wants what compiled FlexAttention has on a GPU only")
     model = make_model("mistral", "flex_attention", sliding_window=3, num_hidden_layers=1, hidden_size=64, head_dim=16)
     with torch.no_grad(), torch.compiler.set_stance("default"), bidirectional(model):
         out = model.model(IDS, attention_mask=RIGHT).last_hidden_state
