@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .mirror import triangular_buffers
-from .swap import before_swaps
+from .swap import before_swaps, original
 
 # Token mixers that carry state from left to right, by the field's names for them. attention_report finds the ones
 # that hide behind other names.
@@ -29,6 +29,7 @@ _RECURRENT = re.compile(
 _ATTENTION = re.compile(r"[Aa]ttention|Attn$")
 # Parts of a layer that treat each position alone; a layer of nothing else mixes nothing.
 _POSITIONWISE = re.compile(r"MLP|M[oO]E|Experts?|FeedForward|FFN|Norm|Linear|Dropout|Identity|Router|Activation")
+_KIND = re.compile(r"layer_type|attention_type|is_sliding|is_chunked")
 _BUILDS_CAUSAL_MASK = re.compile(r"causal_mask|causal_attention_mask|masks_for_generate|prepare_decoder_attention_mask")
 
 
@@ -118,7 +119,11 @@ def decoders(model: Any) -> list[Decoder]:
     for name, module in models:
         owned = list(_own_attentions(module))
         wraps = any(_is_inside(other, name) for other, _ in models)
-        reason = _why_no_decoder(module, owned, wraps)
+        around = [m for outer, m in models if outer == name or _is_inside(name, outer)]
+        if owned and any(getattr(m.config, "is_encoder_decoder", False) for m in around):
+            reason: str | None = "an encoder-decoder"
+        else:
+            reason = _why_no_decoder(module, owned, wraps)
         if reason is None:
             found.append(_describe(name, module, owned))
         elif reason:
@@ -172,8 +177,6 @@ def _why_no_decoder(model: PreTrainedModel, attentions: list[tuple[str, nn.Modul
             return ""
         what = "attention" if any(_mixes_otherwise(m) for m in layers.modules()) else "causal attention"
         return f"{'' if what == 'attention' else 'an encoder: '}its layers ({_kinds(layers)}) have no {what}"
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "an encoder-decoder"
     # Attention that was built causal says so (is_causal) on most versions; else the model's own mask code does.
     flags = [flag for _, a in attentions for flag in _causal_flags(a)]
     causal = not flags or any(flags) or getattr(model.config, "is_decoder", False)
@@ -189,8 +192,9 @@ def _causal_flags(attention: nn.Module) -> list[bool]:
     flags = []
     for module in attention.modules():
         flag = before_swaps(module, "is_causal", getattr(module, "is_causal", None))
-        if flag is not None:
-            flags.append(bool(flag))
+        flag = getattr(module, "is_decoder", None) if flag is None else flag  # BERT, T5 and kin before they had the other
+        if isinstance(flag, bool):
+            flags.append(flag)
     return flags
 
 
@@ -242,7 +246,7 @@ def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.
     decoder = Decoder(name, model)
     lists: dict[str, nn.ModuleList] = {}
     for path, attention in attentions:
-        decoder.attentions.append((path, attention, reach_of(attention, path, model.config)))
+        decoder.attentions.append((path, attention, reach_of(attention, path, model.config, _heeds_kinds(original(type(model))))))
         steps = path.split(".")
         holders = [".".join(steps[:i]) for i in range(1, len(steps))]
         modules = accumulate(steps[:-1], getattr, initial=model)
@@ -266,17 +270,22 @@ def _mixes_otherwise(module: nn.Module) -> bool:
     return _RECURRENT.search(type(module).__name__) is not None and type(module).__name__.lower().find("norm") < 0
 
 
-def reach_of(attention: nn.Module, path: str, config: Any) -> Reach:
+@per_class
+def _heeds_kinds(cls: type) -> bool:
+    return any(_KIND.search(n) for n in _code_names(inspect.unwrap(cls.forward).__code__))  # type: ignore[attr-defined]
+
+
+def reach_of(attention: nn.Module, path: str, config: Any, heeds_kinds: bool) -> Reach:
     """The window or chunk that the layer was trained with, read from where transformers keeps it.
 
-    The layer's kind in `config.layer_types` decides whether it has one, where there is such a list. The window is the
-    module's own `sliding_window`, else the config's.
+    The layer's kind in `config.layer_types` decides whether it has one, where there is such a list and the model heeds
+    it. The window is the module's own `sliding_window`, else the config's.
     """
     index = getattr(attention, "layer_idx", None)
     if index is None:
         digits = [s for s in path.split(".") if s.isdigit()]
         index = int(digits[0]) if digits else 0
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) if heeds_kinds else None
     kind = kinds[index] if kinds and index < len(kinds) else None
     if kind is not None and "chunk" in kind:
         return Reach(chunk=getattr(config, "attention_chunk_size", None))

