@@ -1,6 +1,5 @@
 """The demo, run as a newcomer runs it, and the model that comes with it."""
 
-import json
 import os
 import re
 import subprocess
@@ -54,7 +53,7 @@ def shown(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("HF_HUB_OFFLINE", None)  # it mustn't need that either
-    command = [sys.executable, "-m", "bidirect_patch", "demo", "--steps", "25", "--output-dir", str(place / "out")]
+    command = [sys.executable, "-m", "bidirect_patch", "demo", "--steps", "30", "--output-dir", str(place / "out")]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr, place / "out"
@@ -68,7 +67,7 @@ def test_each_layer_is_seen_causal_before_and_bidirectional_after(shown):
 
 def test_training_beats_the_causal_model_and_the_untrained_one(shown):
     loss = losses(shown[0])
-    causal, untrained, trained = (loss.pop(label) for label in (*BASELINES, "bidirectional, after 25 steps"))
+    causal, untrained, trained = (loss.pop(label) for label in (*BASELINES, "bidirectional, after 30 steps"))
     assert trained < min(causal, untrained) - 0.1
     assert loss == {"bidirectional, opened again": trained}
 
@@ -91,7 +90,6 @@ def test_what_was_saved_opens_bidirectional_without_the_demo(shown):
         trained = PeftModel.from_pretrained(model, shown[2]).eval()(input_ids=ids)[0]
     assert (trained[0, 0] - trained[1, 0]).abs().max() > 1e-3  # the first position depends on the last
     assert (trained - untrained).abs().max() > 0.1
-    assert json.loads((shown[2] / "config.json").read_text())["is_causal"] is False
 
 
 def test_the_shipped_model_is_causal_and_the_same_on_every_transformers():

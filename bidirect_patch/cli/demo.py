@@ -179,7 +179,7 @@ def _training_arguments(options: argparse.Namespace, folder: str) -> Any:
         output_dir=folder,
         max_steps=options.steps,
         seed=options.seed,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
