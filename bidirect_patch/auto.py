@@ -5,7 +5,7 @@ an enabled model, and an adapter that was trained bidirectionally enables the mo
 or through transformers. Without the import the second only warns, once this package is in use.
 """
 
-from . import hooks
+from . import hooks, patch
 
-hooks.install()
+hooks.install(patch.enable_bidirectional, patch.is_bidirectional)
 hooks.enables = True

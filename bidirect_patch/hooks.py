@@ -5,7 +5,8 @@ models that aren't bidirectional go the stock way.
 """
 
 import warnings
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import wrapt
@@ -16,9 +17,23 @@ from .saving import fit_adapter_keys, holds_bidirectional, save_adapter, save_mo
 enables = False  # whether loading enables (bidirect_patch.auto) or only warns
 
 
-@cache
-def install() -> None:
-    """Put every hook in place; those on PEFT wait until it is imported."""
+@dataclass
+class Verbs:
+    """What `patch` hands over, so that imports go one way."""
+
+    enable: Callable[[Any], Any]
+    is_enabled: Callable[[Any], bool]
+
+
+verbs: Verbs | None = None
+
+
+def install(enable: Callable[[Any], Any], is_enabled: Callable[[Any], bool]) -> None:
+    """Put every hook in place, once; those on PEFT wait until it is imported."""
+    global verbs
+    if verbs is not None:
+        return
+    verbs = Verbs(enable, is_enabled)
     from transformers import GenerationMixin, PreTrainedModel
 
     wrapt.wrap_function_wrapper(GenerationMixin, "generate", _generate)
@@ -47,10 +62,8 @@ def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
     config = model.config
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
-    if enables and any(getattr(part, "is_causal", True) is False for part in parts):
-        from .patch import enable_bidirectional
-
-        enable_bidirectional(model)
+    if enables and verbs and any(getattr(part, "is_causal", True) is False for part in parts):
+        verbs.enable(model)
     return result
 
 
@@ -63,12 +76,10 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
         name = args[1] if len(args) > 1 else kwargs.get("adapter_name", "default")
         hub = {k: v for k, v in kwargs.items() if k in ("revision", "cache_dir", "token", "subfolder")}
         result = fit_adapter_keys(model, where, name, **hub)
-    from .patch import enable_bidirectional, is_bidirectional
-
-    if is_bidirectional(model):
+    if verbs is None or verbs.is_enabled(model):
         return result
     if enables:
-        enable_bidirectional(model)
+        verbs.enable(model)
     else:
         warnings.warn(
             f"the adapter {where} was trained with bidirectional attention and was loaded onto a causal model, where it "

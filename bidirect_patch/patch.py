@@ -127,7 +127,7 @@ def _enable(found: list[Decoder], allow_partial: bool, proof: bool = True) -> No
         _check_not_sharded(step.module)
     whole = [d for d in found if not d.in_the_way] if proof else []
     unproven = [d for d in whole if not guards.prove(d, lambda small: _enable(decoders(small), False, proof=False))]
-    hooks.install()
+    hooks.install(enable_bidirectional, is_bidirectional)
     for step in plan.values():
         swap.swap(step.module, step.mixin, step.attributes, step.buffers)
     try:

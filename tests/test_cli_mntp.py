@@ -215,7 +215,7 @@ def test_an_interrupted_run_can_be_resumed(settings, kill, code):
     path = folder.with_suffix(".json")
     path.write_text(json.dumps(settings))
     process = launch("bidirect_patch", "mntp", path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not (folder / "checkpoint-3").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(kill)

@@ -120,14 +120,13 @@ def test_no_long_paragraph_is_both_trained_and_evaluated_on():
 
 
 def test_another_model(tmp_path, capsys):
-    """A sliding window of 4: -3 .. +3 where this Llama has no limit."""
     other = str(tmp_path / "other")
-    tiny_model("mistral", vocab_size=2048, sliding_window=4).save_pretrained(other)
+    tiny_model("mistral", vocab_size=2048).save_pretrained(other)
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(other)
     assert main(["demo", "--model", other, "--steps", "1", "--output-dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{other}: MistralForCausalLM, ")
-    assert len(re.findall(r"causal +-3 \.\. \+0 +bidirectional +-3 \.\. \+3$", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"causal +-6 \.\. \+0 +bidirectional +-6 \.\. \+6$", out, re.MULTILINE)) == 2
     assert {*BASELINES} < set(losses(out))
 
 

@@ -51,14 +51,14 @@ def same(a, b):
 @pytest.fixture
 def auto(monkeypatch):
     """What `import bidirect_patch.auto` does, for one test."""
-    hooks.install()
+    hooks.install(enable_bidirectional, is_bidirectional)
     monkeypatch.setattr(hooks, "enables", True)
 
 
 @pytest.fixture
 def only_warns(monkeypatch):
     """This package in use, without `import bidirect_patch.auto`."""
-    hooks.install()
+    hooks.install(enable_bidirectional, is_bidirectional)
     monkeypatch.setattr(hooks, "enables", False)
 
 

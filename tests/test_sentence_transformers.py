@@ -1,5 +1,6 @@
 """A patched model is a `Transformer` module of sentence-transformers like any other: encode, save, load, train."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def test_its_trainer_trains_it(encoder, tmp_path):
         save_strategy="no",
         disable_tqdm=True,
     )
-    loss = st.losses.MultipleNegativesRankingLoss(encoder)
+    losses = importlib.import_module("sentence_transformers.losses")
+    loss = losses.MultipleNegativesRankingLoss(encoder)
     trainer = st.SentenceTransformerTrainer(model=encoder, args=arguments, train_dataset=data, loss=loss)
     trainer.train()
     trainer.save_model(str(tmp_path / "trained"))

@@ -57,6 +57,8 @@ class MNTPTrainer(Trainer):
         return None, sums, sums
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # newer Trainers call this in every process
+            return
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
         save_bidirectional(self.accelerator.unwrap_model(self.model), folder, self.text_tokenizer, state_dict)
