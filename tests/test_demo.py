@@ -45,13 +45,8 @@ def shown(tmp_path_factory):
     place = tmp_path_factory.mktemp("demo")
     # A proxy that isn't there: whoever looks for the network fails.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    environment = {
-        **os.environ,
-        **nowhere,
-        "PYTHONPATH": str(ROOT),
-        "HF_HOME": str(place / "hf"),
-        "OMP_NUM_THREADS": "1",
-    }
+    paths = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, **nowhere, "PYTHONPATH": paths, "HF_HOME": str(place / "hf")}
     environment.pop("HF_HUB_OFFLINE", None)  # it mustn't need that either
     command = [sys.executable, "-m", "bidirect_patch", "demo", "--steps", "30", "--output-dir", str(place / "out")]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
