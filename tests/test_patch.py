@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import os
 import subprocess
@@ -1040,3 +1041,15 @@ def test_threads_in_the_same_mode_get_right_results(make_model):
         thread.join(60)
     assert not errors
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("where", ["config", "call"])
+def test_a_causal_flag_from_elsewhere_changes_nothing(make_model, where):
+    """From 5.2 on transformers puts an is_causal of the config or the call above the module's own."""
+    model = enable_bidirectional(make_model("llama", "sdpa", **({"is_causal": True} if where == "config" else {})))
+    base = model.model if hasattr(model, "model") else model
+    takes_any = "kwargs" in str(inspect.signature(base.forward))
+    call = {"is_causal": True} if where == "call" and takes_any else {}
+    other = IDS.clone()
+    other[:, -1] += 1
+    assert not torch.equal(base(IDS, **call)[0][:, 0], base(other, **call)[0][:, 0])
