@@ -12,6 +12,10 @@ class UnsupportedModelError(BidirectPatchError, TypeError):
     """The model can't be made fully bidirectional; the message names its class and the layers in the way."""
 
 
+class UnseenLayersError(UnsupportedModelError):
+    """The model runs, but none of its layers in a form that `attention_report` could tell what depends on what."""
+
+
 class StillCausalError(BidirectPatchError, RuntimeError):
     """The patch was applied and a layer was seen to stay causal; nothing is ever silently causal."""
 

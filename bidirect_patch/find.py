@@ -20,17 +20,19 @@ from .errors import UnsupportedModelError
 from .mirror import triangular_buffers
 from .swap import before_swaps, original
 
-# Token mixers that carry state from left to right, by the field's names for them. attention_report finds the ones
-# that hide behind other names.
+# Token mixers that carry state from left to right, by the field's names for them, and compressors (DeepSeek-V4), which
+# pool each run of tokens with the run before it into one key. attention_report finds the ones that hide behind other names.
 _RECURRENT = re.compile(
-    r"Mamba|SSM|R[Ww][Kk][Vv]|Delta(Net|Attention|Rule)|LinearAttention|Lightning|Recurrent|R[gG]L?RU|LSTM|ShortConv"
-    r"|Retention|Hyena"
+    r"Mamba|SSM|R[Ww][Kk][Vv]|Delta(Net|Attention|Rule)|LinearAttention|Lightning|Recurrent(?!Gemma)|R[gG]L?RU|LSTM"
+    r"|ShortConv|Retention|Hyena|Compressor$"
 )
 _ATTENTION = re.compile(r"[Aa]ttention|Attn$")
 # Parts of a layer that treat each position alone; a layer of nothing else mixes nothing.
 _POSITIONWISE = re.compile(r"MLP|M[oO]E|Experts?|FeedForward|FFN|Norm|Linear|Dropout|Identity|Router|Activation")
 _KIND = re.compile(r"layer_type|attention_type|is_sliding|is_chunked")
 _BUILDS_CAUSAL_MASK = re.compile(r"causal_mask|causal_attention_mask|masks_for_generate|prepare_decoder_attention_mask")
+_OLDER_CAUSAL_MASK = re.compile(r"^tri[lu]$")  # made on the spot, as CTRL and GIT did
+_FLAGS = ("is_causal", "causal")  # what an attention module or, in XLM, the model says of itself
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -64,20 +66,6 @@ class Decoder:
         """The distinct reaches of its attention modules, in order of first appearance."""
         return tuple(dict.fromkeys(reach for _, _, reach in self.attentions))
 
-    @property
-    def mask_code(self) -> str:
-        """What its forward does with a mask.
-
-        "ready": lets a finished 4D mask pass. "counts": needs the 2D mask for more than attention (positions), so that
-        what it makes of it is mirrored, unless position_ids are given. "own": always needs the 2D mask.
-        """
-        cls = type(self.module)
-        classes = {type(attention) for _, attention, _ in self.attentions}
-        alibi = any(bias_parameter(c) == "alibi" for c in classes)
-        if not _builds_causal_mask(cls) or (alibi and getattr(self.module.config, "alibi", True)):
-            return "own"
-        return "counts" if alibi or _counts_mask(cls) else "ready"
-
 
 @per_class
 def mask_parameter(cls: type) -> str | None:
@@ -95,14 +83,14 @@ def bias_parameter(cls: type) -> str | None:
 
 def is_attention(module: nn.Module) -> bool:
     """A module that mixes tokens under a mask that it is handed."""
-    return _takes_mask_and_no_state(type(module)) and (
-        "is_causal" in module.__dict__ or any(_ATTENTION.search(c.__name__) for c in type(module).__mro__)
+    return mask_parameter(type(module)) is not None and (
+        "is_causal" in module.__dict__ or _is_named_attention(type(module))
     )
 
 
 @per_class
-def _takes_mask_and_no_state(cls: type) -> bool:
-    return mask_parameter(cls) is not None and not _RECURRENT.search(cls.__name__)
+def _is_named_attention(cls: type) -> bool:
+    return any(_ATTENTION.search(c.__name__) for c in cls.__mro__) and not _RECURRENT.search(cls.__name__)
 
 
 def decoders(model: Any) -> list[Decoder]:
@@ -128,7 +116,7 @@ def decoders(model: Any) -> list[Decoder]:
             found.append(_describe(name, module, owned))
         elif reason:
             rejected.append(f"{_where(name, module)}: {reason}")
-            if not reason.startswith("an encoder:"):  # a tower that is bidirectional as it is may stay beside a decoder
+            if not reason.startswith(("an encoder:", _NO_MASK)):  # a tower may stay beside a decoder as it is
                 stuck.append(rejected[-1])
     if not found:
         what = "; ".join(rejected) or "no transformers PreTrainedModel inside"
@@ -169,25 +157,36 @@ def _own_attentions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", model)
 
 
+_NO_MASK = "an encoder, or causal in a way of its own: nothing makes a causal mask for its"
+
+
 def _why_no_decoder(model: PreTrainedModel, attentions: list[tuple[str, nn.Module]], wraps: bool) -> str | None:
     """None if `model` is a decoder, "" if it is a mere wrapper, else why it can't be patched."""
     if not attentions:
         layers = None if wraps else _longest_list(model)
         if layers is None:
             return ""
-        what = "attention" if any(_mixes_otherwise(m) for m in layers.modules()) else "causal attention"
-        return f"{'' if what == 'attention' else 'an encoder: '}its layers ({_kinds(layers)}) have no {what}"
+        others = dict.fromkeys(name for layer in layers for name in _other_mixers(layer))
+        if not others:
+            return f"an encoder: its layers ({_kinds(layers)}) have no causal attention"
+        return f"its layers ({_kinds(layers)} with {', '.join(others)}) have no attention"
     # Attention that was built causal says so (is_causal) on most versions; else the model's own mask code does.
-    flags = [flag for _, a in attentions for flag in _causal_flags(a)]
-    causal = not flags or any(flags) or getattr(model.config, "is_decoder", False)
-    if causal and _builds_causal_mask(type(model)):
+    flags = [flag for _, a in attentions for flag in _said_causal(a)]
+    decodes = getattr(model.config, "is_decoder", False)
+    causal = not flags or any(flags) or decodes
+    if causal and (builds_causal_mask(type(model)) or (decodes and _extends_mask(type(model)))):
         return None
-    if any(triangular_buffers(m) for _, a in attentions for m in a.modules()):
+    if causal_flags(model) or any(triangular_buffers(m) for m in (model, *(p for _, a in attentions for p in a.modules()))):
         return None
-    return "an encoder: its attention is not causal"
+    return f"{_NO_MASK} {_kinds(a for _, a in attentions)}"
 
 
-def _causal_flags(attention: nn.Module) -> list[bool]:
+def causal_flags(module: nn.Module) -> tuple[str, ...]:
+    """The names of the flags by which the module itself says that it is causal, whether or not it is swapped now."""
+    return tuple(n for n in _FLAGS if before_swaps(module, n, module.__dict__.get(n)) is True)
+
+
+def _said_causal(attention: nn.Module) -> list[bool]:
     """What the attention was built with, whether or not it is swapped now."""
     flags = []
     for module in attention.modules():
@@ -212,25 +211,30 @@ def _functions(cls: type) -> Iterator[Any]:
         yield from (f for f in vars(base).values() if callable(f))
 
 
-def _names_causal_mask(function: Any) -> bool:
+def _names_any(function: Any, *patterns: re.Pattern[str]) -> bool:
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is not None and any(_BUILDS_CAUSAL_MASK.search(n) for n in _code_names(code))
+    return code is not None and any(p.search(n) for n in _code_names(code) for p in patterns)
 
 
 @per_class
-def _builds_causal_mask(cls: type) -> bool:
-    return any(_names_causal_mask(f) for f in _functions(cls))
+def builds_causal_mask(cls: type) -> bool:
+    return any(_names_any(f, _BUILDS_CAUSAL_MASK, _OLDER_CAUSAL_MASK) for f in _functions(cls))
 
 
 @per_class
-def _counts_mask(cls: type) -> bool:
+def _extends_mask(cls: type) -> bool:
+    return any(_names_any(f, re.compile("get_extended_attention_mask")) for f in _functions(cls))
+
+
+@per_class
+def counts_mask(cls: type) -> bool:
     code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
     return "cumsum" in _code_names(code)
 
 
 @per_class
 def _forward_builds_mask(cls: type) -> bool:
-    return _names_causal_mask(cls.forward)  # type: ignore[attr-defined]
+    return _names_any(cls.forward, _BUILDS_CAUSAL_MASK)  # type: ignore[attr-defined]
 
 
 def _longest_list(model: nn.Module) -> nn.ModuleList | None:
@@ -256,7 +260,7 @@ def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.
             if layer is None:
                 continue
             decoder.layers.append((f"{holder}.{index}", layer))
-            foreign = list(dict.fromkeys(type(m).__name__ for m in layer.modules() if _mixes_otherwise(m)))
+            foreign = _other_mixers(layer)
             if not foreign and not any(is_attention(m) for m in layer.modules()):
                 foreign = [type(m).__name__ for m in layer.children() if not _POSITIONWISE.search(type(m).__name__)]
             if foreign:
@@ -264,10 +268,18 @@ def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.
     return decoder
 
 
+def _other_mixers(layer: nn.Module) -> list[str]:
+    """Classes of what mixes tokens in `layer` by other means than attention; of a convolution, what holds it."""
+    names = [type(m).__name__ for m in layer.modules() if _mixes_otherwise(m)]
+    inside = [name for name in dict.fromkeys(names) if name != type(layer).__name__]
+    return inside or names[:1]
+
+
 def _mixes_otherwise(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv1d):
-        return module.kernel_size[0] > 1
-    return _RECURRENT.search(type(module).__name__) is not None and type(module).__name__.lower().find("norm") < 0
+    if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children()):
+        return True
+    name = type(module).__name__
+    return _RECURRENT.search(name) is not None and "norm" not in name.lower() and not is_attention(module)
 
 
 @per_class

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from . import masks
 from .errors import AttentionMaskError, CacheError, OrderError
-from .find import Decoder, Reach, bias_parameter, mask_parameter
-from .mirror import mirrored_bias, mirrored_mask
+from .find import Decoder, Reach, bias_parameter, causal_flags, mask_parameter
+from .forms import Form
+from .mirror import Sight, mirrored_bias, mirrored_mask
 from .swap import Swapped
 from .switch import running
+
+CROSS = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "kv")  # another sequence's, by family
+CACHES = ("past_key_values", "cache", "cache_params", "layer_past", "past")  # the name of a KV cache, by era and family
 
 
 def _argument_names(original: type) -> tuple[str, ...]:
@@ -27,7 +31,7 @@ class BidirectionalModel(Swapped):
 
     _names: tuple[str, ...]
     _bidirect_patch_reaches: tuple[Reach, ...]
-    _bidirect_patch_mask_code: str  # see Decoder.mask_code
+    _bidirect_patch_form: Form
 
     @classmethod
     def __init_mixed__(cls, original: type) -> None:
@@ -50,23 +54,28 @@ class BidirectionalModel(Swapped):
         if hasattr(original, "_update_causal_mask"):
 
             def _update_causal_mask(self, attention_mask, *args, **kwargs):
-                if getattr(attention_mask, "ndim", 2) != 4 and self._bidirect_patch_mask_code != "ready":
+                if getattr(attention_mask, "ndim", 2) != 4 and self._bidirect_patch_form.code != "ready":
                     return original._update_causal_mask(self, attention_mask, *args, **kwargs)
                 return attention_mask
 
             cls._update_causal_mask = _update_causal_mask  # type: ignore[attr-defined]
-        cls._inverts = masks.ONES_AND_ZEROS and not hasattr(original, "_update_causal_mask")  # type: ignore[attr-defined]
+
+    def get_extended_attention_mask(self, attention_mask, *args, **kwargs):  # BERT and kin until 5.3
+        if attention_mask.dim() == 4:
+            return attention_mask
+        return super().get_extended_attention_mask(attention_mask, *args, **kwargs)  # type: ignore[misc]
 
     def _bidirectional_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if kwargs.get("past_key_values") is not None:
+        given = next((name for name in CACHES if kwargs.get(name) is not None), None)
+        if given:
             raise CacheError(
-                "past_key_values was passed to a bidirectional model: a KV cache only has a meaning while attention is "
+                f"{given} was passed to a bidirectional model: a KV cache only has a meaning while attention is "
                 "causal. Leave it out, or run causally inside `with bidirectional(model, enabled=False):`"
             )
         if "use_cache" in self._names:
             kwargs["use_cache"] = False
         kwargs.pop("is_causal", None)  # transformers 5.2 and newer put it above the modules' own flag
-        name = self._mask_name  # type: ignore[attr-defined]
+        form, name = self._bidirect_patch_form, self._mask_name  # type: ignore[attr-defined]
         mask: Any = kwargs.get(name)
         inputs = kwargs.get("inputs_embeds")
         if inputs is None:
@@ -75,7 +84,7 @@ class BidirectionalModel(Swapped):
             return kwargs  # the model reports missing input itself; a ready mask is the user's own
         if isinstance(mask, Tensor) and mask.dim() == 4:
             _check_ready(mask, inputs.shape[0], inputs.shape[1])
-            if masks.ONES_AND_ZEROS and not self._inverts and mask.max() > 0:  # type: ignore[attr-defined]
+            if masks.ONES_AND_ZEROS and not form.inverted and mask.max() > 0:
                 dtype = self._embedding_dtype()
                 kwargs[name] = torch.zeros_like(mask, dtype=dtype).masked_fill(mask == 0, torch.finfo(dtype).min)
             return kwargs
@@ -89,16 +98,16 @@ class BidirectionalModel(Swapped):
             inputs.shape[1],
             inputs.device,
         )
-        if self._bidirect_patch_mask_code != "ready" and layout.document is None:
+        if form.code != "ready" and layout.document is None:
             return kwargs
-        if self._bidirect_patch_mask_code == "own":
+        if form.code == "own":
             raise AttentionMaskError(
                 f"packed documents (position_ids that restart) can't be told apart by {type(self).__name__}, whose own mask "
                 "code takes nothing but a 2D mask: pass one document a row, with padding"
             )
         dtype = inputs.dtype if inputs.is_floating_point() else self._embedding_dtype()
         backend = masks.backend_of(text_config(self.config))  # type: ignore[attr-defined]
-        kwargs[name] = masks.ready_mask(layout, self._bidirect_patch_reaches, backend, dtype, self._inverts)  # type: ignore[attr-defined]
+        kwargs[name] = masks.ready_mask(layout, self._bidirect_patch_reaches, backend, dtype, form.inverted)
         return kwargs
 
     def _embedding_dtype(self) -> torch.dtype:
@@ -127,7 +136,8 @@ class BidirectionalAttention(Swapped):
     _bidirect_patch_reach: tuple[int, int]  # which of how many reaches
     _bidirect_patch_config: Any  # the decoder's, for attention modules that keep none
     _bidirect_patch_needs_no_mask: tuple[str, ...]  # backends
-    _bidirect_patch_mirrors: bool  # the model hands on a causal mask of its own
+    _bidirect_patch_form: Form
+    _bidirect_patch_compares: bool  # it has a part that tells the past by position_ids
 
     @classmethod
     def __init_mixed__(cls, original: type) -> None:
@@ -142,6 +152,8 @@ class BidirectionalAttention(Swapped):
         cls._names = _argument_names(original)
         cls._mask_name = mask_parameter(original)  # type: ignore[attr-defined]
         cls._bias_name = bias_parameter(original)  # type: ignore[attr-defined]
+        # Beside the mask a matrix (n, n) that is 1 where the future is: CTRL until 5.2.
+        cls._future_name = "mask" if {"mask", "attention_mask"} <= set(cls._names) else None  # type: ignore[attr-defined]
         kinds = [p.kind for p in inspect.signature(original.forward).parameters.values()]  # type: ignore[attr-defined]
         cls._takes_any = inspect.Parameter.VAR_KEYWORD in kinds  # type: ignore[attr-defined]
         if hasattr(original, "_upad_input"):  # FlashAttention before 4.43: the only place that sets cu_seqlens
@@ -152,24 +164,38 @@ class BidirectionalAttention(Swapped):
         index, count = self._bidirect_patch_reach
         backend = masks.backend_of(getattr(self, "config", self._bidirect_patch_config))
         extra: dict[str, Any] = {}
+        form = self._bidirect_patch_form
+        if any(self._argument(args, kwargs, n) is not None for n in CROSS):
+            return args, kwargs  # attention to another sequence is not causal
         if backend == "flash":
             mask, extra = self._flash_arguments(mask, index)
-        elif mask is not None and self._bidirect_patch_mirrors:
-            mask = mirrored_mask(mask)
+        elif mask is not None and form.code != "ready":
+            mask = mirrored_mask(mask, form.inverted)
         elif mask is not None:
             mask = masks.pick(mask, index, count, backend in self._bidirect_patch_needs_no_mask)
+        elif backend == "sdpa" and not form.drops:  # it takes None for causal
+            hidden = self._hidden(args, kwargs)
+            mask = hidden.new_zeros(()).expand(hidden.shape[0], 1, hidden.shape[1], hidden.shape[1])
         bias = self._argument(args, kwargs, self._bias_name)  # type: ignore[attr-defined]
         if isinstance(bias, Tensor) and bias.shape[-2] == 1:
-            hidden = args[0] if args else kwargs[self._names[0]]
+            hidden = self._hidden(args, kwargs)
             # A mask per head has the bias in it already.
             merged = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
             extra[self._bias_name] = torch.zeros_like(bias) if merged else mirrored_bias(bias, hidden.shape[1])  # type: ignore[attr-defined]
         if kwargs.get("is_causal") is not None:  # from the config, which may say True
             extra["is_causal"] = False
+        future = self._argument(args, kwargs, self._future_name)  # type: ignore[attr-defined]
+        if isinstance(future, Tensor):
+            extra[self._future_name] = torch.minimum(future, future.mT)  # type: ignore[attr-defined]
+        if self._bidirect_patch_compares and isinstance(mask, Tensor) and mask.dim() == 4:
+            extra["position_ids"] = Sight.of(mask)
         return self._with_arguments(args, kwargs, {**extra, self._mask_name: mask})  # type: ignore[attr-defined]
 
+    def _hidden(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return args[0] if args else kwargs[self._names[0]]
+
     def _argument(self, args: tuple, kwargs: dict[str, Any], name: str | None) -> Any:
-        if name is None:
+        if name not in self._names:
             return None
         at = self._names.index(name)
         return args[at] if len(args) > at else kwargs.get(name)
@@ -238,18 +264,21 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def attention_attributes(decoder: Decoder, attention: nn.Module, reach: Reach) -> dict[str, Any]:
+def attention_attributes(decoder: Decoder, attention: nn.Module, reach: Reach, form: Form) -> dict[str, Any]:
     """Instance attributes that make one attention module of `decoder` bidirectional, beside its class."""
     config = text_config(decoder.module.config)
     reaches = decoder.reaches
-    # A part that reads the mask too (a sparse attention's indexer) can't do without one.
-    parts = any(mask_parameter(type(m)) for m in attention.modules() if m is not attention)
+    # A part that reads the mask too, or compares positions (a sparse attention's indexer), can't do without one.
+    parts = [m for m in attention.modules() if m is not attention and next(m.parameters(), None) is not None]
+    reads = any(mask_parameter(type(m)) for m in parts)
+    compares = not reads and any("position_ids" in _argument_names(type(m)) for m in parts)
     attributes: dict[str, Any] = {
-        "is_causal": False,
+        **dict.fromkeys(("is_causal", *causal_flags(attention)), False),
         "_bidirect_patch_reach": (reaches.index(reach), len(reaches)),
         "_bidirect_patch_config": config,
-        "_bidirect_patch_needs_no_mask": () if parts else masks.WITHOUT_MASK,
-        "_bidirect_patch_mirrors": decoder.mask_code != "ready",
+        "_bidirect_patch_needs_no_mask": () if reads or compares or not form.drops else masks.WITHOUT_MASK,
+        "_bidirect_patch_compares": compares,
+        "_bidirect_patch_form": form,
     }
     if reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE and masks.backend_of(config) == "flash":
         if "sliding_window" in attention.__dict__:

@@ -1,4 +1,4 @@
-"""The proof that a class can be made bidirectional by the installed transformers.
+"""The proof that a class can be made bidirectional by the installed transformers, and the form in which that works.
 
 It runs once per class and backend: a small random model of the same class is patched like the real one, and
 `attention_report` tells what its layers see. So a transformers that stopped honouring the patch is found before the
@@ -6,52 +6,103 @@ first real batch, and an error says so.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from . import masks, swap
-from .errors import BidirectPatchError, UnsupportedModelError
+from .errors import BidirectPatchError, UnseenLayersError, UnsupportedModelError
 from .find import Decoder
+from .forms import Form, forms
 from .forward import text_config
-from .report import AttentionReport, attention_report
+from .report import BIDIRECTIONAL, AttentionReport, attention_report
 from .tiny import tiny_like
 
-_verdicts: dict[tuple, str] = {}  # by class and backend: "" if seen to be bidirectional, else what was seen
+
+class _Trial(NamedTuple):
+    """What a form did: in how many layers it worked, and what was seen instead, "" if nothing was."""
+
+    form: Form
+    layers: int
+    problem: str
 
 
-def prove(decoder: Decoder, enable: Callable[[nn.Module], None]) -> bool:
-    """Whether the class of `decoder` was seen to become bidirectional; False if no small model of it can be run.
+_trials: dict[tuple, _Trial] = {}  # the best, by class and backend
+_native: dict[tuple, bool] = {}
 
-    enable: patches a model without asking for proof. Raises UnsupportedModelError if a layer was seen to stay causal.
+
+def prove(decoder: Decoder, enable: Callable[[nn.Module, type, Form], None]) -> Form | None:
+    """The form in which the class of `decoder` was seen to become bidirectional; None if no small model of it can be run.
+
+    enable: patches a model, its decoders of the given class in the given form. Raises UnsupportedModelError if a layer was
+    seen to stay causal, unless the decoder has some in the way and is patched all the same.
     """
     key = _key(decoder)
-    if key not in _verdicts and not _on_meta(decoder):  # without weights there is nothing to be wrong about yet
+    if key not in _trials and _on_meta(decoder) and forms(decoder)[0].code == "ready":
+        return None  # nothing to run yet, and a form that was probed
+    if key not in _trials:
         try:
-            small = tiny_like(_subject(decoder))
-            if masks.backend_of(text_config(decoder.module.config)) != "flash":
-                small = small.to(device="cpu", dtype=torch.float32)
-            attention_report(small)
+            attention_report(_small(decoder))
         except Exception:  # a small model that can't be made or run, for whatever reason, proves nothing
-            return False
-        enable(small)
-        try:
-            _verdicts[key] = _seen(attention_report(small), "a small random model of its class")
-        except UnsupportedModelError as error:
-            _verdicts[key] = f"a small random model of its class doesn't run any more: {error}"
-    return key in _verdicts and _accept(decoder, _verdicts[key])
+            _check_seen(decoder)
+            return None
+        _trials[key] = _best(decoder, enable)
+    trial = _trials[key]
+    return trial.form if decoder.in_the_way or _accept(decoder, trial.problem) else None
+
+
+def _best(decoder: Decoder, enable: Callable[[nn.Module, type, Form], None]) -> _Trial:
+    best = None
+    for form in forms(decoder):
+        trial = _try(decoder, form, enable)
+        if not trial.problem or best is None or trial.layers > best.layers:
+            best = trial
+        if not trial.problem or decoder.in_the_way and best.layers:
+            break
+    assert best is not None  # there is always a form
+    return best
+
+
+def _try(decoder: Decoder, form: Form, enable: Callable[[nn.Module, type, Form], None]) -> _Trial:
+    small = _small(decoder)
+    enable(small, type(decoder.module), form)
+    try:
+        report = attention_report(small)
+    except UnsupportedModelError as error:
+        return _Trial(form, -1, f"a small random model of its class doesn't run any more: {error}")
+    works = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
+    return _Trial(form, works, _seen(report, "a small random model of its class"))
+
+
+def _small(decoder: Decoder) -> nn.Module:
+    small = tiny_like(_subject(decoder))
+    if masks.backend_of(text_config(decoder.module.config)) != "flash":
+        small = small.to(device="cpu", dtype=torch.float32)
+    return small
+
+
+def _check_seen(decoder: Decoder) -> None:
+    """Raise if the model itself runs, but not so that its layers can be seen at work: it could never be proven."""
+    if _on_meta(decoder) or decoder.in_the_way:
+        return
+    try:
+        attention_report(_subject(decoder))
+    except UnseenLayersError as error:
+        _accept(decoder, f"nothing could be seen: {error}")
+    except UnsupportedModelError:  # a kernel that isn't here, say: it will not run before it is
+        return
 
 
 def prove_itself(decoder: Decoder) -> None:
     """The same proof on the patched model itself, where no small one could be made. On meta there is nothing to run."""
-    if _on_meta(decoder):
+    if _on_meta(decoder) or decoder.in_the_way:
         return
     try:
         report = attention_report(_subject(decoder))
-    except UnsupportedModelError:  # a kernel that isn't here, say: it will not run before it is
+    except UnsupportedModelError:  # as before
         return
-    _verdicts[_key(decoder)] = _seen(report, "the model itself")
-    _accept(decoder, _verdicts[_key(decoder)])
+    _accept(decoder, _seen(report, "the model itself"))
 
 
 def _subject(decoder: Decoder) -> nn.Module:
@@ -64,17 +115,20 @@ def _on_meta(decoder: Decoder) -> bool:
 
 def _key(decoder: Decoder) -> tuple:
     backend = masks.backend_of(text_config(decoder.module.config))
-    return swap.original(type(_subject(decoder))), backend, decoder.reaches, decoder.mask_code
+    return swap.original(type(_subject(decoder))), backend, decoder.reaches, forms(decoder), bool(decoder.in_the_way)
 
 
 def _seen(report: AttentionReport, where: str) -> str:
     # Not compared with what the causal layers reached: older releases let windows reach too far, or ignored them.
-    return "" if report.is_bidirectional else f"this was seen in {where}:\n{report}"
+    if report.is_bidirectional:
+        return ""
+    wrong = [f"{layer.name} {layer.class_name} ({layer.problems})" for layer in report.layers if not layer.ok]
+    return f"this was seen in {where}: {'; '.join(wrong) or report.summary}"
 
 
 def _accept(decoder: Decoder, verdict: str) -> bool:
     if verdict:
-        name = swap.original(type(decoder.module)).__name__
+        name = swap.original(type(_subject(decoder))).__name__
         raise UnsupportedModelError(f"{name} was not made bidirectional: with the patch on, {verdict}")
     return True
 
@@ -84,13 +138,13 @@ def natively_bidirectional(decoder: Decoder) -> bool:
     config = text_config(decoder.module.config)
     if getattr(config, "is_causal", True) is not False:
         return False
-    key = ("native", swap.original(type(decoder.module)), masks.backend_of(config), decoder.reaches)
-    if key not in _verdicts:
+    key = (swap.original(type(decoder.module)), masks.backend_of(config), decoder.reaches)
+    if key not in _native:
         try:
             layers = attention_report(tiny_like(decoder.module)).layers
             # Packed documents see each other under the native switch; that alone doesn't make it causal.
             both = all(n.verdict in ("bidirectional", "no attention") and n.padding_ok is not False for n in layers)
-            _verdicts[key] = "" if both else "causal"
+            _native[key] = both
         except BidirectPatchError:
             return False
-    return not _verdicts[key]
+    return _native[key]

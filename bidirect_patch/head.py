@@ -119,6 +119,7 @@ class MNTPHead(Swapped):
 def _scored_forward(model: Any, inner: Any, skip_logits: bool, labels: Tensor, return_dict=None, **kwargs: Any) -> Any:
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
+    _check_labels(labels, kwargs)
     ignore = kwargs.get("ignore_index", -100)
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore).flatten()
     rows = (targets != ignore).nonzero().squeeze(1)  # (n,)
@@ -128,6 +129,20 @@ def _scored_forward(model: Any, inner: Any, skip_logits: bool, labels: Tensor, r
     loss, out = compute(model, inner, rows, targets, kept, {**kwargs, "return_dict": True})
     out = replace(out, loss=loss, logits=None if kept is None else kept.logits)  # an output can't be emptied in place
     return out if return_dict else out.to_tuple()
+
+
+def _check_labels(labels: Tensor, kwargs: dict[str, Any]) -> None:
+    """Rows are picked by their place, so that labels of another shape would score the wrong ones without a word."""
+    given = kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    if given is not None and labels.shape != given.shape[:2]:
+        raise HeadError(
+            f"labels of shape {tuple(labels.shape)} for input of {given.shape[0]} x {given.shape[1]} tokens: give one "
+            "label a token, -100 where none is scored"
+        )
+    keep = kwargs.get("logits_to_keep", kwargs.get("num_logits_to_keep"))
+    if isinstance(keep, Tensor) or keep:
+        raise HeadError("logits_to_keep beside labels: the loss takes every scored position, so leave it out")
 
 
 def _at_once(

@@ -75,7 +75,9 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     if getattr(result, "unexpected_keys", None) and hasattr(model, "peft_config"):
         name = args[1] if len(args) > 1 else kwargs.get("adapter_name", "default")
         hub = {k: v for k, v in kwargs.items() if k in ("revision", "cache_dir", "token", "subfolder")}
+        missed = set(result.missing_keys)  # PEFT's own list is of the adapter's keys alone, and it warns of each
         result = fit_adapter_keys(model, where, name, **hub)
+        result.missing_keys[:] = missed.intersection(result.missing_keys)
     if verbs is None or verbs.is_enabled(model):
         return result
     if enables:

@@ -28,6 +28,7 @@ from transformers import __version__ as _transformers_version
 
 from .errors import AttentionMaskError
 from .find import Reach
+from .packed import PackedMask, documents_of
 
 # What differs by era, in one place.
 _VERSION = Version(_transformers_version)
@@ -192,7 +193,7 @@ def ready_mask(
         if not (nothing and _HAS_MASKING_UTILS):  # before 4.53 a tensor was taken for a 2D mask there
             return _block_masks(layout, reaches)
     shape = (layout.batch, len(reaches), layout.length, layout.length)
-    as_bool = backend in ("sdpa", "flex") and _HAS_MASKING_UTILS
+    as_bool = backend in ("sdpa", "flex") and _HAS_MASKING_UTILS and not ones_and_zeros
     if nothing:
         if as_bool:
             return torch.ones((), dtype=torch.bool, device=layout.device).expand(shape)
@@ -204,10 +205,15 @@ def ready_mask(
         else layout.visible(reaches[0])[:, None]
     )
     if as_bool:
-        return seen
-    if ones_and_zeros:
-        return seen.to(dtype)
-    return torch.where(seen, torch.zeros((), dtype=dtype, device=layout.device), torch.finfo(dtype).min)
+        mask = seen
+    elif ones_and_zeros:
+        mask = seen.to(dtype)
+    else:
+        mask = torch.where(seen, torch.zeros((), dtype=dtype, device=layout.device), torch.finfo(dtype).min)
+    if backend == "sdpa" and layout.document is not None and layout.real is None and not _compiling():
+        # An attribute: a mask that is copied on its way, in a checkpoint's replay say, loses speed at most.
+        mask._bidirect_patch_documents = [documents_of(layout.chunked(r.chunk), r.window) for r in reaches]  # type: ignore[attr-defined]
+    return mask
 
 
 def _documents(layout: Layout, reaches: tuple[Reach, ...]) -> Tensor:
@@ -253,11 +259,12 @@ def pick(mask: Any, index: int, count: int, may_drop: bool) -> Any:
         return getattr(mask, "by_reach", [mask] * count)[index]
     if mask.dim() != 4:
         return mask
+    documents = getattr(mask, "_bidirect_patch_documents", [None] * count)[index]
     if count > 1 and mask.shape[1] == count:
         mask = mask[:, index : index + 1]
     if may_drop and not any(mask.stride()):
         return None
-    return mask
+    return mask if documents is None else PackedMask.of(mask, documents)
 
 
 @dataclass

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from . import guards, hooks, swap, switch
 from .errors import OrderError, UnsupportedModelError
-from .find import Decoder, decoders
+from .find import Decoder, causal_flags, decoders
+from .forms import Form, forms
 from .forward import (
     BidirectionalAttention,
     BidirectionalModel,
@@ -33,11 +34,11 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
     config or class is touched. While bidirectional there is no KV cache and no `generate`.
 
     Raises UnsupportedModelError, before anything is changed, if a layer can't be made bidirectional, naming it;
-    ModeConflictError if another thread needs the model causal; OrderError if it is already sharded.
+    ModeConflictError if another thread needs the model causal; OrderError if it or a part of it is already sharded.
     """
     found = decoders(model)
     with switch.lock:
-        _check(found, True)
+        _check(model, found, True)
         _set(found, True, allow_partial)
     return model
 
@@ -50,7 +51,7 @@ def disable_bidirectional(model: Model) -> Model:
     """
     found = decoders(model)
     with switch.lock:
-        _check(found, False)
+        _check(model, found, False)
         _set(found, False)
     return model
 
@@ -64,7 +65,7 @@ def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = F
     """
     found = decoders(model)
     with switch.lock:
-        _check(found, enabled)
+        _check(model, found, enabled)
         modes = [_is_on(d) for d in found]
         _set(found, enabled, allow_partial)
         holders = [switch.enter(d.module, enabled, mode) for d, mode in zip(found, modes)]
@@ -97,9 +98,11 @@ def _is_on(decoder: Decoder) -> bool:
     return swap.is_swapped(decoder.module, BidirectionalModel)
 
 
-def _check(found: list[Decoder], mode: bool) -> None:
+def _check(model: nn.Module, found: list[Decoder], mode: bool) -> None:
     for decoder in found:
         switch.check(decoder.module, mode, _is_on(decoder))
+    if mode and not all(map(_is_on, found)):
+        _check_not_sharded(model)
 
 
 def _set(found: list[Decoder], mode: bool, allow_partial: bool = False) -> None:
@@ -112,7 +115,7 @@ def _set(found: list[Decoder], mode: bool, allow_partial: bool = False) -> None:
         _disable(changing)
 
 
-def _enable(found: list[Decoder], allow_partial: bool, proof: bool = True) -> None:
+def _enable(found: list[Decoder], allow_partial: bool) -> None:
     for decoder in found:
         if decoder.in_the_way and not allow_partial:
             raise UnsupportedModelError(
@@ -120,22 +123,28 @@ def _enable(found: list[Decoder], allow_partial: bool, proof: bool = True) -> No
                 f"than causal attention: {'; '.join(decoder.in_the_way)}. "
                 "allow_partial=True patches its attention layers all the same"
             )
-    plan = {
-        id(step.module): step for decoder in found for step in _steps(decoder)
-    }  # one builder may serve two decoders
-    for step in plan.values():
-        _check_not_sharded(step.module)
-    whole = [d for d in found if not d.in_the_way] if proof else []
-    unproven = [d for d in whole if not guards.prove(d, lambda small: _enable(decoders(small), False, proof=False))]
+    proven = [guards.prove(d, _enable_small) for d in found]
     hooks.install(enable_bidirectional, is_bidirectional)
-    for step in plan.values():
-        swap.swap(step.module, step.mixin, step.attributes, step.buffers)
+    _swap(found, [form or forms(d)[0] for d, form in zip(found, proven)])
     try:
-        for decoder in unproven:
-            guards.prove_itself(decoder)
+        for decoder, form in zip(found, proven):
+            if form is None:
+                guards.prove_itself(decoder)
     except BaseException:
         _disable(found)
         raise
+
+
+def _enable_small(small: nn.Module, cls: type, form: Form) -> None:
+    found = decoders(small)
+    _swap(found, [form if type(d.module) is cls else forms(d)[0] for d in found])
+
+
+def _swap(found: list[Decoder], their_forms: list[Form]) -> None:
+    # all of them before the first: one may raise, and one builder may serve two decoders
+    steps = {id(step.module): step for decoder, form in zip(found, their_forms) for step in _steps(decoder, form)}
+    for step in steps.values():
+        swap.swap(step.module, step.mixin, step.attributes, step.buffers)
 
 
 class _Step(NamedTuple):
@@ -147,21 +156,21 @@ class _Step(NamedTuple):
     buffers: dict[str, Tensor]
 
 
-def _steps(decoder: Decoder) -> Iterator[_Step]:
+def _steps(decoder: Decoder, form: Form) -> Iterator[_Step]:
     for _, attention, reach in decoder.attentions:
         cls = swap.subclass(type(attention), BidirectionalAttention)
-        attributes = {**attention_attributes(decoder, attention, reach), **rebound_forward(attention, cls)}
+        attributes = {**attention_attributes(decoder, attention, reach, form), **rebound_forward(attention, cls)}
         yield _Step(attention, BidirectionalAttention, attributes, _mirrored(attention))
         for part in attention.modules():
-            flag = {"is_causal": False} if part.__dict__.get("is_causal") is True else {}
-            buffers = _mirrored(part)
-            if part is not attention and (flag or buffers):
-                yield _Step(part, BidirectionalPart, flag, buffers)
-    model = {"_bidirect_patch_reaches": decoder.reaches, "_bidirect_patch_mask_code": decoder.mask_code}
+            flags, buffers = dict.fromkeys(causal_flags(part), False), _mirrored(part)
+            if part is not attention and (flags or buffers):
+                yield _Step(part, BidirectionalPart, flags, buffers)
     for module in (decoder.module, *decoder.builders):
         if not swap.is_swapped(module, BidirectionalModel):
             cls = swap.subclass(type(module), BidirectionalModel)
-            yield _Step(module, BidirectionalModel, {**model, **rebound_forward(module, cls)}, {})
+            attributes = {"_bidirect_patch_reaches": decoder.reaches, "_bidirect_patch_form": form}
+            attributes |= {**dict.fromkeys(causal_flags(module), False), **rebound_forward(module, cls)}
+            yield _Step(module, BidirectionalModel, attributes, _mirrored(module))
 
 
 def _mirrored(module: nn.Module) -> dict[str, Tensor]:
@@ -179,8 +188,11 @@ def _disable(found: list[Decoder]) -> None:
         swap.restore(module, mixin)
 
 
-def _check_not_sharded(module: nn.Module) -> None:
-    if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
-        raise OrderError(
-            f"{type(module).__name__} is already sharded by fully_shard: call enable_bidirectional(model) first, then shard"
-        )
+def _check_not_sharded(model: nn.Module) -> None:
+    # One rule for both kinds of FSDP and for every part that was sharded, though not every mixture would go wrong.
+    for name, module in model.named_modules():
+        if any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__):
+            raise OrderError(
+                f"{f'{name} ({type(module).__name__})' if name else type(module).__name__} is already sharded by FSDP: call "
+                "enable_bidirectional(model) first, then shard"
+            )

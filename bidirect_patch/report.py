@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .errors import AttentionMaskError, StillCausalError, UnsupportedModelError
+from .errors import AttentionMaskError, StillCausalError, UnseenLayersError, UnsupportedModelError
 from .tiny import pretrained
 
 BIDIRECTIONAL, CAUSAL, PARTIAL, NONE = "bidirectional", "causal", "partial", "no attention"
@@ -48,6 +48,16 @@ class LayerReport:
     def ok(self) -> bool:
         """Bidirectional, or mixing no positions at all, with padding and other documents out of reach."""
         return self.verdict in (BIDIRECTIONAL, NONE) and self.padding_ok is not False and self.packing_ok is not False
+
+    @property
+    def problems(self) -> str:
+        """What keeps it from being `ok`, in words."""
+        found = {
+            self.verdict: self.verdict in (CAUSAL, PARTIAL),
+            "padding reached": self.padding_ok is False,
+            "documents mixed": self.packing_ok is False,
+        }
+        return ", ".join(problem for problem, there in found.items() if there)
 
     def _cells(self) -> tuple[str, ...]:
         padding = {True: "out of reach", False: "REACHED", None: "-"}[self.padding_ok]
@@ -337,9 +347,10 @@ class _Experiment:
                 for handle in handles:
                     handle.remove()
         if not calls:
-            raise UnsupportedModelError(
-                f"no decoder layer of {type(self.model).__name__} was seen at work: none of its ModuleLists "
-                f"({len(self.layers)} entries) took hidden states of {self.rows} rows by {self.length} positions"
+            kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in self.layers.values())) or "none"
+            raise UnseenLayersError(
+                f"no decoder layer of {type(self.model).__name__} was seen at work: none of the layers that it lists "
+                f"({kinds}) took hidden states of {self.rows} rows by {self.length} positions"
             )
         return calls
 

@@ -97,7 +97,9 @@ def _mark_adapters(args: Any, kwargs: Any, names: list[str] | None = None) -> No
 
 
 # The classes that adapters of LLM2Vec, which carry no flag, say they were trained on.
-_BIDIRECTIONAL_CLASS = re.compile(r"Bi(Model|ForMNTP)$|llm2vec|LLM2Vec|modeling_\w+_encoder")
+_BIDIRECTIONAL_CLASS = re.compile(
+    r"Bi(Model|ForMNTP)$|^(Llama|Mistral|Gemma|Qwen2)EncoderModel$|llm2vec|LLM2Vec|modeling_\w+_encoder"
+)
 
 
 def says_bidirectional(name_or_path: Any, **hub: Any) -> bool:

@@ -56,7 +56,7 @@ def tiny_like(model_or_config, attn_implementation: str | None = None, trust_rem
     options: dict[str, Any] = {"attn_implementation": backend} if isinstance(backend, str) else {}
     if trust_remote_code:
         options["trust_remote_code"] = True
-    with _own_random_state(), torch.device("cpu"):
+    with _undisturbed(), torch.device("cpu"):
         try:
             small = build(shrink(config), **options)
         except ImportError as error:
@@ -82,10 +82,18 @@ def pretrained(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _own_random_state():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+def _undisturbed():
+    """A random state of its own, and no DeepSpeed: ZeRO-3 would partition the weights of every model that is built."""
+    from transformers.integrations import deepspeed
+
+    weak_ref = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = weak_ref
 
 
 def _randomize(model: nn.Module) -> None:
@@ -97,7 +105,9 @@ def _randomize(model: nn.Module) -> None:
             if parameter.dim() < 2:
                 # Normalized queries and keys without a scale of their own would give a softmax that sees one key.
                 small = 0.3 if re.search(r"(^|[._])(q|k|query|key)_?(layer)?norm", name) else 1.0
-                parameter.uniform_(0.5 * small, 1.5 * small)
+                # What starts small is rescaled by its own forward (nGPT); at 1 it would make a softmax as sharp.
+                own = torch.where((parameter != 0) & (parameter.abs() < 1), parameter, 1.0)
+                parameter.copy_(own * torch.empty_like(parameter).uniform_(0.5 * small, 1.5 * small))
             else:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
 
@@ -128,7 +138,7 @@ _RULES: list[tuple[str, Callable]] = [
     (r"vocab(_size.*)?$", _at_most(VOCAB)),
     (r"_token_(id|index)(s|es)?$", _at_most(VOCAB - 1)),
     (r"max_position|n_positions|n_ctx|max_seq_len|max_(target|source)_pos|max_length", _at_most(POSITIONS)),
-    (r"index_topk|topk_blocks", lambda value, scale: value),
+    (r"index_topk|topk_blocks", lambda value, scale: POSITIONS),  # an indexer that may choose all shows whence it chooses
     (r"per_tok|top_?k(?!_)|moe_k$", _at_most(2)),
     (r"n_groups?$|topk_group$|expert_group$|ngroups$|o_groups$", _at_most(2)),
     (r"expert_num$|(?<!per_)experts$", _at_most(EXPERTS)),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,6 +56,15 @@ def lacks(backend: str) -> str | None:
 
         known |= set(ALL_ATTENTION_FUNCTIONS.keys())
     return None if backend in known else f"transformers {TRANSFORMERS} has no {backend}"
+
+
+def lacks_add_adapter() -> str | None:
+    """Why transformers' own `add_adapter` refuses the installed PEFT, or None."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(version("peft")) >= Version(MIN_PEFT_VERSION):
+        return None
+    return f"add_adapter of transformers {TRANSFORMERS} needs peft {MIN_PEFT_VERSION}, and this is {version('peft')}"
 
 
 def tiny_config(family: str, **settings):

@@ -5,10 +5,12 @@ import pkgutil
 
 import pytest
 import torch
+import transformers
 
 import benchmarks
+from bidirect_patch import disable_bidirectional, enable_bidirectional
 
-from .conftest import TRANSFORMERS, Version
+from .conftest import TRANSFORMERS, Version, tiny_config
 
 SCRIPTS = [m.name for m in pkgutil.iter_modules(benchmarks.__path__)]
 
@@ -53,6 +55,16 @@ def test_tensors_that_operators_make_are_counted():
     with module.TensorCount() as counted:
         torch.ones(2) + 1
     assert counted.count == 2
+
+
+def test_switching_makes_no_tensor():
+    """Not the first time either: enabling reads weights no more than it copies them."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(tiny_config("llama"))
+    module = importlib.import_module("benchmarks.patch_cost")
+    with module.TensorCount() as made:
+        disable_bidirectional(enable_bidirectional(model))
+    assert made.count == 0
 
 
 def test_padded_and_padding_free_batches_train_alike(capsys):

@@ -340,16 +340,45 @@ def test_real_weights_from_gguf_learn(load_real, real_weights, settings, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(settings):
+def test_two_processes_train_what_one_does(settings):
+    """With an evaluation before, after which accelerate would leave each to its own gradients."""
     path = Path(settings["output_dir"]).with_suffix(".json")
-    settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 20, "per_device_train_batch_size": 4}
+    settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 6, "lora_dropout": 0.0, "lora_r": 4}
+    settings |= {"per_device_train_batch_size": 4}
+    alone = settings | {"gradient_accumulation_steps": 2, "output_dir": settings["output_dir"] + "-alone"}
     path.write_text(json.dumps(settings))
     launcher = ("torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
     process = launch(*launcher, "-m", "bidirect_patch", "mntp", path)
     out, err = process.communicate(timeout=250)
     assert process.returncode == 0, err
-    assert out.count("after 20 steps") == 1
-    assert results(settings)["eval_loss"] < results(settings)["before_loss"] - 0.1
+    assert out.count("after 6 steps") == 1
+    assert run(alone) == 0
+    ours, expected = weights(settings), weights(alone)
+    assert all(torch.allclose(ours[key], expected[key], atol=1e-5) for key in expected)
+
+
+@pytest.mark.slow
+def test_two_processes_under_deepspeed_train_the_same_adapter(settings, tmp_path):
+    """ZeRO-2 on CPUs gives what DDP gives, and its checkpoints are resumed from."""
+    pytest.importorskip("deepspeed", reason="deepspeed isn't installed")
+    settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 4, "lora_dropout": 0.0}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    other = settings | {"output_dir": settings["output_dir"] + "-ddp"}
+    zero = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "zero_allow_untested_optimizer": True}
+    zero |= {"zero_force_ds_cpu_optimizer": False, "train_micro_batch_size_per_gpu": 8, "train_batch_size": 16}
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    launcher = ("torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
+    for flags in (["--stop_after_n_steps=2"], []):
+        path = Path(settings["output_dir"]).with_suffix(".json")
+        path.write_text(json.dumps(settings))
+        flags += ["--deepspeed", str(tmp_path / "zero.json")]
+        process = launch(*launcher, "-m", "bidirect_patch", "mntp", path, *flags)
+        _, err = process.communicate(timeout=250)
+        assert process.returncode == 0, err
+    path.write_text(json.dumps(other))
+    assert launch(*launcher, "-m", "bidirect_patch", "mntp", path).wait(250) == 0
+    ours, expected = weights(settings), weights(other)
+    assert all(torch.allclose(ours[key], expected[key], atol=1e-6) for key in expected)
 
 
 # ---- bad input: one line, exit code 2, nothing started ----
@@ -460,6 +489,34 @@ def test_flags_win_over_the_file_and_types_are_the_same_either_way(settings):
     as_flags = [f"--{name}={value}" for name, value in settings.items()]
     again = parse([*as_flags, "--do_train", "--max_eval_samples", "3"])
     assert again[1].max_eval_samples == 3 and again[3].learning_rate == 0.01 and again[3].use_cpu is True
+
+
+@pytest.mark.parametrize("place_of_it", ["flag", "key"])
+def test_deepspeeds_settings_reach_trainers_arguments_as_they_are(settings, monkeypatch, tmp_path, place_of_it):
+    """Whether or not deepspeed is installed: what transformers would hand it is caught."""
+    import accelerate.utils
+    from transformers.integrations import deepspeed
+
+    from bidirect_patch.cli.arguments import parse
+
+    handed = []
+
+    class Caught:
+        def __init__(self, config):
+            handed.append(config)
+
+        def trainer_config_process(self, *args, **kwargs):
+            pass
+
+    monkeypatch.setattr(deepspeed, "HfTrainerDeepSpeedConfig", Caught)
+    monkeypatch.setattr(accelerate.utils, "DeepSpeedPlugin", lambda **kwargs: None)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    zero = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "train_batch_size": "auto"}
+    given = zero if place_of_it == "key" else str(tmp_path / "zero.json")
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    path.write_text(json.dumps(settings | {"do_train": True} | ({"deepspeed": zero} if given is zero else {})))
+    training = parse([str(path), *([] if given is zero else ["--deepspeed", given])])[3]
+    assert handed == [given] and training.deepspeed == given
 
 
 @pytest.mark.parametrize(

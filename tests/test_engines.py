@@ -1,17 +1,26 @@
 """The engines that run or rewrite a model: two ranks, accelerate's hooks, Liger's patches, Trainer. Real libraries, on CPU."""
 
 import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import transformers
+from safetensors.torch import load_file
 
-from bidirect_patch import apply_mntp_head, disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch import apply_mntp_head, bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import ForeignWrapperError, OrderError
 
-from .conftest import tiny_model
+from .conftest import TRANSFORMERS, Version, tiny_model
 
+ROOT = Path(__file__).parents[1]
+LEARNING_RATE = 1e-2
 IDS = torch.arange(5, 37).view(4, 8)
 MASK = torch.ones_like(IDS)
 MASK[0, 6:] = MASK[2, 6:] = 0
@@ -26,92 +35,125 @@ def encode(model):
     return model(input_ids=IDS, attention_mask=MASK)[0][MASK.bool()]
 
 
+def gradients(model):
+    """By name, whole where they are sharded."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in found.items()}
+
+
 def loss_and_gradients(model, wrapped, batch):
     loss = wrapped(**batch).loss
     loss.backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        gradients[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    return loss.detach(), gradients
+    return loss.detach(), gradients(model)
 
 
-def run_rank(rank, folder, engine):
-    """What one of two ranks does; rank 0 writes the mean loss and the whole gradients."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        model = apply_mntp_head(tiny_model()).train()
-        wrapped = {"ddp": data_parallel, "fsdp2": sharded}[engine](model)
-        half = {name: value[2 * rank : 2 * rank + 2] for name, value in BATCH.items()}
-        loss, gradients = loss_and_gradients(model, wrapped, half)
-        dist.all_reduce(loss)
-        if rank == 0:
-            torch.save((loss / 2, gradients), f"{folder}/result")
-    finally:
-        dist.destroy_process_group()
-
-
-def data_parallel(model):
-    return torch.nn.parallel.DistributedDataParallel(model)
-
-
-def sharded(model):
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+def close(found, want):
+    assert found.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_ranks_give_the_loss_and_gradients_of_one_process(tmp_path, engine):
-    mp.spawn(run_rank, (str(tmp_path), engine), nprocs=2)
-    loss, gradients = torch.load(tmp_path / "result")
+def test_two_ranks_give_the_loss_and_gradients_of_one_process(tmp_path):
+    """DDP, fully_shard, and a script of Trainer that `accelerate launch` runs under FSDP."""
+    pytest.importorskip("accelerate")
+    how = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --num_processes 2 --num_machines 1"
+    how += " --fsdp_state_dict_type FULL_STATE_DICT --mixed_precision no --dynamo_backend no --main_process_port 0"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), "-m", "tests.two_ranks", str(tmp_path)]
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    launched = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = launched.communicate(timeout=200)
+    finally:
+        if launched.poll() is None:
+            os.killpg(launched.pid, signal.SIGKILL)
+    assert launched.returncode == 0, output
     stock = enable_bidirectional(tiny_model()).train()
     want_loss, want = loss_and_gradients(stock, stock, BATCH)
-    torch.testing.assert_close(loss, want_loss)
-    assert gradients.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(gradients[name], want[name], rtol=1e-4, atol=1e-5)
+    for engine in ("data_parallel", "sharded", "accelerated"):
+        loss, found = torch.load(tmp_path / engine)
+        torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-5)
+        close(found, want)
+    assert json.loads((tmp_path / "trained" / "config.json").read_text())["is_causal"] is False
+    trained = load_file(tmp_path / "trained" / "model.safetensors")
+    close(trained, {name: p.detach() - LEARNING_RATE * p.grad for name, p in stock.named_parameters()})
 
 
 @pytest.fixture
 def one_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    yield
     dist.destroy_process_group()
 
 
-def test_shard_first_is_refused_and_nothing_is_changed(one_rank):
+def shard(*modules):
+    """fully_shard each, the last of which holds the others; returns that one."""
     from torch.distributed.fsdp import fully_shard
 
-    model = tiny_model(head=False)
-    fully_shard(model, mesh=one_rank)
-    classes = [type(m) for m in model.modules()]
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    return [fully_shard(module, mesh=mesh) for module in modules][-1]
+
+
+def first_fsdp(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        pytest.param(lambda model: shard(*model.model.layers, model), id="layers-and-model"),
+        pytest.param(lambda model: (shard(*model.model.layers), model)[1], id="layers"),
+        pytest.param(lambda model: (shard(model.model), model)[1], id="base"),
+        first_fsdp,
+    ],
+)
+def test_shard_first_is_refused_and_nothing_is_changed(one_rank, put):
+    model = put(tiny_model())
+    classes, attributes = [type(m) for m in model.modules()], [dict(vars(m)) for m in model.modules()]
     with pytest.raises(OrderError, match="first, then shard"):
         enable_bidirectional(model)
+    with pytest.raises(OrderError, match="first, then shard"), bidirectional(model):
+        pass
     assert [type(m) for m in model.modules()] == classes
+    assert [vars(m).keys() for m in model.modules()] == [a.keys() for a in attributes]
+
+
+def test_a_causal_island_in_what_was_sharded_since(one_rank):
+    """On leaving it the model is as it was on entry, though enabling a sharded model is refused otherwise."""
+    causal = encode(tiny_model())
+    model = enable_bidirectional(tiny_model())
+    both = encode(model)
+    shard(*model.model.layers, model)
+    with bidirectional(model, enabled=False):
+        torch.testing.assert_close(encode(model), causal)
+    torch.testing.assert_close(encode(model), both)
 
 
 def test_a_head_put_on_after_sharding_gives_the_stock_loss(one_rank):
     """The head holds no shard of its own; attention that was bidirectional before stays it."""
     stock = enable_bidirectional(tiny_model()).train()
-    want, gradients = loss_and_gradients(stock, stock, BATCH)
-    model = apply_mntp_head(sharded(enable_bidirectional(tiny_model()))).train()
+    want_loss, want = loss_and_gradients(stock, stock, BATCH)
+    model = enable_bidirectional(tiny_model())
+    model = apply_mntp_head(shard(*model.model.layers, model)).train()
     loss, found = loss_and_gradients(model, model, BATCH)
-    torch.testing.assert_close(loss, want)
-    for name in gradients:
-        torch.testing.assert_close(found[name], gradients[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, want_loss)
+    close(found, want)
 
 
 def test_what_was_sharded_since_is_not_undone(one_rank):
-    from torch.distributed.fsdp import fully_shard
-
-    model = enable_bidirectional(tiny_model(head=False))
+    model = enable_bidirectional(tiny_model())
     want = encode(model)
-    fully_shard(model, mesh=one_rank)
+    shard(model.model)
     with pytest.raises(ForeignWrapperError, match="FSDP"):
         disable_bidirectional(model)
     assert is_bidirectional(model)
@@ -160,6 +202,36 @@ def test_ligers_instance_patch_before_or_after(first):
                 apply_mntp_head(model)
     finally:
         model.__dict__.pop("forward", None)
+
+
+@pytest.mark.parametrize(
+    "library, config, settings",
+    [
+        ("optimum.quanto", "QuantoConfig", {"weights": "int8"}),
+        ("bitsandbytes", "BitsAndBytesConfig", {"load_in_8bit": True}),
+        ("bitsandbytes", "BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    ],
+)
+def test_quantized_linears(tmp_path, library, config, settings):
+    """Against the stock quantized model under an explicit mask that shows every token; the small model that proves the
+    class has plain linears and knows of no quantization."""
+    pytest.importorskip(library, reason=f"{library} isn't installed")
+    pytest.importorskip("accelerate")
+    if TRANSFORMERS < Version("4.46"):
+        pytest.skip(f"transformers {TRANSFORMERS} looks for the packages that these libraries were before")
+    tiny_model(hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(tmp_path)
+    quantization = getattr(transformers, config)(**settings)
+    how = {"quantization_config": quantization, "device_map": "cpu"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
+    assert type(model.model.layers[0].self_attn.q_proj) is not torch.nn.Linear
+    causal = encode(model)
+    every = torch.zeros(len(IDS), 1, 8, 8, dtype=model.dtype)
+    every = every.masked_fill(MASK[:, None, None] == 0, torch.finfo(model.dtype).min)
+    with torch.no_grad():
+        want = model(input_ids=IDS, attention_mask=every)[0][MASK.bool()]
+    assert (want - causal).abs().max() > 0.1
+    torch.testing.assert_close(encode(enable_bidirectional(model)), want)
+    assert torch.equal(encode(disable_bidirectional(model)), causal)
 
 
 @pytest.mark.parametrize("line", [enable_bidirectional, apply_mntp_head])

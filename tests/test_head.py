@@ -468,3 +468,15 @@ def test_two_ranks_average_to_the_gradients_of_both(tmp_path):
     for rank in "01":
         for a, b in zip(torch.load(tmp_path / rank), stock.parameters()):
             torch.testing.assert_close(a, b.grad, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("wrong", [dict(labels=slice(0, 1)), dict(logits_to_keep=4)], ids=["fewer-labels", "logits-to-keep"])
+def test_labels_that_fit_no_row_are_refused(wrong):
+    """Picked by their place, they would score the wrong positions without a word."""
+    model, inputs = apply_mntp_head(tiny_model().train()), batch()
+    if "labels" in wrong:
+        inputs["labels"] = inputs["labels"][wrong["labels"]]
+    else:
+        inputs.update(wrong)
+    with pytest.raises(HeadError, match="labels"):
+        model(**inputs)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, hooks, is_bidirectional
 from bidirect_patch.saving import says_bidirectional
 
-from .conftest import TRANSFORMERS, tiny_config, tiny_model
+from .conftest import TRANSFORMERS, lacks_add_adapter, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -185,6 +185,7 @@ def test_a_composite_config_is_flagged_for_its_text_part(tmp_path, auto):
         vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **vision),
         text_config=tiny_config("llama"),
         image_token_index=3,
+        image_seq_length=0,  # with no image in the text, 4.47 fails if it expects one
     )
     model = enable_bidirectional(transformers.LlavaForConditionalGeneration(config).eval())
     model.save_pretrained(tmp_path)
@@ -292,6 +293,8 @@ def test_a_folder_with_an_adapter_opens_through_transformers_too(tmp_path, auto)
 
 def test_an_adapter_saved_through_transformers_is_marked(tmp_path, auto):
     peft = pytest.importorskip("peft")
+    if reason := lacks_add_adapter():
+        pytest.skip(reason)
     model = enable_bidirectional(tiny_model())
     torch.manual_seed(0)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
@@ -346,18 +349,22 @@ def test_mntp_then_simcse_merge_first_then_the_second_adapter(tmp_path, auto):
     assert not torch.allclose(encode(alone), encode(simcse), atol=1e-2)
 
 
-@pytest.fixture
-def published(tmp_path):
+CLASSES_OF_LLM2VEC = {
+    "the package": ("LlamaBiModel", "llm2vec.models.bidirectional_llama"),
+    "code on the hub": ("LlamaEncoderModel", "transformers_modules.mntp.modeling_llama_encoder"),
+    "a script": ("LlamaEncoderModel", "__main__"),
+}
+
+
+@pytest.fixture(params=CLASSES_OF_LLM2VEC)
+def published(tmp_path, request):
     """Adapter files as LLM2Vec's were published, over a tiny `LlamaModel`; and what they should give."""
     pytest.importorskip("peft")
     model = lora(tiny_model(head=False))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["auto_mapping"] = {
-        "base_model_class": "LlamaBiModel",
-        "parent_library": "llm2vec.models.bidirectional_llama",
-    }
+    config["auto_mapping"] = dict(zip(("base_model_class", "parent_library"), CLASSES_OF_LLM2VEC[request.param]))
     path.write_text(json.dumps(config))
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert all(key.startswith("base_model.model.layers.") for key in keys)
@@ -368,6 +375,8 @@ def published(tmp_path):
 def test_published_adapters_load_and_are_known_to_be_bidirectional(published, auto, through):
     import peft
 
+    if through == "transformers" and TRANSFORMERS.base_version == "5.2.0":
+        pytest.skip("load_adapter of transformers 5.2.0 leaves PEFT's prefix on the keys and loads none of them")
     folder, want = published
     model = tiny_model(head=False)
     if through == "peft":
@@ -389,7 +398,9 @@ def test_published_adapters_load_onto_a_model_with_a_head(published, auto):
     import peft
 
     folder, want = published
-    model = peft.PeftModel.from_pretrained(tiny_model(), str(folder)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        model = peft.PeftModel.from_pretrained(tiny_model(), str(folder)).eval()
     same(encode(model.get_base_model().model), want)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from bidirect_patch import enable_bidirectional, is_bidirectional
 
+from .conftest import lacks_add_adapter
 from .test_simcse import place, reaches_back  # noqa: F401  (a fixture)
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers isn't installed")
@@ -44,6 +45,8 @@ def test_saved_and_loaded_it_encodes_the_same(encoder, tmp_path):
 
 def test_an_adapter_on_it_saves_and_loads(encoder, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
+    if reason := lacks_add_adapter():
+        pytest.skip(reason)
     from bidirect_patch import hooks
 
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ def banded(window):
 
 
 @pytest.mark.parametrize("model_type", [name for name in zoo.model_types() if not zoo.why_not(name)])
+@pytest.mark.skipif(zoo.RELEASE > zoo.NEWEST, reason=f"the zoo knows the types of {zoo.NEWEST} and older releases")
 def test_stock_behaviour(model_type):
     model = zoo.build(model_type)
     assert sum(parameter.numel() for parameter in model.parameters()) < 4e6
@@ -35,6 +36,7 @@ def test_stock_behaviour(model_type):
 
 
 @pytest.mark.parametrize("model_type", zoo.WHY_NOT)
+@pytest.mark.skipif(zoo.RELEASE > zoo.NEWEST, reason=f"the zoo knows the types of {zoo.NEWEST} and older releases")
 def test_a_reason_not_to_build_is_still_true(model_type):
     if model_type not in zoo.model_types() or not zoo.why_not(model_type):
         pytest.skip("not in this transformers, or it builds there")
@@ -45,8 +47,8 @@ def test_a_reason_not_to_build_is_still_true(model_type):
 def test_every_exception_is_a_known_type():
     """A typo in the data would do nothing: the newest transformers maps every name but the retired ones."""
     named = {*zoo.OVERRIDES, *zoo.WHY_NOT, *zoo.NOT_CAUSAL, *zoo.FOREIGN_TOWER}
-    if zoo.RELEASE < Version("5.23"):
-        pytest.skip("older transformers maps fewer types")
+    if zoo.RELEASE != zoo.NEWEST:
+        pytest.skip(f"the names are those of transformers {zoo.NEWEST}")
     assert named - set(zoo.model_types()) <= zoo.RETIRED
 
 

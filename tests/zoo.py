@@ -23,6 +23,7 @@ from .zoo_overrides import FOREIGN_TOWER, NOT_CAUSAL, OVERRIDES, RETIRED, SIZES,
 
 __all__ = ["FOREIGN_TOWER", "NOT_CAUSAL", "OVERRIDES", "RETIRED", "WHY_NOT"]
 
+NEWEST = Version("5.24.0")  # the newest transformers that the data was written for
 RELEASE = Version(Version(transformers.__version__).base_version)
 FIRST_ID, LAST_ID = 5, 100  # ordinary tokens: every special id lies outside
 
@@ -40,7 +41,8 @@ def why_not(model_type: str) -> str | None:
 
 def why_not_causal(model_type: str) -> str | None:
     """Why the stock output of this type depends on later tokens, or None if it doesn't."""
-    return NOT_CAUSAL.get(model_type)
+    reason, versions = NOT_CAUSAL.get(model_type, (None, ""))
+    return reason if RELEASE in SpecifierSet(versions) else None
 
 
 def config(model_type: str, **overrides) -> PretrainedConfig:
@@ -100,7 +102,7 @@ def build(model_type: str, attn_implementation: str = "eager", seed: int = 0, **
                 parameter.normal_(std=0.15)
             else:
                 parameter.nan_to_num_().add_(0.1 * torch.randn_like(parameter))
-                if re.search(r"(^|[._])(q|k|query|key)_?(layer)?norm", name):
+                if re.search(r"(^|[._])(q|k|query|key)_?(layer)?norm|sqk", name):
                     parameter.mul_(0.3)  # a softmax over normalized queries and keys would see one key and no other
     return model.float().eval()
 

@@ -81,7 +81,7 @@ class MNTPArguments:
     stop_after_n_steps: int = field(default=10000, metadata={"help": "Stop here, wherever the schedule is."})
     eval_baselines: bool = field(
         default=True,
-        metadata={"help": "With do_eval, evaluate the causal and the bidirectional model before the first step."},
+        metadata={"help": "With do_eval, evaluate both models before the first step (not under FSDP or DeepSpeed)."},
     )
 
 

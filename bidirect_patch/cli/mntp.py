@@ -22,6 +22,7 @@ def run(argv: list[str]) -> int:
 
 def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training: Any) -> int:
     """Train and evaluate with settings as `arguments.parse` gives them."""
+    import torch
     from transformers import set_seed
 
     from . import data, model, saving
@@ -60,7 +61,8 @@ def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training:
         raise ConfigError(one_line(error)) from error
     report = Report(trainer)
     if training.do_eval and mntp_settings.eval_baselines and checkpoint is None:
-        _baselines(trainer, decoder, report)
+        with torch.random.fork_rng(devices=[]):  # training is the same with them and without
+            _baselines(trainer, decoder, report)
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
@@ -95,12 +97,16 @@ def _baselines(trainer: Any, decoder: Any, report: Report) -> None:
     """Evaluate before the first step: the causal model that was given, and the same weights bidirectional."""
     from ..patch import bidirectional
 
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # evaluating shards the model; patch, then shard
-        with bidirectional(decoder, enabled=False):
-            report.add("causal", "causal, before training", trainer.evaluate(metric_key_prefix="causal"))
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # these evaluate what they have trained, nothing before
+        return
+    with bidirectional(decoder, enabled=False):
+        report.add("causal", "causal, before training", trainer.evaluate(metric_key_prefix="causal"))
     before = trainer.evaluate(metric_key_prefix="before")
     report.add("before", "bidirectional, untrained", before)
     report.show()
+    # accelerate takes a model that it prepared for evaluation for one that is ready to be trained, and would leave it
+    # without DDP: each rank alone, on its own gradients.
+    decoder.__dict__.pop("_is_accelerate_prepared", None)
 
 
 def _checkpoint(training: Any, last_whole_checkpoint: Any) -> str | None:

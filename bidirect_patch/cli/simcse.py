@@ -89,7 +89,8 @@ def train(settings: EncoderArguments, texts: TextArguments, training: Any) -> in
 
     class Trainer(SentenceTransformerTrainer):
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            save_merged(self.model, output_dir or self.args.output_dir)
+            if self.args.should_save:  # newer Trainers call this in every process
+                save_merged(self.model, output_dir or self.args.output_dir)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,6 +111,8 @@ def train(settings: EncoderArguments, texts: TextArguments, training: Any) -> in
         trainer = Trainer(model=model, args=training, train_dataset=data, loss=loss, callbacks=[Stop()])
     except (ValueError, TypeError, ImportError) as error:  # contradictory settings, or packages that don't fit
         raise ConfigError(one_line(error)) from error
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError("simcse merges the adapter into what it saves, and can't into shards: run it under DDP instead")
     result = trainer.train()
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
