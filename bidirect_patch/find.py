@@ -67,18 +67,34 @@ class Decoder:
         return tuple(dict.fromkeys(reach for _, _, reach in self.attentions))
 
 
+def forwards(cls: type) -> Iterator[Any]:
+    """Its forward and those that it overrides and may call."""
+    return (base.__dict__["forward"] for base in cls.__mro__ if base is not nn.Module and "forward" in base.__dict__)
+
+
+@per_class
+def parameter_names(cls: type) -> tuple[str, ...]:
+    """The names that `cls.forward` takes, in order; those of what it overrides too, if it hands on *args or **kwargs."""
+    names: dict[str, None] = {}
+    for forward in forwards(cls):
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        rest = [p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names |= dict.fromkeys(p.name for p in parameters if p.name not in rest)
+        if not rest:
+            break
+    return tuple(names)
+
+
 @per_class
 def mask_parameter(cls: type) -> str | None:
     """The name of the mask among the parameters of `cls.forward`."""
-    parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
-    return next((n for n in ("attention_mask", "attn_mask", "mask") if n in parameters), None)
+    return next((n for n in ("attention_mask", "attn_mask", "mask") if n in parameter_names(cls)), None)
 
 
 @per_class
 def bias_parameter(cls: type) -> str | None:
     """The name of an ALiBi bias among the parameters of `cls.forward`."""
-    parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
-    return next((n for n in ("alibi", "position_bias") if n in parameters), None)
+    return next((n for n in ("alibi", "position_bias") if n in parameter_names(cls)), None)
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -228,13 +244,12 @@ def _extends_mask(cls: type) -> bool:
 
 @per_class
 def counts_mask(cls: type) -> bool:
-    code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
-    return "cumsum" in _code_names(code)
+    return any(_names_any(f, re.compile("^cumsum$")) for f in forwards(cls))
 
 
 @per_class
 def _forward_builds_mask(cls: type) -> bool:
-    return _names_any(cls.forward, _BUILDS_CAUSAL_MASK)  # type: ignore[attr-defined]
+    return any(_names_any(f, _BUILDS_CAUSAL_MASK) for f in forwards(cls))
 
 
 def _longest_list(model: nn.Module) -> nn.ModuleList | None:
@@ -284,7 +299,7 @@ def _mixes_otherwise(module: nn.Module) -> bool:
 
 @per_class
 def _heeds_kinds(cls: type) -> bool:
-    return any(_KIND.search(n) for n in _code_names(inspect.unwrap(cls.forward).__code__))  # type: ignore[attr-defined]
+    return any(_names_any(f, _KIND) for f in forwards(cls))
 
 
 def reach_of(attention: nn.Module, path: str, config: Any, heeds_kinds: bool) -> Reach:

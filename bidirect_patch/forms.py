@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from . import masks
 from .find import Decoder, bias_parameter, builds_causal_mask, counts_mask
+from .swap import original
 
 
 class Form(NamedTuple):
@@ -22,7 +23,7 @@ class Form(NamedTuple):
 
 def forms(decoder: Decoder) -> tuple[Form, ...]:
     """The forms to try, the likeliest and fastest first."""
-    cls = type(decoder.module)
+    cls = original(type(decoder.module))
     classes = {type(attention) for _, attention, _ in decoder.attentions}
     alibi = any(bias_parameter(c) == "alibi" for c in classes)
     own = (Form("own"), Form("own", drops=False), Form("own", inverted=True))

@@ -3,6 +3,7 @@ for the attention modules that use it. Neither copies anything of the original's
 """
 
 import inspect
+from collections.abc import Callable
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -11,19 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from . import masks
-from .errors import AttentionMaskError, CacheError, OrderError
-from .find import Decoder, Reach, bias_parameter, causal_flags, mask_parameter
+from .errors import AttentionMaskError, CacheError, OrderError, UnsupportedModelError
+from .find import Decoder, Reach, bias_parameter, causal_flags, mask_parameter, parameter_names
 from .forms import Form
-from .mirror import Sight, mirrored_bias, mirrored_mask
+from .mirror import Sight, is_banded, mirrored_bias, mirrored_mask, triangular_buffers
 from .swap import Swapped
 from .switch import running
 
 CROSS = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "kv")  # another sequence's, by family
 CACHES = ("past_key_values", "cache", "cache_params", "layer_past", "past")  # the name of a KV cache, by era and family
-
-
-def _argument_names(original: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(original.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 class BidirectionalModel(Swapped):
@@ -32,6 +29,7 @@ class BidirectionalModel(Swapped):
     _names: tuple[str, ...]
     _bidirect_patch_reaches: tuple[Reach, ...]
     _bidirect_patch_form: Form
+    _bidirect_patch_proof: Callable[[nn.Module], bool] | None  # the one that enabling had to leave for the first forward
 
     @classmethod
     def __init_mixed__(cls, original: type) -> None:
@@ -44,10 +42,18 @@ class BidirectionalModel(Swapped):
             if torch.compiler.is_compiling():  # a lock has no meaning in a graph
                 return inner(self, **kwargs)
             with running(self):
-                return inner(self, **kwargs)
+                unseen = self._bidirect_patch_proof is not None and not self._prove()
+                result = inner(self, **kwargs)
+                if unseen:  # not before: where the model doesn't run either, its own error says more
+                    raise UnsupportedModelError(
+                        f"{original.__name__} runs, but neither a small random model of it nor itself could be run on random "
+                        "tokens, so that nothing shows whether each layer is bidirectional. allow_partial=True takes it on "
+                        "trust"
+                    )
+                return result
 
         cls.forward = forward  # type: ignore[attr-defined]
-        cls._names = _argument_names(original)
+        cls._names = parameter_names(original)
         cls._mask_name = mask_parameter(original)  # type: ignore[attr-defined]
         # Before 4.53 the mask code is a method of the model: it has nothing left to do. Elsewhere, and in each model
         # from 4.53 on, it lets a ready mask pass.
@@ -110,6 +116,16 @@ class BidirectionalModel(Swapped):
         kwargs[name] = masks.ready_mask(layout, self._bidirect_patch_reaches, backend, dtype, form.inverted)
         return kwargs
 
+    def _prove(self) -> bool:
+        proof, self._bidirect_patch_proof = self._bidirect_patch_proof, None  # it runs this forward
+        seen = False
+        try:
+            seen = proof(self)  # type: ignore[misc, arg-type]
+        finally:
+            if not seen:
+                self._bidirect_patch_proof = proof
+        return seen
+
     def _embedding_dtype(self) -> torch.dtype:
         weight = getattr(self.get_input_embeddings(), "weight", None)  # type: ignore[attr-defined]
         dtype = weight.dtype if weight is not None else self.dtype  # type: ignore[attr-defined]
@@ -149,7 +165,7 @@ class BidirectionalAttention(Swapped):
             return inner(self, *args, **kwargs)
 
         cls.forward = forward  # type: ignore[attr-defined]
-        cls._names = _argument_names(original)
+        cls._names = parameter_names(original)
         cls._mask_name = mask_parameter(original)  # type: ignore[attr-defined]
         cls._bias_name = bias_parameter(original)  # type: ignore[attr-defined]
         # Beside the mask a matrix (n, n) that is 1 where the future is: CTRL until 5.2.
@@ -271,7 +287,13 @@ def attention_attributes(decoder: Decoder, attention: nn.Module, reach: Reach, f
     # A part that reads the mask too, or compares positions (a sparse attention's indexer), can't do without one.
     parts = [m for m in attention.modules() if m is not attention and next(m.parameters(), None) is not None]
     reads = any(mask_parameter(type(m)) for m in parts)
-    compares = not reads and any("position_ids" in _argument_names(type(m)) for m in parts)
+    compares = not reads and any("position_ids" in parameter_names(type(m)) for m in parts)
+    windows = [m for m in attention.modules() if any(map(is_banded, triangular_buffers(m).values()))]
+    if windows and masks.backend_of(config) == "flash":
+        raise UnsupportedModelError(
+            f"{type(windows[0]).__name__} keeps its layer's window in a buffer, which transformers doesn't hand to "
+            "FlashAttention: it would see everything. Use attn_implementation='eager'"
+        )
     attributes: dict[str, Any] = {
         **dict.fromkeys(("is_causal", *causal_flags(attention)), False),
         "_bidirect_patch_reach": (reaches.index(reach), len(reaches)),

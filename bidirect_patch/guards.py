@@ -13,7 +13,7 @@ from torch import nn
 
 from . import masks, swap
 from .errors import BidirectPatchError, UnseenLayersError, UnsupportedModelError
-from .find import Decoder
+from .find import Decoder, decoders
 from .forms import Form, forms
 from .forward import text_config
 from .report import BIDIRECTIONAL, AttentionReport, attention_report
@@ -32,21 +32,27 @@ _trials: dict[tuple, _Trial] = {}  # the best, by class and backend
 _native: dict[tuple, bool] = {}
 
 
-def prove(decoder: Decoder, enable: Callable[[nn.Module, type, Form], None]) -> Form | None:
+def prove(
+    decoder: Decoder, enable: Callable[[nn.Module, type, Form], None], anyhow: bool = False
+) -> Form | None:
     """The form in which the class of `decoder` was seen to become bidirectional; None if no small model of it can be run.
 
-    enable: patches a model, its decoders of the given class in the given form. Raises UnsupportedModelError if a layer was
-    seen to stay causal, unless the decoder has some in the way and is patched all the same.
+    enable: patches a model, its decoders of the given class in the given form. anyhow: on the meta device too, where there
+    is no hurry before the first forward. Raises UnsupportedModelError if a layer was seen to stay causal, unless the
+    decoder has some in the way and is patched all the same.
     """
     key = _key(decoder)
-    if key not in _trials and _on_meta(decoder) and forms(decoder)[0].code == "ready":
-        return None  # nothing to run yet, and a form that was probed
+    if key not in _trials and _on_meta(decoder) and forms(decoder)[0].code == "ready" and not anyhow:
+        return None
     if key not in _trials:
         try:
-            attention_report(_small(decoder))
+            small = _small(decoder)
+            attention_report(small)
         except Exception:  # a small model that can't be made or run, for whatever reason, proves nothing
             _check_seen(decoder)
             return None
+        if not _attention_classes(decoder) <= frozenset().union(*map(_attention_classes, decoders(small))):
+            return None  # somebody put attention of another class in: the class of the model says nothing of it
         _trials[key] = _best(decoder, enable)
     trial = _trials[key]
     return trial.form if decoder.in_the_way or _accept(decoder, trial.problem) else None
@@ -66,7 +72,7 @@ def _best(decoder: Decoder, enable: Callable[[nn.Module, type, Form], None]) -> 
 
 def _try(decoder: Decoder, form: Form, enable: Callable[[nn.Module, type, Form], None]) -> _Trial:
     small = _small(decoder)
-    enable(small, type(decoder.module), form)
+    enable(small, swap.original(type(decoder.module)), form)
     try:
         report = attention_report(small)
     except UnsupportedModelError as error:
@@ -76,10 +82,12 @@ def _try(decoder: Decoder, form: Form, enable: Callable[[nn.Module, type, Form],
 
 
 def _small(decoder: Decoder) -> nn.Module:
-    small = tiny_like(_subject(decoder))
+    small = tiny_like(subject(decoder))
     if masks.backend_of(text_config(decoder.module.config)) != "flash":
-        small = small.to(device="cpu", dtype=torch.float32)
-    return small
+        return small.to(device="cpu", dtype=torch.float32)
+    if small.dtype == torch.float32:  # whose kernels take no such thing; the model's own will be cast
+        small = small.to(torch.bfloat16)
+    return small.to("cuda") if small.device.type == "cpu" and torch.cuda.is_available() else small
 
 
 def _check_seen(decoder: Decoder) -> None:
@@ -87,25 +95,26 @@ def _check_seen(decoder: Decoder) -> None:
     if _on_meta(decoder) or decoder.in_the_way:
         return
     try:
-        attention_report(_subject(decoder))
+        attention_report(subject(decoder))
     except UnseenLayersError as error:
         _accept(decoder, f"nothing could be seen: {error}")
     except UnsupportedModelError:  # a kernel that isn't here, say: it will not run before it is
         return
 
 
-def prove_itself(decoder: Decoder) -> None:
-    """The same proof on the patched model itself, where no small one could be made. On meta there is nothing to run."""
-    if _on_meta(decoder) or decoder.in_the_way:
-        return
+def prove_itself(decoder: Decoder) -> bool:
+    """The same proof on the patched model itself, where no small one could be made; False if it can't be run either."""
+    if _on_meta(decoder):
+        return False
     try:
-        report = attention_report(_subject(decoder))
+        report = attention_report(subject(decoder))
     except UnsupportedModelError:  # as before
-        return
-    _accept(decoder, _seen(report, "the model itself"))
+        return False
+    return _accept(decoder, _seen(report, "the model itself"))
 
 
-def _subject(decoder: Decoder) -> nn.Module:
+def subject(decoder: Decoder) -> nn.Module:
+    """The outermost model that builds its mask."""
     return decoder.builders[0] if decoder.builders else decoder.module
 
 
@@ -115,7 +124,12 @@ def _on_meta(decoder: Decoder) -> bool:
 
 def _key(decoder: Decoder) -> tuple:
     backend = masks.backend_of(text_config(decoder.module.config))
-    return swap.original(type(_subject(decoder))), backend, decoder.reaches, forms(decoder), bool(decoder.in_the_way)
+    model = swap.original(type(subject(decoder)))
+    return model, _attention_classes(decoder), backend, decoder.reaches, forms(decoder), bool(decoder.in_the_way)
+
+
+def _attention_classes(decoder: Decoder) -> frozenset[type]:
+    return frozenset(swap.original(type(attention)) for _, attention, _ in decoder.attentions)
 
 
 def _seen(report: AttentionReport, where: str) -> str:
@@ -128,7 +142,7 @@ def _seen(report: AttentionReport, where: str) -> str:
 
 def _accept(decoder: Decoder, verdict: str) -> bool:
     if verdict:
-        name = swap.original(type(_subject(decoder))).__name__
+        name = swap.original(type(subject(decoder))).__name__
         raise UnsupportedModelError(f"{name} was not made bidirectional: with the patch on, {verdict}")
     return True
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from .errors import HeadError
+from .find import forwards, parameter_names
 from .forward import rebound_forward, text_config
 from .patch import enable_bidirectional
 from .swap import Swapped, is_swapped, restore, subclass, swap
@@ -103,7 +104,7 @@ class MNTPHead(Swapped):
     @classmethod
     def __init_mixed__(cls, original: type) -> None:
         inner = original.forward  # type: ignore[attr-defined]
-        names = tuple(inspect.signature(inner).parameters)[1:]
+        names = parameter_names(original)
 
         @wraps(inner)  # Trainer reads the signature
         def forward(self, *args, **kwargs):
@@ -348,13 +349,13 @@ def _find_causal(model: Any) -> PreTrainedModel | None:
 
 
 def _takes_labels(cls: type) -> bool:
-    return "labels" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    return "labels" in parameter_names(cls)
 
 
 def _shifts(cls: type) -> bool:
     """Whether the class's own loss shifts: the decoders of encoder-decoders (Bart, Whisper) have one that doesn't."""
-    code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
-    return any(name == "loss_function" or "shift" in name for name in (*code.co_names, *code.co_varnames))
+    codes = [inspect.unwrap(forward).__code__ for forward in forwards(cls)]
+    return any(name == "loss_function" or "shift" in name for code in codes for name in (*code.co_names, *code.co_varnames))
 
 
 def _head_slot(causal: PreTrainedModel) -> str:

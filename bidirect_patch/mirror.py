@@ -28,6 +28,11 @@ def _is_causal_mask(buffer: Tensor) -> bool:
     return bool(square.diagonal().all()) and not bool(square.triu(1).any())
 
 
+def is_banded(buffer: Tensor) -> bool:
+    """Whether a causal mask buffer hides the distant past too: a window."""
+    return not buffer.is_meta and not bool(buffer[..., -1, 0].all())
+
+
 def mirrored_buffer(buffer: Tensor) -> Tensor:
     """A causal mask buffer (..., n, n) united with its transpose; same dtype and shape."""
     return torch.maximum(buffer, buffer.transpose(-1, -2)) if buffer.dtype != torch.bool else buffer | buffer.mT

@@ -28,10 +28,11 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
     model: any nn.Module that holds a transformers decoder: a `*ForCausalLM`, a bare `*Model`, a PEFT, DDP or compiled
         wrapper, your own module. Idempotent, like `model.train()`.
     allow_partial: patch the attention layers of a hybrid too, whose other layers stay causal; `is_bidirectional` then
-        stays False.
+        stays False. And take a model on trust of which nothing can be seen at work.
 
     Each attention instance and the model that builds the mask get a dynamic subclass of their own class; no weight,
-    config or class is touched. While bidirectional there is no KV cache and no `generate`.
+    config or class is touched. While bidirectional there is no KV cache and no `generate`. The class is proven on a small
+    random model once; what can't run yet (weights on meta, a kernel of another device) is proven at its first forward.
 
     Raises UnsupportedModelError, before anything is changed, if a layer can't be made bidirectional, naming it;
     ModeConflictError if another thread needs the model causal; OrderError if it or a part of it is already sharded.
@@ -128,11 +129,26 @@ def _enable(found: list[Decoder], allow_partial: bool) -> None:
     _swap(found, [form or forms(d)[0] for d, form in zip(found, proven)])
     try:
         for decoder, form in zip(found, proven):
-            if form is None:
-                guards.prove_itself(decoder)
+            if form is None and not allow_partial and not guards.prove_itself(decoder):
+                guards.subject(decoder).__dict__["_bidirect_patch_proof"] = _prove_at_first_forward
     except BaseException:
         _disable(found)
         raise
+
+
+def _prove_at_first_forward(model: nn.Module) -> bool:
+    """The proof that enabling had to leave out, on what can run by now; False if still nothing could be seen."""
+    seen = True
+    for decoder in (d for d in decoders(model) if guards.subject(d) is model):
+        form = guards.prove(decoder, _enable_small, anyhow=True)
+        if form is None:
+            seen = guards.prove_itself(decoder) and seen
+            continue
+        for module in (decoder.module, *decoder.builders):
+            module.__dict__["_bidirect_patch_form"] = form
+        for _, attention, reach in decoder.attentions:
+            attention.__dict__.update(attention_attributes(decoder, attention, reach, form))
+    return seen
 
 
 def _enable_small(small: nn.Module, cls: type, form: Form) -> None:
@@ -168,7 +184,7 @@ def _steps(decoder: Decoder, form: Form) -> Iterator[_Step]:
     for module in (decoder.module, *decoder.builders):
         if not swap.is_swapped(module, BidirectionalModel):
             cls = swap.subclass(type(module), BidirectionalModel)
-            attributes = {"_bidirect_patch_reaches": decoder.reaches, "_bidirect_patch_form": form}
+            attributes = {"_bidirect_patch_reaches": decoder.reaches, "_bidirect_patch_form": form, "_bidirect_patch_proof": None}
             attributes |= {**dict.fromkeys(causal_flags(module), False), **rebound_forward(module, cls)}
             yield _Step(module, BidirectionalModel, attributes, _mirrored(module))
 
@@ -191,7 +207,7 @@ def _disable(found: list[Decoder]) -> None:
 def _check_not_sharded(model: nn.Module) -> None:
     # One rule for both kinds of FSDP and for every part that was sharded, though not every mixture would go wrong.
     for name, module in model.named_modules():
-        if any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(module).__mro__):
+        if swap.is_sharded(type(module)):
             raise OrderError(
                 f"{f'{name} ({type(module).__name__})' if name else type(module).__name__} is already sharded by FSDP: call "
                 "enable_bidirectional(model) first, then shard"

@@ -13,7 +13,6 @@ After the layer two witnesses say what depends on what:
 A layer's input is ours and not the previous layer's output, so one causal layer doesn't hide behind another.
 """
 
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AttentionMaskError, StillCausalError, UnseenLayersError, UnsupportedModelError
+from .find import parameter_names
 from .tiny import pretrained
 
 BIDIRECTIONAL, CAUSAL, PARTIAL, NONE = "bidirectional", "causal", "partial", "no attention"
@@ -230,11 +230,7 @@ class _Experiment:
         weight = next(model.parameters()) if weight is None else weight
         self.device = torch.device("cpu") if weight.is_meta else weight.device
         self.ids = self._random_ids(weight.shape[0])  # (length,)
-        self.takes = {
-            name
-            for forward in (model.forward, getattr(model, "base_model", model).forward)
-            for name in inspect.signature(forward).parameters
-        }
+        self.takes = {*parameter_names(type(model)), *parameter_names(type(getattr(model, "base_model", model)))}
 
     def _random_ids(self, vocab):
         # Special tokens may stand for images, padding or other things than text.

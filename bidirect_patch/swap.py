@@ -58,8 +58,13 @@ def subclass(original: type, mixin: type) -> type:
 
 
 def original(cls: type) -> type:
-    """The class that `cls` was made from, or `cls` itself."""
-    return cls.__dict__.get("_original", cls)
+    """The class that `cls` was made from by us, and maybe by FSDP on top, or `cls` itself."""
+    return next(c for c in cls.__mro__ if not issubclass(c, Swapped) and not is_sharded(c))
+
+
+def is_sharded(cls: type) -> bool:
+    """Whether `cls` is one of FSDP's, of either kind."""
+    return any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in cls.__mro__)
 
 
 def is_swapped(module: object, mixin: type) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .errors import BackendError, UnsupportedModelError
+from .swap import original
 
 HEADS, HEAD_DIM, VOCAB, POSITIONS, EXPERTS, WINDOW = 4, 16, 256, 256, 4, 4
 
@@ -44,7 +45,7 @@ def tiny_like(model_or_config, attn_implementation: str | None = None, trust_rem
     dtype, device = torch.float32, torch.device("cpu")
     if isinstance(model_or_config, nn.Module):
         model = pretrained(model_or_config)
-        config, build = model.config, type(model)._from_config  # type: ignore[attr-defined]
+        config, build = model.config, original(type(model))._from_config  # type: ignore[attr-defined]
         tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         dtype = tensor.dtype
         device = device if tensor.is_meta else tensor.device

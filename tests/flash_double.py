@@ -31,8 +31,11 @@ class Call:
     shape: tuple
 
 
-def attend(query, key, value, scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
-    """Exact attention of one document: (q, heads, dim) over (k, kv_heads, dim), aligned at their last tokens."""
+def attend(query, key, value, scale=None, causal=False, window_size=(-1, -1), softcap=0.0, sink=None):
+    """Exact attention of one document: (q, heads, dim) over (k, kv_heads, dim), aligned at their last tokens.
+
+    sink: (heads,), a logit beside the keys' whose share of the softmax goes nowhere.
+    """
     groups, rest = divmod(query.shape[1], key.shape[1])
     if rest or key.shape != value.shape or query.shape[2] != key.shape[2]:
         raise RuntimeError(f"flash_attn: shapes don't fit: {query.shape}, {key.shape}, {value.shape}")
@@ -49,7 +52,10 @@ def attend(query, key, value, scale=None, causal=False, window_size=(-1, -1), so
         hidden |= j < i - left
     if causal or right >= 0:
         hidden |= j > i + (0 if causal else right)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()  # a row that sees nothing gives zeros
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sink is not None:
+        scores = torch.cat([scores, sink.float()[:, None, None].expand(*scores.shape[:2], 1)], -1)
+    weights = scores.softmax(-1)[..., : k.shape[1]].nan_to_num()  # a row that sees nothing gives zeros
     return (weights @ v).transpose(0, 1).to(query.dtype)
 
 
@@ -98,37 +104,42 @@ class FlashDouble:
                                        softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                                        deterministic=False):  # fmt: skip
                 check_dropout(dropout_p)
-                longest = max_seqlen_q, max_seqlen_k
-                return varlen(
-                    q, k, v, (cu_seqlens_q, cu_seqlens_k), longest, softmax_scale, causal, window_size, softcap
-                )
+                ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+                return varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap)
 
-        else:  # 3 and 4 have no dropout; 4 returns (out, lse)
-            none = (None, None) if version == 4 else (-1, -1)
+        elif version == 3:  # no dropout from here on
 
-            def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=none, softcap=0.0,
+            def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                                 deterministic=False):  # fmt: skip
-                out = dense(q, k, v, softmax_scale, causal, window_size, softcap)
-                return (out, None) if version == 4 else out
+                return dense(q, k, v, softmax_scale, causal, window_size, softcap)
 
             def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None,
-                                       softmax_scale=None, causal=False, window_size=none, softcap=0.0,
+                                       softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                                        deterministic=False):  # fmt: skip
-                longest = max_seqlen_q, max_seqlen_k
-                out = varlen(
-                    q, k, v, (cu_seqlens_q, cu_seqlens_k), longest, softmax_scale, causal, window_size, softcap
-                )
-                return (out, None) if version == 4 else out
+                ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+                return varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap)
+
+        else:  # 4 has sinks and returns (out, lse)
+
+            def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(None, None),
+                                learnable_sink=None, softcap=0.0, deterministic=False):  # fmt: skip
+                return dense(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink), None
+
+            def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+                                       max_seqlen_k=None, softmax_scale=None, causal=False, window_size=(None, None),
+                                       learnable_sink=None, softcap=0.0, deterministic=False):  # fmt: skip
+                ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+                return varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap, learnable_sink), None
 
         return flash_attn_func, flash_attn_varlen_func
 
-    def _dense(self, q, k, v, scale, causal, window_size, softcap):
+    def _dense(self, q, k, v, *how):
         if q.dim() != 4:
             raise RuntimeError(f"flash_attn_func takes (batch, tokens, heads, dim), got {tuple(q.shape)}")
-        self.calls.append(Call("flash_attn_func", causal, tuple(window_size), softcap, None, tuple(q.shape)))
-        return torch.stack([attend(*row, scale, causal, window_size, softcap) for row in zip(q, k, v, strict=True)])
+        self._note("flash_attn_func", q, None, *how)
+        return torch.stack([attend(*row, *how) for row in zip(q, k, v, strict=True)])
 
-    def _varlen(self, q, k, v, cu_seqlens, longest, scale, causal, window_size, softcap):
+    def _varlen(self, q, k, v, cu_seqlens, longest, *how):
         if q.dim() != 3:
             raise RuntimeError(f"flash_attn_varlen_func takes (tokens, heads, dim), got {tuple(q.shape)}")
         spans = []
@@ -141,13 +152,11 @@ class FlashDouble:
             spans.append(list(zip(ends, ends[1:])))
             if most is not None and max(b - a for a, b in spans[-1]) > int(most):
                 raise RuntimeError(f"max_seqlen {int(most)} is shorter than a document of {ends}")
-        self.calls.append(Call("flash_attn_varlen_func", causal, tuple(window_size), softcap, ends, tuple(q.shape)))
-        return torch.cat(
-            [
-                attend(q[a:b], k[c:d], v[c:d], scale, causal, window_size, softcap)
-                for (a, b), (c, d) in zip(*spans, strict=True)
-            ]
-        )
+        self._note("flash_attn_varlen_func", q, ends, *how)
+        return torch.cat([attend(q[a:b], k[c:d], v[c:d], *how) for (a, b), (c, d) in zip(*spans, strict=True)])
+
+    def _note(self, function, q, cu_seqlens, scale, causal, window_size, softcap, sink=None):
+        self.calls.append(Call(function, causal, tuple(window_size), softcap, cu_seqlens, tuple(q.shape)))
 
     def install(self, version=2):
         """Make flash_attention_<version>, and no other, look installed until the test ends."""
@@ -214,7 +223,7 @@ class FlashDouble:
                 )
                 put(**dict(zip((f"pad_input_fa{version}", f"unpad_input_fa{version}"), pads, strict=True)))
                 put(pad_input=pads[0], unpad_input=pads[1])
-        if ".models." in module.__name__ and "is_flash_attn_2_available" in names:  # imported there only if available
+        if ".models." in module.__name__ and any(n.startswith("is_flash_attn") for n in names):  # imported only then
             utils = sys.modules.get("transformers.modeling_flash_attention_utils")
             if utils and "_flash_attention_forward" not in names:
                 put(_flash_attention_forward=utils._flash_attention_forward)
@@ -226,21 +235,30 @@ class FlashDouble:
             self._allow(names["PreTrainedModel"])
 
     def _allow(self, base):
-        """Skip the checks that a GPU is there."""
+        """Skip the checks that a GPU is there, and keep the one that the model's class has this backend."""
+
+        def check(cls):
+            if not any(getattr(cls, f"_supports_flash_attn{version}", False) for version in ("", "_2", "_3")):
+                raise ValueError(f"{cls.__name__} does not support FlashAttention")
 
         def enable(name):
             def check_and_enable(cls, config, *_, **__):
+                check(cls)
                 config._attn_implementation = name
                 return config
 
             return classmethod(check_and_enable)
+
+        def can_dispatch(self, *_, **__):
+            check(type(self))
+            return True
 
         for v in (2, 3):
             if hasattr(base, f"_check_and_enable_flash_attn_{v}"):
                 self._patch.setattr(base, f"_check_and_enable_flash_attn_{v}", enable(f"flash_attention_{v}"))
         for name in ("_flash_attn_2_can_dispatch", "_flash_attn_3_can_dispatch", "_flash_attn_can_dispatch"):
             if hasattr(base, name):
-                self._patch.setattr(base, name, lambda *_, **__: True)
+                self._patch.setattr(base, name, can_dispatch)
 
 
 class _Metadata(importlib.metadata.DistributionFinder):

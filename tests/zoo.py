@@ -47,13 +47,13 @@ def why_not_causal(model_type: str) -> str | None:
 
 def config(model_type: str, **overrides) -> PretrainedConfig:
     """A tiny config of this type; of the text model's own type where the causal LM is a part of something larger."""
-    cls, wanted = CONFIG_MAPPING[model_type], _model_class(model_type).config_class
+    cls, wanted = CONFIG_MAPPING[model_type], model_class(model_type).config_class
     if not issubclass(cls, wanted) and wanted.__module__ == cls.__module__:
         cls = wanted
     return _shrunk(cls, OVERRIDES.get(model_type, {}) | overrides)
 
 
-def _model_class(model_type):
+def model_class(model_type):
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
 
 
@@ -92,7 +92,7 @@ def build(model_type: str, attn_implementation: str = "eager", seed: int = 0, **
     torch.manual_seed(seed)
     with _foreign_tower(model_type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = _model_class(model_type)._from_config
+        made = model_class(model_type)._from_config
         model = made(config(model_type, **overrides), attn_implementation=attn_implementation)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -110,7 +110,7 @@ OVERRIDES = {
     "mega": {"bidirectional": False},
     "minicpm3": MLA,
     "minimax_m3_vl_text": {
-        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 2, "index_topk_blocks": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 2, "index_topk_blocks": 8,
         "dense_intermediate_size": 48,
     },
     "mllama": {"rope_scaling": {"rope_type": "default"}},
