@@ -129,13 +129,16 @@ class MNTPCollator:
         eligible = real & ~starts & ~np.isin(ids, self._special_ids)
         if any("special_tokens_mask" in row for row in rows):
             eligible &= _join(rows, "special_tokens_mask", lengths, 0) == 0
-        tokens, labels = self._hide(torch.from_numpy(ids), torch.from_numpy(eligible))
+        tokens, labels = self._hide(torch.from_numpy(ids), torch.from_numpy(eligible), self.draws(rows))
         if self.padding_free:
             return self._in_one_row(tokens, labels, starts)
         return self._padded(tokens, labels, torch.from_numpy(real), rows, lengths)
 
-    def generator(self, ids: torch.Tensor) -> torch.Generator | None:
-        """The generator to draw this batch's choices from; `ids`, (total,), are the batch's tokens before hiding."""
+    def draws(self, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
+        """(3, total) uniform numbers for the tokens of a batch: whether to choose it, what hides it, by which token."""
+        return torch.rand(3, sum(len(row["input_ids"]) for row in rows), generator=self._generator())
+
+    def _generator(self) -> torch.Generator | None:
         if self.seed is None:
             return None
         worker = torch.utils.data.get_worker_info()
@@ -145,18 +148,18 @@ class MNTPCollator:
             self._stream = key, seeded(self.seed, *([] if key is None else [key]))
         return self._stream[1]
 
-    def _hide(self, ids: torch.Tensor, eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _hide(
+        self, ids: torch.Tensor, eligible: torch.Tensor, draws: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(total,) ids and who may be chosen -> (total,) ids with some hidden, and labels."""
-        generator = self.generator(ids)
-        candidates = eligible.nonzero().squeeze(1)
-        chosen = candidates[torch.rand(len(candidates), generator=generator) < self.mlm_probability]
+        chosen = ((draws[0] < self.mlm_probability) & eligible).nonzero().squeeze(1)
         labels = torch.full_like(ids, IGNORED)
         labels[chosen] = ids[chosen]
-        draw = torch.rand(len(chosen), generator=generator)
+        draw = draws[1, chosen]
         hidden = ids.clone()
         hidden[chosen[draw < self.mask_replace_prob]] = self.mask_token_id
         swapped = chosen[(draw >= self.mask_replace_prob) & (draw < self.mask_replace_prob + self.random_replace_prob)]
-        picks = torch.randint(len(self._replacements), (len(swapped),), generator=generator)
+        picks = (draws[2, swapped].double() * len(self._replacements)).long()
         hidden[swapped] = self._replacements[picks]
         return hidden, labels
 

@@ -38,7 +38,7 @@ CHUNK_BYTES = 36 * 2**20  # logits of one chunk in float32: above 32 MiB glibc g
 _log = logging.getLogger(__name__)
 
 
-def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax"] = "full") -> nn.Module:
+def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", "scores"] = "full") -> nn.Module:
     """Make `model` bidirectional and give it the stock causal loss at the price of the positions that are scored.
 
     model: a `*ForCausalLM` or a wrapper of one (PEFT, your own module), changed in place and returned; or a bare
@@ -56,13 +56,15 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax"] 
       scored label i+1 and 0 elsewhere, so that `Trainer.evaluate` and a stock `compute_metrics` work unchanged.
     - with labels, evaluation, "argmax": (batch, seq), int64, the predicted token ids, -100 where not scored: memory
       stays bounded by one chunk, and `compute_metrics` gets them as predictions.
+    - with labels, evaluation, "scores": (batch, seq, 2), float32, the predicted token ids and the loss of each scored
+      token in nats, 0 where not scored: as small, and sums that don't depend on how texts were batched.
     - `skip_logits=True` or `False` in a call overrides the first two, as in Liger-Kernel.
 
     Raises HeadError if the model is or has no causal language model, UnsupportedModelError as `enable_bidirectional`
     does; nothing is changed then.
     """
-    if eval_logits not in ("full", "argmax"):
-        raise HeadError(f'eval_logits must be "full" or "argmax", got {eval_logits!r}')
+    if eval_logits not in ("full", "argmax", "scores"):
+        raise HeadError(f'eval_logits must be "full", "argmax" or "scores", got {eval_logits!r}')
     causal = _find_causal(model)
     if causal is None:
         model = causal = _build_around(model)
@@ -162,7 +164,7 @@ def _at_once(
     view = _view(model, {slot: _StandIn(lm_head, some)})
     out = inner(view, labels=labels, **kwargs)
     if kept is not None:
-        kept.add(slice(None), out.logits[0, :-1])
+        kept.add(slice(None), out.logits[0, :-1], targets)
     if targets.numel() == 0 and kwargs.get("num_items_in_batch") is None:  # a mean over nothing would be NaN
         return out.logits.float().sum() * 0.0, out
     return out.loss, out
@@ -223,7 +225,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.set_grad_enabled(any(needs)):
                 logits = finish(raw)
             if kept is not None:
-                kept.add(part, logits.detach())
+                kept.add(part, logits.detach(), targets[part])
             as_is, logits_dtype = logits.data_ptr() == raw.data_ptr(), logits.dtype
             log_p = F.log_softmax(logits.detach(), -1, dtype=torch.float32)
             here = targets[part].unsqueeze(1)
@@ -257,16 +259,20 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Kept:
-    """Collects what evaluation is to see of the logits: all of them, or the token that each predicts."""
+    """Collects what evaluation is to see of the logits: all of them, the token that each predicts, or its loss too."""
 
     def __init__(self, what: str, shape: torch.Size, rows: Tensor) -> None:
         self.what, self.shape, self.rows = what, shape, rows
         self.flat: Tensor | None = None
 
-    def add(self, part: slice, logits: Tensor) -> None:
+    def add(self, part: slice, logits: Tensor, targets: Tensor) -> None:
+        """logits: (n, vocab). targets: (n,)."""
         values = logits.detach() if self.what == "full" else logits.argmax(-1)
+        if self.what == "scores":
+            losses = F.cross_entropy(logits.detach().float(), targets.to(logits.device), reduction="none")
+            values = torch.stack([values.float(), losses], -1)
         if self.flat is None:
-            fill = 0 if self.what == "full" else -100
+            fill = -100 if self.what == "argmax" else 0
             self.flat = values.new_full((self.shape.numel(), *values.shape[1:]), fill)
         self.flat[self.rows[part].to(values.device)] = values
 

@@ -195,6 +195,60 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(settings, lora_r, st
     assert any(not torch.equal(halfway[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("held_out", [0, 20])
+def test_a_stream_starts_over_and_is_resumed_in_its_second_pass(settings, held_out):
+    """40 sequences of 16 a step: stopped after 5 steps, twice through."""
+    settings |= {"do_train": True, "streaming": True, "max_train_samples": 40, "per_device_train_batch_size": 16}
+    settings |= {"save_strategy": "steps", "save_steps": 5, "line_by_line": True, "lora_dropout": 0.3}
+    if held_out:
+        settings |= {"do_eval": True, "validation_file": None, "max_eval_samples": held_out}
+    whole = settings | {"output_dir": settings["output_dir"] + "-whole"}
+    assert run(whole | {"stop_after_n_steps": 8}) == 0
+    assert run(settings | {"stop_after_n_steps": 5, "max_steps": 8}) == 0
+    assert run(settings | {"stop_after_n_steps": 8}) == 0
+    resumed, expected = weights(settings), weights(whole)
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("limit", ["max_steps", "stop_after_n_steps"])
+def test_a_finished_run_is_not_trained_further(settings, limit):
+    settings |= {"do_train": True, "do_eval": True, "save_strategy": "steps", "save_steps": 2, limit: 2}
+    assert run(settings) == 0
+    done, loss = weights(settings), results(settings)["eval_loss"]
+    assert run(settings) == 0
+    again = weights(settings)
+    assert all(torch.equal(again[key], done[key]) for key in done)
+    assert results(settings)["eval_loss"] == loss
+    assert json.loads((Path(settings["output_dir"]) / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_an_overwriting_run_is_not_resumed_from_the_run_before(settings):
+    settings |= {"do_train": True, "save_strategy": "steps", "save_steps": 1}
+    folder = Path(settings["output_dir"])
+    assert run(settings | {"stop_after_n_steps": 4}) == 0
+    assert run(settings | {"stop_after_n_steps": 2, "overwrite_output_dir": True}) == 0
+    assert run(settings | {"stop_after_n_steps": 3, "overwrite_output_dir": True}, "--resume_from_checkpoint=true") == 0
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
+    assert (folder / "old-checkpoint-4").is_dir()  # nothing is lost
+
+
+def test_masks_do_not_depend_on_the_batch(settings):
+    from bidirect_patch.cli.training import ResumableCollator
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
+    collator = ResumableCollator(tokenizer, seed=7)
+
+    def masked(size):
+        real = lambda batch: batch["attention_mask"].bool()  # noqa: E731
+        parts = [(batch["input_ids"][real(batch)], batch["labels"][real(batch)]) for batch in batches(settings, collator, 32, size)]
+        return [torch.cat(part).tolist() for part in zip(*parts)]
+
+    first = masked(8)
+    assert first == masked(3) == masked(1)
+    collator.epoch = 1
+    assert first != masked(8)
+
+
 def test_a_half_written_checkpoint_is_passed_over(settings):
     settings |= {"do_train": True, "save_strategy": "steps", "save_steps": 1}
     assert run(settings | {"stop_after_n_steps": 2}) == 0
@@ -411,7 +465,17 @@ def refused(capsys, settings, *flags):
         ({"model_name_or_path": "no/such-model"}, "can't load 'no/such-model'"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"max_seq_length": 100000, "validation_file": None}, None),
-        ({"max_seq_length": 0}, "max_seq_length must be at least 1; got 0"),
+        ({"max_seq_length": 0}, "max_seq_length must be at least 2, since no first token is predicted; got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
+        ({"per_device_train_batch_size": -3}, "per_device_train_batch_size must be at least 1; got -3"),
+        ({"learning_rate": -1}, "learning_rate must be 0 or more; got -1.0"),
+        ({"num_train_epochs": "nan"}, "num_train_epochs must be above 0; got nan"),
+        ({"seed": -1}, "seed must be 0 or more; got -1"),
+        ({"mlm_probability": [0.1]}, "mlm_probability is one value; got [0.1]"),
+        ({"train_file": ["a", "b"]}, "train_file is one value"),
+        ({"learning_rate": [1]}, "learning_rate is one value"),
+        ({"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs"),
+        ({"model_name_or_path": "/no/such/folder"}, "there is no such folder"),
         ({"lora_dropout": 1}, "lora_dropout must be in [0, 1); got 1.0"),
         ({"lora_r": -1}, "lora_r must be 0 or more; got -1"),
         ({"learning_rate": "fast"}, "argument --learning_rate"),
@@ -430,7 +494,7 @@ def test_bad_settings(capsys, settings, change, said):
         assert said in refused(capsys, settings)
 
 
-@pytest.mark.parametrize("text, said", [("", "there is no text"), ("\n  \n", "blank lines"), ("w1", "blank lines")])
+@pytest.mark.parametrize("text, said", [("", "there is no text"), ("\n  \n", "no line of two tokens"), ("w1", "no line of two tokens")])
 def test_text_with_nothing_in_it(capsys, settings, tmp_path, text, said):
     path = tmp_path / "empty.txt"
     path.write_text(text)
@@ -438,6 +502,33 @@ def test_text_with_nothing_in_it(capsys, settings, tmp_path, text, said):
     if text == "w1":  # one word is a line, if not a chunk
         settings["line_by_line"], said = False, "less than one chunk of max_seq_length=32"
     assert said in refused(capsys, settings)
+
+
+def test_texts_with_gaps_are_read_and_other_things_refused(capsys, settings, tmp_path):
+    settings |= {"do_train": True, "stop_after_n_steps": 1, "line_by_line": True, "validation_file": None}
+    path = tmp_path / "texts.jsonl"
+    settings["train_file"] = str(path)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (None, "", "w1 w2 w3 w4 w5 w6", "w2 w3 w4")))
+    assert run(settings) == 0
+    path.write_text("".join(json.dumps({"text": number}) + "\n" for number in (3, 4)))
+    assert "no column of text: 'text' holds int '3'" in refused(capsys, settings | {"output_dir": str(tmp_path / "other")})
+
+
+def test_blank_lines_are_no_text_in_chunks_either(capsys, settings, tmp_path):
+    path = tmp_path / "blank.txt"
+    path.write_text("   \n\t\n" * 200)
+    settings |= {"do_train": True, "train_file": str(path), "validation_file": None}
+    assert "less than one chunk" in refused(capsys, settings)
+
+
+def test_an_output_folder_that_cannot_be(capsys, settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    settings |= {"do_train": True}
+    path = tmp_path / "settings.json"
+    for place_of_it in (tmp_path / "file", tmp_path / "file" / "out"):
+        path.write_text(json.dumps(settings | {"output_dir": str(place_of_it)}))
+        assert main(["mntp", str(path)]) == 2
+        assert "output_dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, said", [("{", "is not JSON"), ("[1]", "it holds a list")])

@@ -4,7 +4,9 @@ The names and defaults are those of LLM2Vec's run_mntp.py and of transformers' T
 """
 
 import json
+import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -123,21 +125,32 @@ def parse_kinds(kinds: Any, command: str, argv: list[str]) -> tuple[tuple, str |
         settings = read_json(argv[0])
         argv = argv[1:]
     settings |= _read_flags(argv)
-    known = {f.name for kind in kinds for f in fields(kind) if f.init}
-    settings = to_this_era(settings, known)
+    known = {f.name: f.type for kind in kinds for f in fields(kind) if f.init}
+    settings = to_this_era(settings, set(known))
     for name in settings:
         if name not in known:
             near = get_close_matches(name, known, 1)
             raise ConfigError(f"unknown key {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
     # What a flag could say takes a flag's way, so that a file's values are checked and converted just the same.
     structured = {name: value for name, value in settings.items() if isinstance(value, (dict, list))}
+    ours = {f.name for kind in kinds[:-1] for f in fields(kind)}
+    for name, value in structured.items():
+        kind = str(known[name]).lower()
+        if name in ours or (re.search("int|float|bool", kind) and not re.search("dict|list", kind)):
+            raise ConfigError(f"{name} is one value; got {value!r}")
     flags = [f"--{name}={value}" for name, value in settings.items() if name not in structured and value is not None]
     values = vars(parser.parse_args(flags)) | structured
     if values["gradient_checkpointing"] and not values["gradient_checkpointing_kwargs"]:
         # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    _check_numbers(values)
     try:
-        return parser.parse_dict(values), values["output_dir"]
+        parsed = parser.parse_dict(values)
+        for name in known:
+            value = next(getattr(part, name) for part in parsed if hasattr(part, name))
+            if name.endswith("_kwargs") and not isinstance(value, (dict, type(None))):
+                raise ConfigError(f"{name} takes a dictionary; got {value!r}")
+        return parsed, values["output_dir"]
     except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
         raise ConfigError(one_line(error)) from error
 
@@ -154,6 +167,19 @@ def read_json(path: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold one JSON object of settings; it holds a {type(settings).__name__}")
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    """The training arguments that transformers takes as they are, to fail later or to train nothing."""
+    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in counts:
+        if values[name] < 1:
+            raise ConfigError(f"{name} must be at least 1; got {values[name]}")
+    for name in ("learning_rate", "weight_decay", "seed"):
+        if not 0 <= values[name] < math.inf:
+            raise ConfigError(f"{name} must be 0 or more; got {values[name]}")
+    if not 0 < values["num_train_epochs"] < math.inf and values["max_steps"] <= 0:
+        raise ConfigError(f"num_train_epochs must be above 0; got {values['num_train_epochs']}")
 
 
 class _Parser(HfArgumentParser):
@@ -210,7 +236,11 @@ def _check(
         raise ConfigError(f"lora_dropout must be in [0, 1); got {model.lora_dropout}")
     if model.lora_r < 0:
         raise ConfigError(f"lora_r must be 0 or more; got {model.lora_r}")
-    counts = {"stop_after_n_steps": mntp.stop_after_n_steps, "max_seq_length": data.max_seq_length}
+    if data.max_seq_length is not None and data.max_seq_length < 2:
+        raise ConfigError(f"max_seq_length must be at least 2, since no first token is predicted; got {data.max_seq_length}")
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise ConfigError(f"output_dir {output_dir} is a file: give a folder")
+    counts: dict[str, int | None] = {"stop_after_n_steps": mntp.stop_after_n_steps}
     counts |= {"max_train_samples": data.max_train_samples, "max_eval_samples": data.max_eval_samples}
     counts |= {"preprocessing_num_workers": data.preprocessing_num_workers}
     for name, value in counts.items():

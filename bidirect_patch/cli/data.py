@@ -1,10 +1,12 @@
 """Texts from files or the hub, as sequences of token ids."""
 
 import os
-from itertools import chain
+from collections.abc import Iterator
+from itertools import chain, count
 from typing import Any
 
 import datasets
+from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError
 from . import one_line
@@ -12,6 +14,7 @@ from .arguments import DataArguments, MNTPTrainingArguments, ModelArguments
 
 READERS = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv"}  # file ending -> builder of `datasets`
 LONGEST = 1024  # tokens a sequence where neither the settings nor the tokenizer say less
+PASS = "pass"  # the key of a streamed sequence that says how often the stream has started over
 
 
 def load_texts(model: ModelArguments, data: DataArguments, training: MNTPTrainingArguments) -> dict[str, Any]:
@@ -36,9 +39,12 @@ def load_texts(model: ModelArguments, data: DataArguments, training: MNTPTrainin
         elif data.streaming:
             texts = _hold_out_of_stream(_load(source, "train", model, streaming=True), data)
         else:
-            share = data.validation_split_percentage
-            texts["validation"] = _load(source, f"train[:{share}%]", model)
-            texts["train"] = _load(source, f"train[{share}%:]", model)
+            whole = _load(source, "train", model)
+            at = round(len(whole) * data.validation_split_percentage / 100)
+            if at in (0, len(whole)):
+                share = f"validation_split_percentage={data.validation_split_percentage}"
+                raise ConfigError(f"too few texts ({len(whole)}) to hold out {share} of them for do_eval: give validation_file")
+            texts = {"validation": whole.select(range(at)), "train": whole.select(range(at, len(whole)))}
     for split in wanted - set(texts):
         if split not in given:
             raise ConfigError(f"{data.dataset_name} has no {split} split; it has {', '.join(sorted(given))}")
@@ -53,24 +59,26 @@ def tokenize(texts: Any, split: str, tokenizer: Any, data: DataArguments, traini
         ConfigError: there is no text in it, or not enough for one chunk.
     """
     length = sequence_length(tokenizer, data)
-    first = next(iter(texts), None)
     source = data.dataset_name or getattr(data, f"{split}_file") or data.train_file
+    first = next(iter(texts), None)
     if first is None:
-        raise ConfigError(f"there is no text for {split} in {source}, or too little to hold out a share of it")
+        raise ConfigError(f"there is no text for {split} in {source}")
     column = "text" if "text" in first else next(iter(first))
-    if not isinstance(first[column], str):
-        raise ConfigError(f"{source} has no column of text: {column!r} holds {type(first[column]).__name__}")
 
     def lines(batch: dict[str, list]) -> dict[str, list]:
-        kept = [text for text in batch[column] if text and not text.isspace()]
-        return _ids(kept, truncation=True, max_length=length) if kept else {"input_ids": []}
+        sequences = ids(batch, truncation=True, max_length=length)
+        return {"input_ids": [s for s in sequences if len(s) > 1]}  # the first token is never predicted
 
     def chunks(batch: dict[str, list]) -> dict[str, list]:
-        line = list(chain.from_iterable(_ids([text or "" for text in batch[column]])["input_ids"]))
+        line = list(chain.from_iterable(ids(batch)))
         return {"input_ids": [line[i : i + length] for i in range(0, len(line) - length + 1, length)]}
 
-    def _ids(kept: list[str], **how: Any) -> dict[str, list]:
-        return {"input_ids": tokenizer(kept, return_attention_mask=False, verbose=False, **how)["input_ids"]}
+    def ids(batch: dict[str, list], **how: Any) -> list[list[int]]:
+        wrong = next((text for text in batch[column] if not isinstance(text, (str, type(None)))), None)
+        if wrong is not None:
+            raise ConfigError(f"{source} has no column of text: {column!r} holds {type(wrong).__name__} {str(wrong)[:40]!r}")
+        kept = [text for text in batch[column] if text and not text.isspace()]
+        return tokenizer(kept, return_attention_mask=False, verbose=False, **how)["input_ids"] if kept else []
 
     how: dict[str, Any] = {"batched": True, "remove_columns": list(first)}
     if not data.streaming:
@@ -82,9 +90,22 @@ def tokenize(texts: Any, split: str, tokenizer: Any, data: DataArguments, traini
     if limit is not None:
         sequences = sequences.take(limit) if data.streaming else sequences.select(range(min(limit, len(sequences))))
     if next(iter(sequences), None) is None:
-        lacking = "only blank lines" if data.line_by_line else f"less than one chunk of max_seq_length={length} tokens"
+        short = f"less than one chunk of max_seq_length={length} tokens"
+        lacking = "no line of two tokens or more" if data.line_by_line else short
         raise ConfigError(f"the text for {split} in {source} holds {lacking}")
-    return sequences
+    return Endless(sequences) if data.streaming and split == "train" else sequences
+
+
+class Endless(IterableDataset):
+    """A stream that starts over at its end: one epoch without an end, in which any step can be found again."""
+
+    def __init__(self, sequences: Any) -> None:
+        self.sequences = sequences
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in count():
+            for sequence in self.sequences:
+                yield {**sequence, PASS: number}
 
 
 def sequence_length(tokenizer: Any, data: DataArguments) -> int:

@@ -131,6 +131,7 @@ def _demo(options: argparse.Namespace) -> int:
         torch.set_num_threads(1)  # so small a model gains little from more, and on a busy machine waits for them
     tokenizer = model.load_tokenizer(source)
     collators = [ResumableCollator(tokenizer, mlm_probability=0.2, seed=options.seed) for _ in range(2)]
+    model.check_model(source)
     decoder = model.load_model(source)
     folder = _made(options.output_dir)
     settings = _training_arguments(options, folder)

@@ -30,6 +30,7 @@ def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training:
 
     checkpoint = _checkpoint(training, saving.last_whole_checkpoint)
     set_seed(training.seed)
+    model.check_model(model_settings)  # before the texts are prepared, which takes long
     tokenizer = model.load_tokenizer(model_settings)
     # Evaluation is padded: it runs the causal model too, and older transformers let packed documents see each other.
     train_collator, eval_collator = (
@@ -47,6 +48,10 @@ def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training:
     decoder = model.load_model(model_settings)
     model.add_adapter(decoder, model_settings)
     try:
+        os.makedirs(training.output_dir, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {training.output_dir} can't be made: {error.strerror}") from error
+    try:
         trainer = MNTPTrainer(
             model=decoder,
             args=training,
@@ -60,13 +65,18 @@ def train(model_settings: Any, data_settings: Any, mntp_settings: Any, training:
     except (ValueError, TypeError, ImportError) as error:  # contradictory settings, or packages that don't fit
         raise ConfigError(one_line(error)) from error
     report = Report(trainer)
+    if training.do_train and checkpoint is None and training.should_save:
+        saving.put_aside_checkpoints(training.output_dir)
     if training.do_eval and mntp_settings.eval_baselines and checkpoint is None:
         with torch.random.fork_rng(devices=[]):  # training is the same with them and without
             _baselines(trainer, decoder, report)
     if training.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint and _is_finished(trainer, checkpoint, mntp_settings.stop_after_n_steps):
+            trainer.load_finished(checkpoint)
+        else:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_metrics("train", result.metrics)
         trainer.save_model()
-        trainer.save_metrics("train", result.metrics)
         trainer.save_state()
     if training.do_eval:
         label = f"after {trainer.state.global_step} steps" if training.do_train else "bidirectional"
@@ -107,6 +117,14 @@ def _baselines(trainer: Any, decoder: Any, report: Report) -> None:
     # accelerate takes a model that it prepared for evaluation for one that is ready to be trained, and would leave it
     # without DDP: each rank alone, on its own gradients.
     decoder.__dict__.pop("_is_accelerate_prepared", None)
+
+
+def _is_finished(trainer: Any, checkpoint: str, stop_after_n_steps: int) -> bool:
+    """Whether a checkpoint is at the last step; Trainer would take one more."""
+    from transformers import TrainerState
+
+    limits = [stop_after_n_steps, *([trainer.args.max_steps] if trainer.args.max_steps > 0 else [])]
+    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).global_step >= min(limits)
 
 
 def _checkpoint(training: Any, last_whole_checkpoint: Any) -> str | None:

@@ -1,24 +1,40 @@
 """The tokenizer and the model to train: loaded, given the MNTP head, given a LoRA adapter."""
 
+import os
 from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..collator import MNTPCollator
-from ..errors import BackendError, ConfigError
+from ..errors import BackendError, ConfigError, UnsupportedModelError
 from ..head import apply_mntp_head
+from ..patch import enable_bidirectional
+from ..tiny import tiny_like
 from . import one_line
 from .arguments import DataArguments, MNTPArguments, ModelArguments
 from .data import sequence_length
+
+DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
 def load_tokenizer(model: ModelArguments) -> Any:
     """The tokenizer of the settings. Raises ConfigError if there is none."""
     name = model.tokenizer_name or model.model_name_or_path
     return _loaded(name, AutoTokenizer, model, use_fast=model.use_fast_tokenizer)
+
+
+def check_model(model: ModelArguments) -> None:
+    """Raise what `load_model` would of the model's class or backend, from its config and a small random model alone."""
+    config = _loaded(model.model_name_or_path, AutoConfig, model)
+    try:
+        small = tiny_like(config, model.attn_implementation, model.trust_remote_code)
+    except UnsupportedModelError:  # the real one may load all the same, or says more
+        return
+    apply_mntp_head(enable_bidirectional(small))
 
 
 def load_model(model: ModelArguments) -> PreTrainedModel:
@@ -33,7 +49,7 @@ def load_model(model: ModelArguments) -> PreTrainedModel:
         model.model_name_or_path,
         AutoModelForCausalLM,
         model,
-        torch_dtype=getattr(torch, model.torch_dtype, model.torch_dtype),  # "auto" stays a word
+        **{DTYPE: getattr(torch, model.torch_dtype, model.torch_dtype)},  # "auto" stays a word
         attn_implementation=model.attn_implementation,
         low_cpu_mem_usage=model.low_cpu_mem_usage,
         **_unpacked(model),
@@ -41,7 +57,7 @@ def load_model(model: ModelArguments) -> PreTrainedModel:
     if model.gguf_file and getattr(loaded, "hf_quantizer", None):
         # The weights are plain now; left marked as quantized, they could neither be trained nor saved.
         loaded.hf_quantizer.remove_quantization_config(loaded)
-    return apply_mntp_head(loaded, eval_logits="argmax")
+    return apply_mntp_head(loaded, eval_logits="scores")
 
 
 def add_adapter(model: PreTrainedModel, settings: ModelArguments) -> None:
@@ -99,6 +115,8 @@ def _loaded(name: str | None, kind: Any, model: ModelArguments, **how: Any) -> A
     how |= {"trust_remote_code": model.trust_remote_code}
     if model.gguf_file:
         how["gguf_file"] = model.gguf_file
+    if name and os.path.isabs(name) and not os.path.isdir(name):
+        raise ConfigError(f"can't load {name!r}: there is no such folder")
     try:
         return kind.from_pretrained(name, **how)
     except ImportError as error:

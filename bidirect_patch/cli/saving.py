@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -31,6 +32,16 @@ def save_bidirectional(
         adapter.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def put_aside_checkpoints(folder: str) -> None:
+    """Rename the checkpoints of an earlier run that is overwritten, `checkpoint-9` to `old-checkpoint-9`, so that the new
+    run isn't resumed from them. Those that were put aside before are removed."""
+    for name in os.listdir(folder):
+        path, aside = os.path.join(folder, name), os.path.join(folder, f"old-{name}")
+        if name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and os.path.isdir(path):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
 
 
 def last_whole_checkpoint(folder: str) -> str | None:

@@ -1,31 +1,42 @@
 """transformers' Trainer for MNTP: exact resuming, masked-token loss and accuracy, the right files."""
 
+import math
 import os
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from peft import set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 
 from ..collator import IGNORED, MNTPCollator, seeded
+from .data import PASS
 from .model import adapter_of
 from .saving import save_bidirectional
 
 
 class ResumableCollator(MNTPCollator):
-    """Masks that depend on the seed, the epoch and the tokens alone, on no draw made before.
+    """Masks of a text that depend on the seed, the epoch and its tokens alone, on no draw made before.
 
-    So a resumed run masks as the uninterrupted one does, whatever either had fetched ahead, and every evaluation scores
-    the same tokens.
+    So a resumed run masks as the uninterrupted one does, whatever either had fetched ahead; every evaluation scores the
+    same tokens; and neither depends on what else is in the batch, or on how many processes share it.
     """
 
     epoch = 0
 
-    def generator(self, ids: torch.Tensor) -> torch.Generator:
-        return seeded(self.seed or 0, self.epoch, zlib.crc32(ids.numpy().tobytes()))
+    def __call__(self, features: Any) -> dict[str, Any]:
+        self._epochs = [f.get(PASS, self.epoch) if isinstance(f, Mapping) else self.epoch for f in features]
+        return super().__call__(features)
+
+    def draws(self, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
+        texts = [row["input_ids"] for row in rows]
+        generators = (
+            seeded(self.seed or 0, epoch, zlib.crc32(ids.tobytes())) for epoch, ids in zip(self._epochs, texts)
+        )
+        return torch.cat([torch.rand(3, len(ids), generator=g) for ids, g in zip(texts, generators)], 1)
 
 
 class MNTPTrainer(Trainer):
@@ -52,7 +63,7 @@ class MNTPTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
-        sums = masked_token_sums(outputs.loss, outputs.logits, inputs["labels"])
+        sums = masked_token_sums(outputs.logits, inputs["labels"])
         # No loss: the Trainer would average it over batches, and a token of a short batch would weigh more.
         return None, sums, sums
 
@@ -71,6 +82,11 @@ class MNTPTrainer(Trainer):
         else:
             set_peft_model_state_dict(adapter, load_peft_weights(resume_from_checkpoint, device="cpu"))
 
+    def load_finished(self, checkpoint: str) -> None:
+        """Take over a checkpoint of the last step as the result, with nothing left to train."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
@@ -84,39 +100,39 @@ class Schedule(TrainerCallback):
     """Tells the collator the epoch, and stops after so many steps whatever the learning rate's schedule."""
 
     def __init__(self, collator: ResumableCollator, stop_after_n_steps: int) -> None:
-        self.collator, self.stop_after_n_steps, self.passes = collator, stop_after_n_steps, 0
+        self.collator, self.stop_after_n_steps = collator, stop_after_n_steps
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A stream's epoch stays below 1 however often it starts over, so passes count too.
-        self.collator.epoch = max(self.passes, int(state.epoch or 0))
-        self.passes = self.collator.epoch + 1
+        self.collator.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= self.stop_after_n_steps:
             control.should_training_stop = True
 
 
-def masked_token_sums(loss: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def masked_token_sums(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Per row: loss in nats, tokens named right, tokens scored. All that evaluation keeps of a batch.
 
     Args:
-        loss: (), the mean over the batch's scored tokens; a row gets its share by how many of them are its own.
-        predicted: (batch, length), int64, the token that position i predicts for i + 1.
+        scores: (batch, length, 2), float32, what the head gives as "scores": of position i, the token that it predicts
+            for i + 1, and the loss of that.
         labels: (batch, length), int64, -100 where not scored.
 
     Returns:
         (batch, 3), float32.
     """
     targets = labels[:, 1:]
-    scored = (targets != IGNORED).sum(1)
-    right = ((predicted[:, :-1] == targets) & (targets != IGNORED)).sum(1)
-    return torch.stack([loss.float() * scored, right, scored], 1).float()
+    scored = targets != IGNORED
+    predicted, losses = scores[:, :-1].unbind(-1)
+    right = (predicted == targets) & scored
+    return torch.stack([(losses * scored).sum(1), right.sum(1), scored.sum(1)], 1).float()
 
 
 def summarize(prediction: EvalPrediction) -> dict[str, float]:
     """Mean loss and accuracy over all scored tokens, from the sums of every row."""
     loss, right, scored = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
-    return {"loss": loss / max(scored, 1), "accuracy": right / max(scored, 1), "masked_tokens": int(scored)}
+    of = scored or math.nan  # of nothing there is no mean
+    return {"loss": loss / of, "accuracy": right / of, "masked_tokens": int(scored)}
 
 
 def _numpy_state_types() -> list[Any]:
