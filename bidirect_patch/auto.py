@@ -7,5 +7,5 @@ or through transformers. Without the import the second only warns, once this pac
 
 from . import hooks, patch
 
-hooks.install(patch.enable_bidirectional, patch.is_bidirectional)
+patch.install_hooks()
 hooks.enables = True

@@ -11,6 +11,7 @@ document has nothing before it and is never chosen.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,10 @@ class MNTPCollator:
         self.return_flash_attn_kwargs = return_flash_attn_kwargs
         self.seed = seed
         self.mask_token_id = find_mask_token_id(tokenizer, mask_token)
-        self._special_ids = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+        # Llama-3's <|eot_id|> and kin are special without being one of the tokenizer's named special tokens.
+        added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+        special = {*tokenizer.all_special_ids, *(i for i, token in added if getattr(token, "special", False))}
+        self._special_ids = np.array(sorted(special), dtype=np.int64)
         ordinary = np.setdiff1d(np.arange(len(tokenizer)), self._special_ids)
         self._replacements = torch.from_numpy(ordinary if ordinary.size else np.arange(len(tokenizer)))
         self._stream: tuple[int | None, torch.Generator] | None = None
@@ -299,10 +303,10 @@ def _document_starts(row_of: np.ndarray, real: np.ndarray, positions: np.ndarray
 
 
 def _require_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise CollatorError(f"{name} must be a number from 0 to 1; got {value!r}.")
 
 
 def _require_integer(name: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise CollatorError(f"{name} must be an integer of at least {least}; got {value!r}.")

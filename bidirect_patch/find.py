@@ -106,6 +106,8 @@ def is_attention(module: nn.Module) -> bool:
 
 @per_class
 def _is_named_attention(cls: type) -> bool:
+    if cls.__module__.startswith("torch."):  # nn.MultiheadAttention, in a pooler say
+        return False
     return any(_ATTENTION.search(c.__name__) for c in cls.__mro__) and not _RECURRENT.search(cls.__name__)
 
 
@@ -326,6 +328,6 @@ def reach_of(attention: nn.Module, path: str, config: Any, heeds_kinds: bool) ->
         return Reach()
     if kind is not None:
         return Reach(window=window if "sliding" in kind else None)
-    if index >= getattr(config, "max_window_layers", index + 1):
+    if index < getattr(config, "max_window_layers", 0):  # as each release that has windows there means it, but 4.39
         return Reach()
     return Reach(window=window)

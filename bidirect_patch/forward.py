@@ -153,6 +153,7 @@ class BidirectionalAttention(Swapped):
     _bidirect_patch_config: Any  # the decoder's, for attention modules that keep none
     _bidirect_patch_needs_no_mask: tuple[str, ...]  # backends
     _bidirect_patch_form: Form
+    _bidirect_patch_shortens: bool  # its window has to be handed to FlashAttention one shorter, and isn't
     _bidirect_patch_compares: bool  # it has a part that tells the past by position_ids
 
     @classmethod
@@ -221,6 +222,11 @@ class BidirectionalAttention(Swapped):
         return args, {**kwargs, **new}
 
     def _flash_arguments(self, mask: Any, index: int) -> tuple[Any, dict[str, Any]]:
+        if self._bidirect_patch_shortens:
+            raise OrderError(
+                "attn_implementation was changed to FlashAttention on a bidirectional model with a sliding window, which this "
+                "transformers counts differently there: disable_bidirectional, change it, enable_bidirectional"
+            )
         if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != 1:
             return mask, {}
         plan = _plans(mask)[index]
@@ -302,11 +308,17 @@ def attention_attributes(decoder: Decoder, attention: nn.Module, reach: Reach, f
         "_bidirect_patch_compares": compares,
         "_bidirect_patch_form": form,
     }
-    if reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE and masks.backend_of(config) == "flash":
+    inclusive = reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE
+    attributes["_bidirect_patch_shortens"] = inclusive and masks.backend_of(config) != "flash"
+    if inclusive and not attributes["_bidirect_patch_shortens"]:
         if "sliding_window" in attention.__dict__:
             attributes["sliding_window"] = reach.window - 1
         else:
-            attributes["config"] = ConfigView(attention.config, sliding_window=reach.window - 1)
+            first = masks.FLASH_WINDOWS_LAYERS_FROM
+            attributes["config"] = ConfigView(attention.config, sliding_window=reach.window - 1, max_window_layers=first)
+    elif masks.FLASH_WINDOW_IS_INCLUSIVE and getattr(getattr(attention, "config", None), "sliding_window", None):
+        if "sliding_window" not in attention.__dict__ and masks.backend_of(config) == "flash":
+            attributes["config"] = ConfigView(attention.config, sliding_window=None)
     return attributes
 
 
@@ -317,6 +329,7 @@ def rebound_forward(module: nn.Module, cls: type) -> dict[str, Any]:
     if "_old_forward" in module.__dict__:
         return {"_old_forward": MethodType(cls.forward, module)}  # type: ignore[attr-defined]
     raise OrderError(
-        f"{type(module).__name__}.forward was replaced on the instance by {module.__dict__['forward']!r}, which a swap of "
-        "its class would not reach: make the model bidirectional first, then apply the other patch"
+        f"{type(module).__name__}.forward was replaced on the instance by "
+        f"{getattr(module.__dict__['forward'], '__qualname__', module.__dict__['forward'])}, which a swap of its class would "
+        "not reach: make the model bidirectional first, then apply the other patch"
     )

@@ -78,7 +78,7 @@ def _try(decoder: Decoder, form: Form, enable: Callable[[nn.Module, type, Form],
     except UnsupportedModelError as error:
         return _Trial(form, -1, f"a small random model of its class doesn't run any more: {error}")
     works = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
-    return _Trial(form, works, _seen(report, "a small random model of its class"))
+    return _Trial(form, works, _seen(report, "a small random model of its class") or _beyond(report, small))
 
 
 def _small(decoder: Decoder) -> nn.Module:
@@ -140,6 +140,19 @@ def _seen(report: AttentionReport, where: str) -> str:
     return f"this was seen in {where}: {'; '.join(wrong) or report.summary}"
 
 
+def _beyond(report: AttentionReport, small: nn.Module) -> str:
+    """Whether a window or chunk holds: mask code that takes no mask of ours (4.39's, with windows in some layers) loses it."""
+    for decoder in decoders(small):
+        prefix = f"{decoder.name}." if decoder.name else ""
+        for layer in report.layers:
+            inside = [r for path, _, r in decoder.attentions if f"{prefix}{path}".startswith(f"{layer.name}.")]
+            limits = [min((n for n in reach if n is not None), default=report.length) for reach in inside]
+            held = max(limits, default=report.length) >= report.length or layer.forward == max(limits) - 1
+            if not held and layer.verdict == BIDIRECTIONAL:
+                return f"{layer.name} {layer.class_name} reaches {layer.forward} tokens ahead, not {max(limits) - 1}"
+    return ""
+
+
 def _accept(decoder: Decoder, verdict: str) -> bool:
     if verdict:
         name = swap.original(type(subject(decoder))).__name__
@@ -150,7 +163,8 @@ def _accept(decoder: Decoder, verdict: str) -> bool:
 def natively_bidirectional(decoder: Decoder) -> bool:
     """Whether the config says `is_causal: false` and transformers was seen to honour it for this architecture."""
     config = text_config(decoder.module.config)
-    if getattr(config, "is_causal", True) is not False:
+    # Both: in a causal island the model has a view of its config, which says True.
+    if any(getattr(c, "is_causal", True) is not False for c in {id(c): c for c in (config, decoder.module.config)}.values()):
         return False
     key = (swap.original(type(decoder.module)), masks.backend_of(config), decoder.reaches)
     if key not in _native:

@@ -3,8 +3,8 @@
 MNTP scores a fifth of all positions, and stock causal heads compute logits, their softmax and their gradient for every
 one. `apply_mntp_head` swaps the class of the `*ForCausalLM` instance. Its forward runs the class's own forward on a
 view of the model, a shallow copy in which the language-model head is replaced: that hands on only the rows that are
-scored. Soft-capping, logit scaling, auxiliary losses and a custom `loss_function` are the class's own, whatever the
-family; nothing of any forward is copied here.
+scored. Soft-capping, logit scaling and auxiliary losses are the class's own, whatever the family; nothing of any forward
+is copied here.
 
     hidden (batch, seq, width) -> rows where the next label is not -100 (n, width) -> logits (n, vocab) -> loss ()
 
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from .errors import HeadError
+from .errors import AttentionMaskError, HeadError
 from .find import forwards, parameter_names
 from .forward import rebound_forward, text_config
 from .patch import enable_bidirectional
-from .swap import Swapped, is_swapped, restore, subclass, swap
+from .swap import Swapped, is_swapped, original, restore, subclass, swap
 
 try:
     from transformers.loss.loss_utils import ForCausalLMLoss as _stock_loss
@@ -48,7 +48,8 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", 
 
     Called with `labels` (batch, seq), int64, -100 where not scored, the model returns the loss that the stock forward
     gives, position i predicted from i-1, with the stock gradients; 0 with zero gradients where nothing is scored.
-    `num_items_in_batch`, `ignore_index` and a custom `model.loss_function` mean what they mean there. `outputs.logits`:
+    `num_items_in_batch` and `ignore_index` mean what they mean there. With a `model.loss_function` or a forward of your own,
+    which may read any logits, the loss is theirs, at the stock cost. `outputs.logits`:
 
     - without labels: the stock logits. That is how `Trainer` smooths labels, at the stock cost.
     - with labels, training: None.
@@ -123,12 +124,15 @@ def _scored_forward(model: Any, inner: Any, skip_logits: bool, labels: Tensor, r
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
     _check_labels(labels, kwargs)
+    _check_documents(model, kwargs)
     ignore = kwargs.get("ignore_index", -100)
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore).flatten()
     rows = (targets != ignore).nonzero().squeeze(1)  # (n,)
     targets = targets[rows]
     kept = None if skip_logits else _Kept(model._bidirect_patch_eval_logits, labels.shape, rows)
-    compute = _chunked if _is_plain(model, kwargs) else _at_once
+    compute = _stock if _has_own_loss(model, inner) else _chunked if _is_plain(model, kwargs) else _at_once
+    if compute is _stock:
+        kwargs["labels"] = labels
     loss, out = compute(model, inner, rows, targets, kept, {**kwargs, "return_dict": True})
     out = replace(out, loss=loss, logits=None if kept is None else kept.logits)  # an output can't be emptied in place
     return out if return_dict else out.to_tuple()
@@ -146,6 +150,34 @@ def _check_labels(labels: Tensor, kwargs: dict[str, Any]) -> None:
     keep = kwargs.get("logits_to_keep", kwargs.get("num_logits_to_keep"))
     if isinstance(keep, Tensor) or keep:
         raise HeadError("logits_to_keep beside labels: the loss takes every scored position, so leave it out")
+
+
+def _check_documents(model: Any, kwargs: dict[str, Any]) -> None:
+    """A few models (Bloom, MPT) take position_ids among **kwargs and drop them, so that no mask would know of documents."""
+    given = kwargs.get("position_ids")
+    if given is None or "position_ids" in parameter_names(original(type(model.base_model))):
+        return
+    if given.dim() == 2 and bool((torch.diff(given, dim=-1) < 0).any()):
+        raise AttentionMaskError(
+            f"{type(model).__name__} takes no position_ids, so packed documents can't be told apart: pass one document a row, "
+            "with padding"
+        )
+
+
+def _has_own_loss(model: Any, inner: Any) -> bool:
+    """Whether the loss may be anything: somebody's loss_function, or a forward that isn't transformers' own."""
+    home = getattr(inner, "__module__", None) or ""
+    return getattr(model, "loss_function", _stock_loss) is not _stock_loss or not home.startswith("transformers.models.")
+
+
+def _stock(
+    model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """All as it is: which logits a loss of unknown kind reads, nobody knows."""
+    out = inner(model, **kwargs)
+    if kept is not None:
+        kept.add(slice(None), out.logits.flatten(0, 1)[rows.to(out.logits.device)], targets)
+    return out.loss, out
 
 
 def _at_once(
@@ -248,14 +280,19 @@ class _ChunkedLoss(torch.autograd.Function):
             if needs[2]:
                 d_bias += d_raw.sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.used = False
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        # In place: at a large vocabulary one more copy of the head's gradient would be the peak. A second backward
-        # through the same graph is refused by autograd's version check.
-        return *(None if d is None else d.mul_(grad.to(d.dtype)) for d in ctx.saved_tensors), None, None, None, None
+        # In place: at a large vocabulary one more copy of the head's gradient would be the peak.
+        if torch.is_grad_enabled() or ctx.used:
+            raise RuntimeError(
+                "the loss of apply_mntp_head has one backward, which takes the gradients that its forward made: for a second "
+                "one, or for create_graph=True, use the stock loss (bidirect_patch.head.remove_mntp_head)"
+            )
+        ctx.used = True
+        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None, None
 
 
 class _Kept:
@@ -321,13 +358,14 @@ def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the loss is the stock cross-entropy of a plain linear head and nothing else: then it may be chunked."""
     lm_head = model._modules[_head_slot(model)]
     config = text_config(model.config)
+    routers = kwargs.get("output_router_logits")
     return (
         not torch.compiler.is_compiling()  # which fuses by itself, and can't trace a gradient inside a forward
         and type(lm_head) is nn.Linear
         and type(lm_head.weight) in (Tensor, nn.Parameter)  # no DTensor
-        and not (lm_head._forward_hooks or lm_head._forward_pre_hooks)
-        and getattr(model, "loss_function", _stock_loss) is _stock_loss
-        and not kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))  # adds to the loss
+        and not any(value for name, value in vars(lm_head).items() if name.endswith("_hooks"))
+        and "forward" not in vars(lm_head)
+        and not (getattr(config, "output_router_logits", False) if routers is None else routers)  # adds to the loss
         and model.base_model_prefix in model._modules
         and not _in_half(lm_head.weight)
     )
@@ -388,8 +426,9 @@ def _build_around(model: nn.Module) -> PreTrainedModel:
         raise HeadError(f"transformers knows no *ForCausalLM for {type(bare).__name__}: use a decoder-only model")
     with torch.device("meta"):
         causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(bare.config)](bare.config)
-    slot = causal.base_model_prefix
-    if not isinstance(bare, type(causal._modules.get(slot))):
+    kinds = {type(child): name for name, child in causal.named_children()}
+    slot = kinds.get(original(type(bare)), "")
+    if not slot:
         raise HeadError(
             f"{type(bare).__name__} is not the backbone of {type(causal).__name__}: load a *ForCausalLM and pass that"
         )

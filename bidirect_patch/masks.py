@@ -35,6 +35,7 @@ _VERSION = Version(_transformers_version)
 _HAS_MASKING_UTILS = find_spec("transformers.masking_utils") is not None  # 4.53
 ONES_AND_ZEROS = _VERSION < Version("4.42")  # mask code that takes a ready mask inverted it until then
 FLASH_WINDOW_IS_INCLUSIVE = _VERSION < Version("4.56")  # window w reached distance w, not w-1
+FLASH_WINDOWS_LAYERS_FROM = 0 if _VERSION >= Version("4.43") else 1 << 30  # the max_window_layers that gives each a window
 
 
 def backend_of(config: Any) -> str:
@@ -145,7 +146,7 @@ def read_layout(
     """The layout that a user's arguments describe.
 
     attention_mask: (batch, length), nonzero where real. position_ids: (batch, length) or (1, length), int; a document
-    starts wherever they don't rise by one, as in transformers' own packing. cu_seq_lens: (documents + 1,), int.
+    starts wherever they don't rise from one real token to the next. cu_seq_lens: (documents + 1,), int.
     Raises AttentionMaskError on any other shape.
     """
     real = None
@@ -173,10 +174,23 @@ def read_layout(
                 f"or (1, {length})"
             )
         if text.dim() == 2 and length > 1:
-            starts = torch.diff(text.to(device), dim=-1) != 1
-            if _compiling() or bool(starts.any()):
-                document = torch.nn.functional.pad(starts.cumsum(-1), (1, 0)).expand(batch, length)
+            text = text.to(device).expand(batch, length)
+            if _compiling() or bool((torch.diff(text, dim=-1) != 1).any()):
+                document = _restarts(text, real).cumsum(-1)
     return Layout(batch, length, device, real, document)
+
+
+def _restarts(positions: Tensor, real: Tensor | None) -> Tensor:
+    """bool (batch, length): a real token whose position isn't beyond that of the real token before it."""
+    index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    if real is None:
+        before = index - 1
+    else:
+        before = torch.where(real, index, -1).cummax(-1).values.roll(1, -1)
+        before[:, 0] = -1
+    falls = positions <= positions.gather(-1, before.clamp(min=0))
+    falls = falls & (before >= 0)
+    return falls if real is None else falls & real
 
 
 def ready_mask(
@@ -219,6 +233,13 @@ def ready_mask(
 def _documents(layout: Layout, reaches: tuple[Reach, ...]) -> Tensor:
     # Numbered from 0, so that a zero is in it: older models drop a mask without one.
     rows = []
+    if layout.real is not None and any(r.window is not None and r.window < layout.length for r in reaches):
+        ends = layout.real[:, :-1] & ~layout.real[:, 1:]
+        if bool((ends.sum(-1) + layout.real[:, -1] > 1).any()) and layout.document is None:
+            raise AttentionMaskError(
+                "attention_mask has padding in the middle of a row and the model a sliding window, which FlashAttention would "
+                "count in real tokens: put padding at an end, or use attn_implementation='sdpa'"
+            )
     for reach in reaches:
         document = layout.chunked(reach.chunk)
         first = document != torch.roll(document, 1, -1)

@@ -1,6 +1,6 @@
 """The patch: make a model's attention bidirectional, undo it, ask for it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,8 +14,10 @@ from .forward import (
     BidirectionalAttention,
     BidirectionalModel,
     BidirectionalPart,
+    ConfigView,
     attention_attributes,
     rebound_forward,
+    text_config,
 )
 from .mirror import mirrored_buffer, triangular_buffers
 
@@ -61,23 +63,60 @@ def disable_bidirectional(model: Model) -> Model:
 def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = False) -> Iterator[Model]:
     """`with bidirectional(model):` for a block; the state found on entry is restored, after an exception too.
 
-    Blocks nest: `with bidirectional(model, enabled=False):` is a causal island (for `generate`) inside one. Threads may
-    share a model in one mode; the last one out restores what the first one found.
+    Blocks nest: `with bidirectional(model, enabled=False):` is a causal island (for `generate`) inside one, also in a model
+    that is bidirectional by its config. Threads and asyncio tasks may share a model in one mode; the last one out
+    restores what the first one found.
     """
     found = decoders(model)
     with switch.lock:
         _check(model, found, enabled)
+        causal = {} if enabled else {id(d): _causal_config(model, d) for d in found}  # may raise, so before all else
         modes = [_is_on(d) for d in found]
         _set(found, enabled, allow_partial)
-        holders = [switch.enter(d.module, enabled, mode) for d, mode in zip(found, modes)]
+        holders = [
+            switch.enter(d.module, enabled, _Undo(d, mode, _put(causal.get(id(d), ())))) for d, mode in zip(found, modes)
+        ]
     try:
         yield model
     finally:
         with switch.lock:
-            restore = [switch.leave(d.module, h) for d, h in zip(found, holders)]
-            for decoder, mode in zip(found, restore):
-                if mode is not None:
-                    _set([decoder], mode, True)
+            for decoder, holder in zip(found, holders):
+                switch.leave(decoder.module, holder)
+
+
+class _Undo(NamedTuple):
+    """What a block does to one decoder at its end."""
+
+    decoder: Decoder
+    mode: bool
+    configs: list[tuple[nn.Module, Any]]
+
+    def __call__(self) -> None:
+        _put(self.configs)
+        _set([self.decoder], self.mode, True)
+
+
+def _causal_config(model: nn.Module, decoder: Decoder) -> list[tuple[nn.Module, Any]]:
+    """For an island in a model that is bidirectional by its config: which modules get which config in its stead."""
+    config = decoder.module.config
+    if not guards.natively_bidirectional(decoder):
+        return []
+    if decoder.builders or config is not text_config(config):
+        raise OrderError(
+            f"the config of {type(decoder.module).__name__} says is_causal: false, and the model around it reads that too, so "
+            "that no block can make it causal: load it with is_causal=True in its text config, then enable_bidirectional"
+        )
+    view = ConfigView(config, is_causal=True)
+    return [(module, view) for module in model.modules() if module.__dict__.get("config") is config]
+
+
+def _put(configs: Iterable[tuple[nn.Module, Any]]) -> list[tuple[nn.Module, Any]]:
+    """Give each module its config; those that they had."""
+    before = []
+    for module, config in configs:
+        before.append((module, module.__dict__["config"]))
+        module.__dict__["config"] = config
+    return before
 
 
 def is_bidirectional(model: nn.Module) -> bool:
@@ -125,7 +164,7 @@ def _enable(found: list[Decoder], allow_partial: bool) -> None:
                 "allow_partial=True patches its attention layers all the same"
             )
     proven = [guards.prove(d, _enable_small) for d in found]
-    hooks.install(enable_bidirectional, is_bidirectional)
+    install_hooks()
     _swap(found, [form or forms(d)[0] for d, form in zip(found, proven)])
     try:
         for decoder, form in zip(found, proven):
@@ -134,6 +173,11 @@ def _enable(found: list[Decoder], allow_partial: bool) -> None:
     except BaseException:
         _disable(found)
         raise
+
+
+def install_hooks() -> None:
+    """Put the hooks on generate, save and load in place; here, so that imports go one way."""
+    hooks.install(enable_bidirectional, is_bidirectional)
 
 
 def _prove_at_first_forward(model: nn.Module) -> bool:
@@ -190,6 +234,8 @@ def _steps(decoder: Decoder, form: Form) -> Iterator[_Step]:
 
 
 def _mirrored(module: nn.Module) -> dict[str, Tensor]:
+    if any(buffer.is_meta for buffer in triangular_buffers(module).values()):
+        raise OrderError(f"{type(module).__name__} keeps its causal mask in a buffer, which is on meta: load the model first")
     return {name: mirrored_buffer(buffer) for name, buffer in triangular_buffers(module).items()}
 
 

@@ -157,7 +157,7 @@ def attention_report(model: nn.Module, *, length: int = 7) -> AttentionReport:
             f"the weights of {type(inner).__name__} are on the meta device, so it can't be run; load them, or run "
             f"`bidirect-patch check`, which builds a small model from the config"
         )
-    with _left_as_it_was(model, inner):
+    with _left_as_it_was(model, inner), torch.device("cpu"):  # whatever device is the default around
         return _Experiment(inner, length).report()
 
 

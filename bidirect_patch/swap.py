@@ -12,6 +12,7 @@ pickle and never outlives the instance.
 """
 
 import copyreg
+from importlib import import_module
 from types import MethodType
 from typing import Any
 
@@ -42,6 +43,8 @@ class Swapped:
 
 
 def _new(original: type, mixin: type, *args: Any) -> Any:
+    # In a fresh process unpickling is the first that is heard of this package: generate and save need its hooks.
+    import_module(f"{__package__}.patch").install_hooks()
     cls = subclass(original, mixin)
     return cls.__new__(cls, *args)
 
@@ -93,9 +96,12 @@ def _record(mixin: type) -> str:
 
 
 def before_swaps(module: nn.Module, name: str, default: Any) -> Any:
-    """The instance attribute `name` as it was before any swap, or `default` if none changed it."""
+    """The attribute `name` as it was before any swap, the class's if the instance had none; `default` if none changed it."""
     records = [record for key, record in module.__dict__.items() if key.startswith(_RECORD)]
-    return next((before[name] for before, _, _ in records if name in before), default)
+    for before, names, _ in records:
+        if name in names:
+            return before[name] if name in before else getattr(original(type(module)), name, None)
+    return default
 
 
 def check_restorable(module: nn.Module, mixin: type[Swapped]) -> None:
@@ -106,6 +112,12 @@ def check_restorable(module: nn.Module, mixin: type[Swapped]) -> None:
             f"{top.__module__}.{top.__qualname__} ({', '.join(b.__name__ for b in top.__bases__)}) was put on this "
             "module after it was made bidirectional, as fully_shard or parametrize do. Undoing ours would drop it: "
             "undo that first, or keep the model bidirectional."
+        )
+    forward = module.__dict__.get("forward")
+    if forward is not None and "_old_forward" not in module.__dict__:  # accelerate's hooks are followed in `restore`
+        raise ForeignWrapperError(
+            f"{type(module).__name__}.forward was replaced on the instance by {getattr(forward, '__qualname__', forward)} after "
+            "it was made bidirectional. It calls what it found then: undo that first, or keep the model bidirectional."
         )
 
 

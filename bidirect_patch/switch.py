@@ -1,7 +1,8 @@
-"""Who holds a model in which mode, so that two threads that want opposite modes get an error and not a race."""
+"""Who holds a model in which mode, so that two threads or tasks that want opposite modes get an error and not a race."""
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -13,11 +14,11 @@ from .errors import ModeConflictError
 
 @dataclass
 class Holder:
-    """One `with bidirectional(...)` block: its thread, the mode it asked for, the mode that was there before."""
+    """One `with bidirectional(...)` block: its task, the mode it asked for, and what brings back what was there before."""
 
-    thread: int
+    owner: tuple[int, int]
     mode: bool
-    found: bool
+    undo: Callable[[], None]
 
 
 @dataclass
@@ -38,35 +39,48 @@ def switch_of(decoder: nn.Module) -> Switch:
 
 
 def check(decoder: nn.Module, mode: bool, current: bool) -> None:
-    """Raise ModeConflictError if another thread needs `decoder` as it is not in `mode`; call with `lock` held."""
-    switch, me = switch_of(decoder), threading.get_ident()
-    wanted = {h.thread: h.mode for h in switch.holders if h.thread != me}  # the innermost block of each thread
-    busy = any(n for thread, n in switch.running.items() if thread != me)
+    """Raise ModeConflictError if another thread or task needs `decoder` as it is not in `mode`; call with `lock` held."""
+    switch, me = switch_of(decoder), _task()
+    wanted = {h.owner: h.mode for h in switch.holders if h.owner != me}  # the innermost block of each
+    busy = any(n for thread, n in switch.running.items() if thread != me[0])
     if any(m != mode for m in wanted.values()) or (busy and mode != current):
         words = {True: "bidirectional", False: "causal"}
         raise ModeConflictError(
-            f"this thread wants {type(decoder).__name__} {words[mode]} while another thread uses it {words[not mode]}: "
-            "one model object has one mode at a time. Give each thread its own copy (copy.deepcopy), or wait"
+            f"this thread or task wants {type(decoder).__name__} {words[mode]} while another uses it {words[not mode]}: "
+            "one model object has one mode at a time. Give each its own copy (copy.deepcopy), or wait"
         )
 
 
-def enter(decoder: nn.Module, mode: bool, current: bool) -> Holder:
+def enter(decoder: nn.Module, mode: bool, undo: Callable[[], None]) -> Holder:
     """Register a block; call with `lock` held, after `check`."""
-    holder = Holder(threading.get_ident(), mode, current)
+    holder = Holder(_task(), mode, undo)
     switch_of(decoder).holders.append(holder)
     return holder
 
 
-def leave(decoder: nn.Module, holder: Holder) -> bool | None:
-    """Unregister a block. The mode to restore, or None while another thread's block still needs the present one."""
+def leave(decoder: nn.Module, holder: Holder) -> None:
+    """Unregister a block and bring back what it found, or leave that to a later block that is still open; with `lock` held.
+
+    Blocks of other threads, of other tasks and of generators need not end in the order in which they began.
+    """
     holders = switch_of(decoder).holders
     at = next(i for i, h in enumerate(holders) if h is holder)
     del holders[at]
-    later = next((h for h in holders[at:] if h.thread != holder.thread), None)
-    if later is None:
-        return holder.found
-    later.found = holder.found  # the last one out restores what the first one found
-    return None
+    if at == len(holders):
+        holder.undo()
+    else:
+        holders[at].undo = holder.undo  # the last one out restores what the first one found
+
+
+def _task() -> tuple[int, int]:
+    """This thread, and the asyncio task in it."""
+    task = None
+    if "asyncio" in sys.modules:
+        try:
+            task = sys.modules["asyncio"].current_task()
+        except RuntimeError:  # no loop runs in this thread
+            pass
+    return threading.get_ident(), id(task)
 
 
 @contextmanager

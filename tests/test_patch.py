@@ -1053,3 +1053,120 @@ def test_a_causal_flag_from_elsewhere_changes_nothing(make_model, where):
     other = IDS.clone()
     other[:, -1] += 1
     assert not torch.equal(base(IDS, **call)[0][:, 0], base(other, **call)[0][:, 0])
+
+
+# --- what came up in reviews ---
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_positions_that_skip_are_one_document(make_model, backend, masked):
+    """Only a real token whose position isn't beyond the one before it starts a document."""
+    model = enable_bidirectional(make_model(backend=backend))
+    ids = IDS[:1]
+    mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    seen = ids.shape[1] * [None]
+    for at in range(ids.shape[1]):
+        other = ids.clone()
+        other[0, at] = 60
+        positions = torch.arange(0, 2 * ids.shape[1], 2)[None]
+        with torch.no_grad():
+            moved = hidden(model, ids, position_ids=positions, **mask) - hidden(model, other, position_ids=positions, **mask)
+        seen[at] = moved.abs().amax(-1)[0] > 1e-6
+    assert torch.stack(seen).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_attention_2"])
+def test_the_usual_positions_around_padding_are_one_document(make_model, backend):
+    model = enable_bidirectional(make_model(backend=backend))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]])
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        out = hidden(model, IDS, mask, position_ids=positions)
+        for row, real in enumerate(mask.bool()):
+            torch.testing.assert_close(out[row, real], hidden(model, IDS[row : row + 1, real])[0], **CLOSE)
+
+
+def test_a_window_and_padding_in_the_middle_are_refused_on_flash(make_model):
+    model = enable_bidirectional(make_model("mistral", "flash_attention_2", sliding_window=3))
+    mask = torch.ones_like(IDS)
+    mask[:, 3:5] = 0
+    with pytest.raises(AttentionMaskError, match="middle of a row"):
+        hidden(model, attention_mask=mask)
+
+
+def test_flash_put_in_after_enabling_keeps_the_window_or_says_so(make_model):
+    reference = enable_bidirectional(make_model("mistral", "eager", sliding_window=3))
+    model = make_model("mistral", "flash_attention_2", sliding_window=3)
+    if type(model.model.layers[0].self_attn).__name__ != "MistralAttention":
+        pytest.skip("this transformers has a class for each backend")
+    model.config._attn_implementation = "eager"
+    enable_bidirectional(model)
+    model.config._attn_implementation = "flash_attention_2"
+    try:
+        out = hidden(model)
+    except bidirect_patch.errors.OrderError as error:
+        assert "changed to FlashAttention" in str(error)
+    else:
+        torch.testing.assert_close(out, hidden(reference), **CLOSE)
+
+
+def test_qwen2_has_its_window_above_max_window_layers_on_each_backend(make_model):
+    """The first layers see everything. Where a release can't take one mask for each kind of layer, it is refused."""
+    windows = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, "num_hidden_layers": 3}
+    seen = {}
+    for backend in ("eager", "sdpa", "flash_attention_2"):
+        try:
+            model = enable_bidirectional(make_model("qwen2", backend, **windows))
+        except UnsupportedModelError as error:
+            assert TRANSFORMERS < Version("4.42") and "not 2" in str(error)
+            continue
+        seen[backend] = hidden(model)
+        allowed = [reach(MASK | 1, None, window) for window in (None, 3, 3)]
+        torch.testing.assert_close(seen[backend], hidden_states(model, IDS, allowed), **CLOSE)
+    assert seen
+
+
+def test_what_replaced_forward_since_is_not_left_without_its_ground(make_model):
+    model = enable_bidirectional(make_model(head=False))
+    found = model.forward
+    model.forward = lambda *args, **kwargs: found(*args, **kwargs)
+    out = hidden(model)
+    with pytest.raises(ForeignWrapperError, match="forward was replaced"):
+        disable_bidirectional(model)
+    assert torch.equal(hidden(model), out)
+    del model.forward
+    assert sees_only_the_past(disable_bidirectional(model))
+
+
+def test_attention_of_torch_in_a_pooler_is_none_of_the_decoders(make_model):
+    class Pooled(transformers.LlamaModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.pooler = nn.MultiheadAttention(config.hidden_size, 2, batch_first=True)
+
+    model = enable_bidirectional(Pooled(make_model().config).eval())
+    assert type(model.pooler) is nn.MultiheadAttention and is_bidirectional(model)
+
+
+def test_another_default_device_around(make_model):
+    class Own(transformers.LlamaModel):  # a class that nobody has proven
+        pass
+
+    model = Own(make_model().config).eval()
+    with torch.device("meta"):
+        enable_bidirectional(model)
+    assert is_bidirectional(model)
+
+
+def test_a_subclass_that_hands_on_all_arguments(make_model):
+    class Own(transformers.LlamaModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    plain = make_model(head=False)
+    model = Own(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    enable_bidirectional(plain), enable_bidirectional(model)
+    torch.testing.assert_close(model(IDS, MASK)[0], plain(IDS, MASK)[0])
+    torch.testing.assert_close(model(IDS, attention_mask=MASK)[0], plain(IDS, attention_mask=MASK)[0])
