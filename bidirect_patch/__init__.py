@@ -7,6 +7,8 @@ torch nor transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from wrapt import register_post_import_hook
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -23,6 +25,9 @@ _HOME = {
     "BidirectPatchError": "errors",
 }
 __all__ = [*_HOME, "__version__"]
+
+# An adapter that was trained bidirectionally is known for one from now on, whenever PEFT is imported.
+register_post_import_hook(f"{__name__}.patch:install_hooks", "peft.peft_model")
 
 if TYPE_CHECKING:
     from .collator import MNTPCollator as MNTPCollator

@@ -303,7 +303,7 @@ def _document_starts(row_of: np.ndarray, real: np.ndarray, positions: np.ndarray
 
 
 def _require_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise CollatorError(f"{name} must be a number from 0 to 1; got {value!r}.")
 
 

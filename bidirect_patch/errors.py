@@ -16,7 +16,7 @@ class UnseenLayersError(UnsupportedModelError):
     """The model runs, but none of its layers in a form that `attention_report` could tell what depends on what."""
 
 
-class StillCausalError(BidirectPatchError, RuntimeError):
+class StillCausalError(BidirectPatchError, AssertionError):
     """The patch was applied and a layer was seen to stay causal; nothing is ever silently causal."""
 
 

@@ -76,7 +76,7 @@ class BidirectionalModel(Swapped):
         if given:
             raise CacheError(
                 f"{given} was passed to a bidirectional model: a KV cache only has a meaning while attention is "
-                "causal. Leave it out, or run causally inside `with bidirectional(model, enabled=False):`"
+                "causal. Leave it out (prefix tuning can't), or run causally inside `with bidirectional(model, enabled=False):`"
             )
         if "use_cache" in self._names:
             kwargs["use_cache"] = False
@@ -308,18 +308,22 @@ def attention_attributes(decoder: Decoder, attention: nn.Module, reach: Reach, f
         "_bidirect_patch_compares": compares,
         "_bidirect_patch_form": form,
     }
-    inclusive = reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE
-    attributes["_bidirect_patch_shortens"] = inclusive and masks.backend_of(config) != "flash"
-    if inclusive and not attributes["_bidirect_patch_shortens"]:
-        if "sliding_window" in attention.__dict__:
-            attributes["sliding_window"] = reach.window - 1
-        else:
-            first = masks.FLASH_WINDOWS_LAYERS_FROM
-            attributes["config"] = ConfigView(attention.config, sliding_window=reach.window - 1, max_window_layers=first)
-    elif masks.FLASH_WINDOW_IS_INCLUSIVE and getattr(getattr(attention, "config", None), "sliding_window", None):
-        if "sliding_window" not in attention.__dict__ and masks.backend_of(config) == "flash":
-            attributes["config"] = ConfigView(attention.config, sliding_window=None)
+    flash = masks.backend_of(config) == "flash"
+    attributes["_bidirect_patch_shortens"] = reach.window is not None and masks.FLASH_WINDOW_IS_INCLUSIVE and not flash
+    if flash and masks.FLASH_WINDOW_IS_INCLUSIVE:
+        attributes |= _own_window(attention, reach.window)
     return attributes
+
+
+def _own_window(attention: nn.Module, window: int | None) -> dict[str, Any]:
+    """What makes an older attention module hand `|q-k| < window` to FlashAttention, in its own layers and no others."""
+    shorter = None if window is None else window - 1
+    if "sliding_window" in attention.__dict__:
+        return {} if window is None else {"sliding_window": shorter}
+    config = getattr(attention, "config", None)
+    if getattr(config, "sliding_window", None) is None:
+        return {}
+    return {"config": ConfigView(config, sliding_window=shorter, max_window_layers=masks.FLASH_WINDOWS_LAYERS_FROM)}
 
 
 def rebound_forward(module: nn.Module, cls: type) -> dict[str, Any]:

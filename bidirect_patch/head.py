@@ -38,7 +38,7 @@ CHUNK_BYTES = 36 * 2**20  # logits of one chunk in float32: above 32 MiB glibc g
 _log = logging.getLogger(__name__)
 
 
-def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", "scores"] = "full") -> nn.Module:
+def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", "scores"] = "full") -> Any:
     """Make `model` bidirectional and give it the stock causal loss at the price of the positions that are scored.
 
     model: a `*ForCausalLM` or a wrapper of one (PEFT, your own module), changed in place and returned; or a bare

@@ -11,8 +11,17 @@ from typing import Any
 
 import wrapt
 
-from .errors import GenerateError
-from .saving import fit_adapter_keys, holds_bidirectional, save_adapter, save_model, says_bidirectional
+from .errors import GenerateError, UnsupportedModelError
+from .find import decoders
+from .saving import (
+    MARK,
+    fit_adapter_keys,
+    holds_bidirectional,
+    mark_adapters,
+    save_causal,
+    save_model,
+    says_bidirectional,
+)
 
 enables = False  # whether loading enables (bidirect_patch.auto) or only warns
 
@@ -37,14 +46,14 @@ def install(enable: Callable[[Any], Any], is_enabled: Callable[[Any], bool]) -> 
     from transformers import GenerationMixin, PreTrainedModel
 
     wrapt.wrap_function_wrapper(GenerationMixin, "generate", _generate)
-    wrapt.wrap_function_wrapper(PreTrainedModel, "save_pretrained", save_model)
+    wrapt.wrap_function_wrapper(PreTrainedModel, "save_pretrained", _save_model)
     wrapt.wrap_function_wrapper(PreTrainedModel, "from_pretrained", _load_model)
     wrapt.wrap_function_wrapper(PreTrainedModel, "load_adapter", _load_adapter)
     wrapt.register_post_import_hook(_install_peft, "peft.peft_model")
 
 
 def _install_peft(module: Any) -> None:
-    wrapt.wrap_function_wrapper(module.PeftModel, "save_pretrained", save_adapter)
+    wrapt.wrap_function_wrapper(module.PeftModel, "save_pretrained", _save_adapter)
     wrapt.wrap_function_wrapper(module.PeftModel, "load_adapter", _load_adapter)  # from_pretrained calls it too
 
 
@@ -63,7 +72,32 @@ def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     config = model.config
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     if enables and verbs and any(getattr(part, "is_causal", True) is False for part in parts):
-        verbs.enable(model)
+        if _holds_decoder(model):
+            verbs.enable(model)
+    return result
+
+
+def _holds_decoder(model: Any) -> bool:
+    """Or it is an encoder, of which `is_causal: false` is true as it is."""
+    try:
+        return bool(decoders(model))
+    except UnsupportedModelError:
+        return False
+
+
+def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    if holds_bidirectional(model):
+        return save_model(wrapped, model, args, kwargs)
+    if verbs and getattr(model.config, "is_causal", True) is False and _holds_decoder(model):
+        if not verbs.is_enabled(model):
+            return save_causal(wrapped, model, args, kwargs)
+    return wrapped(*args, **kwargs)
+
+
+def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    both = holds_bidirectional(model) or (verbs is not None and verbs.is_enabled(model))
+    mark_adapters(args, kwargs, [n for n, config in model.peft_config.items() if both or hasattr(config, MARK)])
     return result
 
 
@@ -72,12 +106,15 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     where = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
     if where is None or not says_bidirectional(where, **kwargs):
         return result
-    if getattr(result, "unexpected_keys", None) and hasattr(model, "peft_config"):
-        name = args[1] if len(args) > 1 else kwargs.get("adapter_name", "default")
+    name = (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
+    if name in getattr(model, "peft_config", {}):
+        setattr(model.peft_config[name], MARK, True)
         hub = {k: v for k, v in kwargs.items() if k in ("revision", "cache_dir", "token", "subfolder")}
-        missed = set(result.missing_keys)  # PEFT's own list is of the adapter's keys alone, and it warns of each
-        result = fit_adapter_keys(model, where, name, **hub)
-        result.missing_keys[:] = missed.intersection(result.missing_keys)
+        fitted = fit_adapter_keys(model, where, name, **hub)
+        if fitted is not None and hasattr(result, "missing_keys"):
+            # PEFT's own list is of the adapter's keys alone, and it warns of each
+            fitted.missing_keys[:] = set(result.missing_keys).intersection(fitted.missing_keys)
+            result = fitted
     if verbs is None or verbs.is_enabled(model):
         return result
     if enables:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = F
         modes = [_is_on(d) for d in found]
         _set(found, enabled, allow_partial)
         holders = [
-            switch.enter(d.module, enabled, _Undo(d, mode, _put(causal.get(id(d), ())))) for d, mode in zip(found, modes)
+            switch.enter(d.module, enabled, partial(_undo, d, mode, _put(causal.get(id(d), ()))))
+            for d, mode in zip(found, modes)
         ]
     try:
         yield model
@@ -84,16 +86,10 @@ def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = F
                 switch.leave(decoder.module, holder)
 
 
-class _Undo(NamedTuple):
+def _undo(decoder: Decoder, mode: bool, configs: list[tuple[nn.Module, Any]]) -> None:
     """What a block does to one decoder at its end."""
-
-    decoder: Decoder
-    mode: bool
-    configs: list[tuple[nn.Module, Any]]
-
-    def __call__(self) -> None:
-        _put(self.configs)
-        _set([self.decoder], self.mode, True)
+    _put(configs)
+    _set([decoder], mode, True)
 
 
 def _causal_config(model: nn.Module, decoder: Decoder) -> list[tuple[nn.Module, Any]]:
@@ -175,8 +171,8 @@ def _enable(found: list[Decoder], allow_partial: bool) -> None:
         raise
 
 
-def install_hooks() -> None:
-    """Put the hooks on generate, save and load in place; here, so that imports go one way."""
+def install_hooks(_: Any = None) -> None:
+    """Put the hooks on generate, save and load in place, once; here, so that imports go one way."""
     hooks.install(enable_bidirectional, is_bidirectional)
 
 

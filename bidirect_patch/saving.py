@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import swap
+from .find import decoders
 from .forward import BidirectionalModel
 
 
@@ -26,10 +28,11 @@ def holds_bidirectional(model: nn.Module) -> bool:
 
 
 def saving_config(model: Any) -> Any:
-    """A copy of `model.config` that says `is_causal: false` for each bidirectional decoder in `model`."""
+    """A copy of `model.config` that says `is_causal: false` for each bidirectional decoder in `model`, if it is wholly so."""
     config = copy.deepcopy(model.config)
+    partial = [d.module for d in decoders(model) if d.in_the_way]
     for module in model.modules():
-        if swap.is_swapped(module, BidirectionalModel):
+        if swap.is_swapped(module, BidirectionalModel) and not any(module is p for p in partial):
             inner = vars(model.config).items()  # of a composite config; older transformers give its models a copy
             parts = [n for n, value in inner if value is module.config]
             parts = parts or [n for n, value in inner if type(value) is type(module.config)]
@@ -39,9 +42,8 @@ def saving_config(model: Any) -> Any:
 
 
 @contextmanager
-def _saved_as(model: Any) -> Iterator[None]:
+def _saved_as(model: Any, config: Any) -> Iterator[None]:
     """`model` with the config to be saved, and without a GGUF's marks on weights that are plain numbers by now."""
-    config = saving_config(model)
     attributes: dict[str, Any] = {"config": config}
     quantization = getattr(config, "quantization_config", None)
     if "gguf" in str(getattr(quantization, "quant_method", quantization)).lower() and _plain(model):
@@ -64,29 +66,31 @@ def _plain(model: nn.Module) -> bool:
 
 
 def save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    """Stands around `PreTrainedModel.save_pretrained`."""
-    if not holds_bidirectional(model):
-        return wrapped(*args, **kwargs)
-    with _saved_as(model):
+    """`PreTrainedModel.save_pretrained` of a bidirectional model."""
+    with _saved_as(model, saving_config(model)):
         result = wrapped(*args, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers wrote an adapter and nothing else
-        _mark_adapters(args, kwargs)
+        mark_adapters(args, kwargs, ["default"])
     return result
 
 
-def save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    """Stands around `PeftModel.save_pretrained`: marks each adapter folder that it wrote."""
-    result = wrapped(*args, **kwargs)
-    if holds_bidirectional(model):
-        _mark_adapters(args, kwargs, list(model.peft_config))
-    return result
+def save_causal(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    """`save_pretrained` of a model that is causal though its config says it isn't: the flag is left out."""
+    config = copy.deepcopy(model.config)
+    del config.is_causal
+    with _saved_as(model, config):
+        return wrapped(*args, **kwargs)
 
 
-def _mark_adapters(args: Any, kwargs: Any, names: list[str] | None = None) -> None:
+MARK = "_bidirect_patch_bidirectional"  # on the PEFT config of an adapter that was loaded with the mark
+
+
+def mark_adapters(args: Any, kwargs: Any, names: list[str]) -> None:
+    """Mark the adapters of these names that `save_pretrained(*args, **kwargs)` wrote."""
     if not kwargs.get("is_main_process", True):
         return
     folder = os.fspath(args[0] if args else kwargs["save_directory"])
-    for place in (folder, *(os.path.join(folder, name) for name in names or ())):
+    for place in (folder if name == "default" else os.path.join(folder, name) for name in names):
         path = os.path.join(place, "adapter_config.json")
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
@@ -132,7 +136,7 @@ def _read(name_or_path: Any, file_name: str, hub: dict[str, Any]) -> dict[str, A
 
 
 def fit_adapter_keys(model: Any, where: Any, name: str, **hub: Any) -> Any:
-    """Load an adapter's weights again under the names that they have here; what PEFT says of the result.
+    """Load an adapter's weights again if they didn't arrive, under the names that they have here; what PEFT says of that.
 
     LLM2Vec's are for a bare `LlamaModel` (`base_model.model.layers...`); a `*ForCausalLM` has one `model.` more.
     """
@@ -140,11 +144,15 @@ def fit_adapter_keys(model: Any, where: Any, name: str, **hub: Any) -> Any:
     from peft.utils import load_peft_weights
 
     prefix = "base_model.model."
-    here = {key.removeprefix(prefix): key for key in get_peft_model_state_dict(model, adapter_name=name)}
+    now = get_peft_model_state_dict(model, adapter_name=name)
+    here = {key.removeprefix(prefix): key for key in now}
     given = load_peft_weights(os.fspath(where), device="cpu", **hub)
     fitted = {}
     for key, weight in given.items():
         bare = key.removeprefix(prefix)
         alike = (k for k in here if k == bare or k.endswith(f".{bare}") or bare.endswith(f".{k}"))
         fitted[here.get(next(alike, ""), key)] = weight
-    return set_peft_model_state_dict(model, fitted, adapter_name=name)
+    if all(key in now and torch.equal(now[key].cpu(), weight.to(now[key].dtype)) for key, weight in fitted.items()):
+        return None
+    how = {"low_cpu_mem_usage": True} if any(p.is_meta for p in model.parameters()) else {}
+    return set_peft_model_state_dict(model, fitted, adapter_name=name, **how)

@@ -18,7 +18,7 @@ class Holder:
 
     owner: tuple[int, int]
     mode: bool
-    undo: Callable[[], None]
+    undo: Callable[[], object]
 
 
 @dataclass
@@ -51,7 +51,7 @@ def check(decoder: nn.Module, mode: bool, current: bool) -> None:
         )
 
 
-def enter(decoder: nn.Module, mode: bool, undo: Callable[[], None]) -> Holder:
+def enter(decoder: nn.Module, mode: bool, undo: Callable[[], object]) -> Holder:
     """Register a block; call with `lock` held, after `check`."""
     holder = Holder(_task(), mode, undo)
     switch_of(decoder).holders.append(holder)

@@ -239,8 +239,8 @@ def test_masks_do_not_depend_on_the_batch(settings):
     collator = ResumableCollator(tokenizer, seed=7)
 
     def masked(size):
-        real = lambda batch: batch["attention_mask"].bool()  # noqa: E731
-        parts = [(batch["input_ids"][real(batch)], batch["labels"][real(batch)]) for batch in batches(settings, collator, 32, size)]
+        made = batches(settings, collator, 32, size)
+        parts = [[batch[key][batch["attention_mask"].bool()] for key in ("input_ids", "labels")] for batch in made]
         return [torch.cat(part).tolist() for part in zip(*parts)]
 
     first = masked(8)
@@ -494,7 +494,9 @@ def test_bad_settings(capsys, settings, change, said):
         assert said in refused(capsys, settings)
 
 
-@pytest.mark.parametrize("text, said", [("", "there is no text"), ("\n  \n", "no line of two tokens"), ("w1", "no line of two tokens")])
+@pytest.mark.parametrize(
+    "text, said", [("", "there is no text"), ("\n  \n", "no line of two tokens"), ("w1", "no line of two tokens")]
+)
 def test_text_with_nothing_in_it(capsys, settings, tmp_path, text, said):
     path = tmp_path / "empty.txt"
     path.write_text(text)
@@ -511,7 +513,9 @@ def test_texts_with_gaps_are_read_and_other_things_refused(capsys, settings, tmp
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (None, "", "w1 w2 w3 w4 w5 w6", "w2 w3 w4")))
     assert run(settings) == 0
     path.write_text("".join(json.dumps({"text": number}) + "\n" for number in (3, 4)))
-    assert "no column of text: 'text' holds int '3'" in refused(capsys, settings | {"output_dir": str(tmp_path / "other")})
+    assert "no column of text: 'text' holds int '3'" in refused(
+        capsys, settings | {"output_dir": str(tmp_path / "other")}
+    )
 
 
 def test_blank_lines_are_no_text_in_chunks_either(capsys, settings, tmp_path):

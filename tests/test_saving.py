@@ -375,8 +375,6 @@ def published(tmp_path, request):
 def test_published_adapters_load_and_are_known_to_be_bidirectional(published, auto, through):
     import peft
 
-    if through == "transformers" and TRANSFORMERS.base_version == "5.2.0":
-        pytest.skip("load_adapter of transformers 5.2.0 leaves PEFT's prefix on the keys and loads none of them")
     folder, want = published
     model = tiny_model(head=False)
     if through == "peft":
@@ -412,3 +410,86 @@ def test_keys_of_a_model_with_a_head_load_onto_a_bare_one(published, auto):
     weights = {key.replace("model.layers", "model.model.layers"): value for key, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     same(encode(peft.PeftModel.from_pretrained(tiny_model(head=False), str(folder)).eval()), want)
+
+
+# --- a process that has enabled nothing yet ---
+
+
+def in_a_new_process(code, *arguments):
+    """stdout of `code`, its arguments in sys.argv."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("first", ["bidirect_patch", "peft"])
+def test_an_adapter_is_known_and_fitted_before_anything_is_enabled(published, tmp_path, first):
+    """`import bidirect_patch` alone: loading LLM2Vec's layout onto a *ForCausalLM warns, and the weights arrive."""
+    folder = published[0]
+    tiny_model().save_pretrained(tmp_path / "base")
+    code = """
+import sys, warnings
+if sys.argv[3] == "peft":
+    import peft
+import bidirect_patch
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+print(any("trained with bidirectional attention" in str(w.message) for w in caught))
+print(all(float(p.abs().sum()) > 0 for n, p in model.named_parameters() if "lora_B" in n))
+"""
+    assert in_a_new_process(code, tmp_path / "base", folder, first).split() == ["True", "True"]
+
+
+def test_a_whole_model_opened_in_a_new_process_is_guarded(tmp_path):
+    model = enable_bidirectional(tiny_model())
+    torch.save(model, tmp_path / "model.pt")
+    code = """
+import sys, torch, json
+model = torch.load(sys.argv[1], weights_only=False)
+try:
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+except Exception as error:
+    print(type(error).__name__)
+model.save_pretrained(sys.argv[2])
+print(json.load(open(sys.argv[2] + "/config.json"))["is_causal"])
+"""
+    assert in_a_new_process(code, tmp_path / "model.pt", tmp_path / "out").split() == ["GenerateError", "False"]
+
+
+def test_auto_leaves_encoders_alone(tmp_path):
+    from transformers import AutoModel, BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 32}
+    config = BertConfig(**sizes)
+    config.is_causal = False
+    BertModel(config).save_pretrained(tmp_path)
+    in_a_new_process(
+        "import sys, bidirect_patch.auto\nfrom transformers import AutoModel\nAutoModel.from_pretrained(sys.argv[1])", tmp_path
+    )
+    assert AutoModel.from_pretrained(tmp_path).config.is_causal is False
+
+
+def test_a_hybrid_patched_in_part_is_not_saved_as_bidirectional(tmp_path):
+    from . import zoo
+
+    if "lfm2" not in zoo.model_types():
+        pytest.skip("this transformers has no LFM2")
+    model = zoo.build("lfm2")
+    enable_bidirectional(model, allow_partial=True).save_pretrained(tmp_path)
+    assert "is_causal" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.skipif(TRANSFORMERS >= Version("5.2"), reason="there the flag is honoured, and the model is not causal")
+def test_disabled_again_it_is_saved_without_the_flag(tmp_path):
+    with bidirectional(model := tiny_model()):
+        model.save_pretrained(tmp_path / "both")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    assert model.config.is_causal is False
+    disable_bidirectional(enable_bidirectional(model)).save_pretrained(tmp_path / "causal")
+    assert "is_causal" not in json.loads((tmp_path / "causal" / "config.json").read_text())
+    assert model.config.is_causal is False

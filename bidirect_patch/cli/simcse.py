@@ -137,13 +137,18 @@ def load_encoder(settings: EncoderArguments) -> Any:
         module = Transformer(
             settings.model_name_or_path,
             model_kwargs=how,
-            config_kwargs={"attention_dropout": settings.simcse_dropout},
+            config_kwargs={
+                "attention_dropout": settings.simcse_dropout,
+                **({} if settings.bidirectional else {"is_causal": True}),  # whatever the checkpoint says
+            },
             max_seq_length=settings.max_seq_length,
         )
         decoder = module.model
         enable_bidirectional(decoder)  # an adapter that was trained so is loaded onto it
         if settings.peft_model_name_or_path:
             decoder = PeftModel.from_pretrained(decoder, settings.peft_model_name_or_path).merge_and_unload()
+    except ImportError as error:
+        raise BackendError(one_line(error)) from error
     except (OSError, ValueError) as error:
         what = " under ".join(p for p in (settings.peft_model_name_or_path, settings.model_name_or_path) if p)
         raise ConfigError(f"can't load {what}: {one_line(error)}") from error
