@@ -119,6 +119,24 @@ def test_special_tokens_are_never_chosen(tokenizer):
     assert batch["input_ids"].tolist() == [[BOS, 3, 3, EOS, 3]]
 
 
+def test_added_special_tokens_are_special_too():
+    """Llama-3's <|eot_id|> is none of the tokenizer's named special tokens."""
+    from transformers import AddedToken
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True), AddedToken("plain")])
+    eot, plain = tokenizer.convert_tokens_to_ids(["<|eot|>", "plain"])
+    collator = MNTPCollator(tokenizer, mlm_probability=1.0, mask_replace_prob=0.0, random_replace_prob=1.0, seed=0)
+    batch = collator([{"input_ids": [BOS, eot, plain] * 2000}])
+    assert torch.equal(batch["labels"][0, :3], torch.tensor([-100, -100, plain]))
+    assert set(batch["input_ids"][batch["labels"] == plain].tolist()) >= {plain, UNDERSCORE}
+    assert eot not in batch["input_ids"][batch["labels"] == plain]
+
+
+def test_numbers_of_numpy_are_numbers(tokenizer):
+    MNTPCollator(tokenizer, mlm_probability=np.float32(0.5), seed=np.int64(3), pad_to_multiple_of=np.int32(8))(texts(5))
+
+
 def test_special_tokens_mask_of_the_features_counts_too(tokenizer):
     marked = {"input_ids": [9, 10, 11, EOS], "special_tokens_mask": [0, 0, 1, 0]}
     plain = {"input_ids": [9, 10, 11]}

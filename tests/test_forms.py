@@ -6,7 +6,7 @@ End to end, by the zoo's oracle and not by attention_report: change a token, see
 import pytest
 import torch
 
-from bidirect_patch import bidirectional
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 
 from . import zoo
 
@@ -41,3 +41,22 @@ def test_each_token_moves_each_real_one(model_type, backend):
         seen[:, real] = False
         assert not seen.any(), side
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES + ["bloom", "codegen", "gpt_neox", "gptj", "openai-gpt", "xglm"])
+def test_on_again_and_off_again(model_type):
+    """The verbs know their own work, in families that say nothing of causality on their attention modules too."""
+    if model_type not in zoo.model_types():
+        pytest.skip("not in this transformers")
+    model = zoo.build(model_type)
+    ids = zoo.inputs(model, 2, LENGTH)["input_ids"]
+    before = model(input_ids=ids).logits
+    kinds = [(type(m), set(vars(m))) for m in model.modules()]
+    assert enable_bidirectional(enable_bidirectional(model)) is model and is_bidirectional(model)
+    both = model(input_ids=ids).logits
+    with bidirectional(model, enabled=False):
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(model(input_ids=ids).logits, both) and not torch.equal(both, before)
+    disable_bidirectional(disable_bidirectional(model))
+    assert not is_bidirectional(model) and torch.equal(model(input_ids=ids).logits, before)
+    assert [(type(m), set(vars(m))) for m in model.modules()] == kinds

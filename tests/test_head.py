@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from bidirect_patch import apply_mntp_head, enable_bidirectional, is_bidirectional
 from bidirect_patch import head as head_module
-from bidirect_patch.errors import HeadError, UnsupportedModelError
+from bidirect_patch.errors import AttentionMaskError, HeadError, UnsupportedModelError
 from bidirect_patch.head import remove_mntp_head
 
 from .conftest import FAMILIES, SIZES, TRANSFORMERS, tiny_config, tiny_model
@@ -157,6 +157,85 @@ def test_a_custom_loss_function_is_used():
     stock, ours = pair(model)
     stock.loss_function = loss_function
     check_step(stock, ours, **batch())
+
+
+@pytest.mark.skipif(
+    getattr(getattr(transformers.PreTrainedModel, "loss_function", None), "fset", None) is None,
+    reason="loss_function can't be set in this transformers",
+)
+@pytest.mark.parametrize("kind", ["mean of texts", "all logits"])
+def test_a_loss_function_may_read_any_logits(kind):
+    """A mean for each text, or of logits that nothing scores."""
+
+    def loss_function(logits, labels, vocab_size, **kwargs):
+        if kind == "all logits":
+            return logits.float().pow(2).mean()
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
+        return (losses.sum(1) / (labels[:, 1:] != -100).sum(1).clamp(min=1)).mean()
+
+    stock, ours = pair(tiny_model().train())
+    stock.loss_function = ours.loss_function = loss_function
+    check_step(stock, ours, **batch())
+    empty = batch() | {"labels": torch.full((3, 17), -100)}
+    torch.testing.assert_close(ours(**empty).loss, stock(**empty).loss)
+    ours.eval()
+    assert ours(**batch()).logits.shape == (3, 17, VOCAB)
+
+
+def test_a_subclass_with_a_loss_of_its_own_keeps_it():
+    class Smoothed(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+            shift = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            shift.loss = F.cross_entropy(shift.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.2)
+            return shift
+
+    plain = tiny_model()
+    model = Smoothed._from_config(plain.config)
+    model.load_state_dict(plain.state_dict())
+    stock, ours = pair(model.train())
+    loss = check_step(stock, ours, **batch())
+    assert abs(loss - apply_mntp_head(plain)(**batch()).loss) > 1e-3
+
+
+def test_a_router_loss_is_the_configs_where_the_call_says_none():
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)
+    stock, ours = pair(transformers.MixtralForCausalLM._from_config(config, attn_implementation="eager").train())
+    check_step(stock, ours, **batch(), output_router_logits=None)
+
+
+def test_a_forward_put_on_the_head_and_its_backward_hooks_run():
+    stock, ours = pair(tiny_model().train())
+    seen = []
+    for m in (stock, ours):
+        found = m.lm_head.forward
+        m.lm_head.forward = lambda hidden, found=found: found(hidden) * 2
+        m.lm_head.register_full_backward_hook(lambda *_: seen.append(1))
+    check_step(stock, ours, **batch())
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("family", ["Bloom", "Mpt"])
+def test_packed_rows_of_a_model_that_drops_positions_are_refused(family):
+    names = {"Bloom": ("n_layer", "n_head", "hidden_size"), "Mpt": ("n_layers", "n_heads", "d_model")}[family]
+    config = getattr(transformers, f"{family}Config")(**dict(zip(names, (2, 4, 32))), vocab_size=VOCAB)
+    model = apply_mntp_head(getattr(transformers, f"{family}ForCausalLM")(config))
+    inputs = batch(shape=(1, 8))
+    model(**inputs, position_ids=torch.arange(8)[None])
+    with pytest.raises(AttentionMaskError, match="takes no position_ids"):
+        model(**inputs, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
+
+
+def test_scores_are_the_predictions_and_their_losses(chunks):
+    stock, ours = pair(tiny_model(), eval_logits="scores")
+    inputs = batch()
+    with torch.no_grad():
+        logits, scores = stock(**inputs).logits, ours(**inputs).logits
+    scored = inputs["labels"][:, 1:] != -100
+    targets = inputs["labels"][:, 1:][scored]
+    assert scores.shape == (3, 17, 2)
+    assert torch.equal(scores[:, :-1, 0][scored], logits[:, :-1][scored].argmax(-1).float())
+    torch.testing.assert_close(scores[:, :-1, 1][scored], F.cross_entropy(logits[:, :-1][scored], targets, reduction="none"))
+    assert not scores[:, :-1][~scored].any() and not scores[:, -1].any()
 
 
 class Largest(TorchDispatchMode):
@@ -423,6 +502,9 @@ def test_a_second_backward_is_refused_not_wrong():
     (loss * 2).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward"):
         (loss * 2).backward()
+    model = apply_mntp_head(tiny_model().train())
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(model(**batch()).loss, list(model.parameters()), create_graph=True)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
