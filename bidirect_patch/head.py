@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from .errors import AttentionMaskError, HeadError
 from .find import forwards, parameter_names
-from .forward import rebound_forward, text_config
+from .forward import BidirectionalModel, rebound_forward, text_config
 from .patch import enable_bidirectional
 from .swap import Swapped, is_swapped, original, restore, subclass, swap
 
@@ -155,7 +155,10 @@ def _check_labels(labels: Tensor, kwargs: dict[str, Any]) -> None:
 def _check_documents(model: Any, kwargs: dict[str, Any]) -> None:
     """A few models (Bloom, MPT) take position_ids among **kwargs and drop them, so that no mask would know of documents."""
     given = kwargs.get("position_ids")
-    if given is None or "position_ids" in parameter_names(original(type(model.base_model))):
+    if given is None:
+        return
+    decoder = next((m for m in model.modules() if is_swapped(m, BidirectionalModel)), None)  # PEFT may be around it
+    if decoder is None or "position_ids" in parameter_names(original(type(decoder))):
         return
     if given.dim() == 2 and bool((torch.diff(given, dim=-1) < 0).any()):
         raise AttentionMaskError(
