@@ -25,6 +25,7 @@ from .errors import AttentionMaskError, StillCausalError, UnseenLayersError, Uns
 from .find import parameter_names
 from .tiny import pretrained
 
+LONGEST = 128  # tokens of the random text at most
 BIDIRECTIONAL, CAUSAL, PARTIAL, NONE = "bidirectional", "causal", "partial", "no attention"
 
 
@@ -149,8 +150,11 @@ def attention_report(model: nn.Module, *, length: int = 7) -> AttentionReport:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"attention_report takes a torch.nn.Module, not {type(model).__name__}")
-    if length < 3:
-        raise ValueError(f"length must be at least 3 to tell one direction from the other, not {length}")
+    if not 3 <= length <= LONGEST:
+        raise ValueError(
+            f"length must be at least 3 to tell one direction from the other and at most {LONGEST}, since length * (length + 2) "
+            f"tokens are run in one row; not {length}"
+        )
     inner = pretrained(model)
     if all(p.is_meta for p in inner.parameters()) and not any(hasattr(m, "_hf_hook") for m in inner.modules()):
         raise UnsupportedModelError(

@@ -89,8 +89,9 @@ def test_a_layer_that_sees_less_than_before_is_a_failure(folder, capsys, monkeyp
     [
         (["no/such/folder/here"], "no model could be read from 'no/such/folder/here'"),
         ([], "NAME_OR_PATH"),
-        (["FOLDER", "--length", "2"], "at least 3"),
-        (["FOLDER", "--length", "many"], "at least 3"),
+        (["FOLDER", "--length", "2"], "from 3 to 128"),
+        (["FOLDER", "--length", "many"], "from 3 to 128"),
+        (["FOLDER", "--length", "300"], "from 3 to 128"),
         (["FOLDER", "--nonsense"], "--nonsense"),
         (["FOLDER", "--attn-implementation", "nonsense"], "nonsense"),
         (["FOLDER", "--weights"], "no model could be read from"),

@@ -3,9 +3,11 @@
 Each command is a module here with `run(argv) -> exit code`, imported when it is asked for.
 """
 
+import argparse
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import BidirectPatchError, ConfigError
@@ -31,6 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bidirect-patch: interrupted", file=sys.stderr)
         return 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong on one line, where argparse prints the usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` tells more")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,21 +1,16 @@
 """`bidirect-patch check NAME_OR_PATH`: what each layer of a model attends to, before the patch and after it."""
 
 import argparse
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import BackendError, ConfigError, StillCausalError, UnsupportedModelError
 from ..patch import bidirectional
-from ..report import attention_report
+from ..report import LONGEST, attention_report
 from ..tiny import tiny_like
-from . import one_line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --help` tells more")
+from . import Parser, one_line
 
 
 def run(argv: list[str]) -> int:
@@ -42,7 +37,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="bidirect-patch check",
         description="Show layer by layer which positions depend on which, before and after enable_bidirectional. The "
         "model is a small random one of the same class, unless --weights is given.",
@@ -59,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _length(text: str) -> int:
-    if not text.isdigit() or int(text) < 3:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 3, not {text!r}")
+    if not text.isdigit() or not 3 <= int(text) <= LONGEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 3 to {LONGEST}, not {text!r}")
     return int(text)
 
 

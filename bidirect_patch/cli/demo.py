@@ -9,7 +9,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -20,15 +20,11 @@ from transformers.utils import logging
 from ..errors import BackendError, ConfigError
 from ..patch import bidirectional, disable_bidirectional, enable_bidirectional
 from ..report import AttentionReport, attention_report
+from . import Parser
 
 SHIPPED = Path(__file__).parents[1] / "demo_model"
 HELD_OUT = ("calls", "comparisons", "execmodel", "import", "naming")  # topics to evaluate on, a tenth of all text
 LENGTH, BATCH, EVALUATED = 128, 8, 80  # tokens a sequence, sequences a step, sequences to evaluate on
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --help` tells more")
 
 
 def run(argv: list[str]) -> int:
@@ -74,7 +70,7 @@ def paragraphs(text: str) -> set[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="bidirect-patch demo",
         description="Make a causal model bidirectional, prove it, train it for masked next token prediction on "
         "Python's own documentation, save it and open it again. Without --model it takes a tiny Llama that comes with "
