@@ -124,7 +124,8 @@ def test_added_special_tokens_are_special_too():
     from transformers import AddedToken
 
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens([AddedToken("<|eot|>", special=True), AddedToken("plain")])
+    tokenizer.add_tokens(AddedToken("<|eot|>", special=True), special_tokens=True)
+    tokenizer.add_tokens("plain")
     eot, plain = tokenizer.convert_tokens_to_ids(["<|eot|>", "plain"])
     collator = MNTPCollator(tokenizer, mlm_probability=1.0, mask_replace_prob=0.0, random_replace_prob=1.0, seed=0)
     batch = collator([{"input_ids": [BOS, eot, plain] * 2000}])

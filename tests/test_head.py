@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import inspect
 import io
 
 import pytest
@@ -220,6 +221,8 @@ def test_packed_rows_of_a_model_that_drops_positions_are_refused(family):
     config = getattr(transformers, f"{family}Config")(**dict(zip(names, (2, 4, 32))), vocab_size=VOCAB)
     model = apply_mntp_head(getattr(transformers, f"{family}ForCausalLM")(config))
     inputs = batch(shape=(1, 8))
+    if not {"position_ids", "kwargs", "deprecated_arguments"} & set(inspect.signature(type(model).forward).parameters):
+        pytest.skip("this transformers refuses position_ids by itself")
     model(**inputs, position_ids=torch.arange(8)[None])
     with pytest.raises(AttentionMaskError, match="takes no position_ids"):
         model(**inputs, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
