@@ -8,6 +8,7 @@ import pytest
 import bidirect_patch
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.slow  # and depends on no release of transformers
 
 
 @pytest.fixture

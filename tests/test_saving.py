@@ -424,6 +424,7 @@ def in_a_new_process(code, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["bidirect_patch", "peft"])
 def test_an_adapter_is_known_and_fitted_before_anything_is_enabled(published, tmp_path, first):
     """`import bidirect_patch` alone: loading LLM2Vec's layout onto a *ForCausalLM warns, and the weights arrive."""
