@@ -4,7 +4,8 @@
 
 Each type is built tiny and random, patched, and looked at with `attention_report`; FlashAttention is the tests' double
 of version 2, or of version 4 (4) where a type runs on that alone. "not offered": transformers has no such backend for
-the type; "not run": the type doesn't run on it here without the patch either.
+the type; "not run": the type doesn't run on it here without the patch either. A type that this transformers can't build
+at all counts as refused.
 Rows of the installed release are replaced in bidirect_patch/conformance.json and the table in
 benchmarks/CONFORMANCE.md is written anew from it.
 """
@@ -66,7 +67,7 @@ def row(model_type: str) -> dict[str, Any]:
     """{"backends": {backend: verdict}, "why": str} of one type."""
     reason = zoo.why_not(model_type)
     if reason:
-        return {"backends": {}, "why": reason}
+        return _of_what_cannot_run(model_type, reason)
     backends, why = {}, ""
     for backend in (*BACKENDS[:-1], _flash(model_type)):
         with pytest.MonkeyPatch.context() as monkeypatch, torch.random.fork_rng():
@@ -77,6 +78,18 @@ def row(model_type: str) -> dict[str, Any]:
         if backend == "eager" and backends[backend] in (REFUSED, NOT_RUN):
             break  # the same on all
     return {"backends": backends, "why": why}
+
+
+def _of_what_cannot_run(model_type: str, reason: str) -> dict[str, Any]:
+    try:
+        enable_bidirectional(zoo.build(model_type))
+    except UnsupportedModelError as error:
+        return {"backends": {"eager": REFUSED}, "why": _short(error)}
+    except ImportError:
+        pass
+    except Exception:  # there is nothing that could be patched
+        return {"backends": {"eager": REFUSED}, "why": f"this transformers builds no such model: {reason}"}
+    return {"backends": {}, "why": reason}
 
 
 def _flash(model_type: str) -> str:

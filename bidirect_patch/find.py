@@ -188,6 +188,8 @@ def _why_no_decoder(model: PreTrainedModel, attentions: list[tuple[str, nn.Modul
         if not others:
             return f"an encoder: its layers ({_kinds(layers)}) have no causal attention"
         return f"its layers ({_kinds(layers)} with {', '.join(others)}) have no attention"
+    if all(getattr(a, "is_kv_shared_layer", False) for _, a in attentions):  # drafts for another model (Gemma 4's assistants)
+        return f"all keys and values of its {_kinds(a for _, a in attentions)} come from another model"
     # Attention that was built causal says so (is_causal) on most versions; else the model's own mask code does.
     flags = [flag for _, a in attentions for flag in _said_causal(a)]
     decodes = getattr(model.config, "is_decoder", False)
