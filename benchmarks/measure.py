@@ -43,7 +43,6 @@ def quartiles(values: list[float]) -> Ratio:
 def paired_times(
     steps: Mapping[str, Callable[[], object]],
     rounds: int = 7,
-    warmup: int = 1,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
     """Seconds of each step in each of `rounds` rounds: a round runs every step once, so that a slow minute hits all."""
@@ -51,13 +50,11 @@ def paired_times(
         name: Timer("step()", globals={"step": step}, timer=clock, num_threads=torch.get_num_threads())
         for name, step in steps.items()
     }
-    for _ in range(warmup):
-        for timer in timers.values():
-            timer.timeit(1)
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
-            times[name].append(timer.timeit(1).median)
+            # The run from which it estimates the block warms up; `timeit` would warm up twice.
+            times[name].append(timer.blocked_autorange(min_run_time=0).median)
     return times
 
 

@@ -92,7 +92,7 @@ def step_cost(rounds: int, quick: bool) -> None:
             tiny = length <= 16
             if tiny:  # one step is too short for the clock
                 steps = {way: lambda step=step: [step() for _ in range(20)] for way, step in steps.items()}
-            times = paired_times(steps, rounds, warmup=2)
+            times = paired_times(steps, rounds)
             ratios = paired(times, "ours", name)
             per = 20 if tiny else 1
             rows.append(

@@ -8,8 +8,7 @@ is copied here.
 
     hidden (batch, seq, width) -> rows where the next label is not -100 (n, width) -> logits (n, vocab) -> loss ()
 
-Where the loss is the stock cross-entropy, the n rows go in chunks and each chunk's gradient is taken at once, so that
-never more than one chunk of logits is alive.
+Where the loss is the stock cross-entropy, never more than a chunk of the n rows has logits: see linear_loss.py.
 """
 
 import inspect
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from . import linear_loss
 from .errors import AttentionMaskError, HeadError
 from .find import forwards, parameter_names
 from .forward import BidirectionalModel, rebound_forward, text_config
@@ -34,7 +34,6 @@ try:
 except ImportError:  # before 4.46 the stock loss is written out in each forward
     _stock_loss = None
 
-CHUNK_BYTES = 36 * 2**20  # logits of one chunk in float32: above 32 MiB glibc gives freed memory back at once
 _log = logging.getLogger(__name__)
 
 
@@ -231,71 +230,10 @@ def _chunked(
         ready = _view(model, {model.base_model_prefix: backbone, slot: _StandIn(lm_head, lambda _: raw[None])})
         return inner(ready, **kwargs).logits[0]
 
-    loss = _ChunkedLoss.apply(hidden, lm_head.weight, lm_head.bias, targets, finish, kept, torch.is_grad_enabled())
+    loss = linear_loss.total(hidden, lm_head.weight, lm_head.bias, targets, finish, kept)
     if items is None:
         items = max(targets.numel(), 1)
     return loss / (items.to(loss.device) if isinstance(items, Tensor) else items), out
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of `finish(hidden @ weight.T + bias)`, its gradient taken on the way forward.
-
-    hidden: (n, width). weight: (vocab, width). bias: (vocab,) or None. targets: (n,), int64.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, finish, kept, with_grad):
-        needs = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
-        dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else weight.dtype
-        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-        d_hidden: Any = torch.empty_like(hidden) if needs[0] else None
-        d_weight: Any = None
-        d_bias: Any = torch.zeros_like(bias) if needs[2] else None
-        loss = torch.zeros((), device=hidden.device)
-        size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        for start in range(0, max(len(hidden), 1), size):  # once too where nothing is scored, for `kept`
-            part = slice(start, start + size)
-            x = hidden[part].to(dtype)
-            raw = F.linear(x, w, b).requires_grad_(any(needs))
-            with torch.set_grad_enabled(any(needs)):
-                logits = finish(raw)
-            if kept is not None:
-                kept.add(part, logits.detach(), targets[part])
-            as_is, logits_dtype = logits.data_ptr() == raw.data_ptr(), logits.dtype
-            log_p = F.log_softmax(logits.detach(), -1, dtype=torch.float32)
-            here = targets[part].unsqueeze(1)
-            loss -= log_p.gather(1, here).sum()
-            if not any(needs):
-                continue
-            # softmax minus one-hot, in place: of the chunk there are never more than two copies
-            d_raw = log_p.exp_().scatter_add_(1, here, log_p.new_full(here.shape, -1.0)).to(logits_dtype)
-            if not as_is:
-                (d_raw,) = torch.autograd.grad(logits, raw, d_raw)
-            del logits, raw, log_p
-            if needs[0]:
-                d_hidden[part] = d_raw @ w
-            if needs[1] and d_weight is None:
-                d_weight = (d_raw.t() @ x).to(weight.dtype)
-            elif needs[1] and dtype == weight.dtype:
-                d_weight.addmm_(d_raw.t(), x)
-            elif needs[1]:
-                d_weight += d_raw.t() @ x
-            if needs[2]:
-                d_bias += d_raw.sum(0)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.used = False
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        # In place: at a large vocabulary one more copy of the head's gradient would be the peak.
-        if torch.is_grad_enabled() or ctx.used:
-            raise RuntimeError(
-                "the loss of apply_mntp_head has one backward, which takes the gradients that its forward made: for a second "
-                "one, or for create_graph=True, use the stock loss (bidirect_patch.head.remove_mntp_head)"
-            )
-        ctx.used = True
-        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None, None
 
 
 class _Kept:
@@ -370,18 +308,9 @@ def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
         and "forward" not in vars(lm_head)
         and not (getattr(config, "output_router_logits", False) if routers is None else routers)  # adds to the loss
         and model.base_model_prefix in model._modules
-        and not _in_half(lm_head.weight)
+        # where a gradient taken before the loss is scaled up would vanish
+        and linear_loss.matmul_dtype(lm_head.weight) != torch.float16
     )
-
-
-def _autocasts(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
-
-
-def _in_half(weight: Tensor) -> bool:
-    """float16, where a gradient taken before the loss is scaled up would vanish."""
-    dtype = torch.get_autocast_dtype(weight.device.type) if _autocasts(weight) else weight.dtype
-    return dtype == torch.float16
 
 
 def _find_causal(model: Any) -> PreTrainedModel | None:

@@ -4,6 +4,9 @@ import copy
 import importlib.metadata
 import inspect
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,8 +16,7 @@ from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from bidirect_patch import apply_mntp_head, enable_bidirectional, is_bidirectional
-from bidirect_patch import head as head_module
+from bidirect_patch import apply_mntp_head, enable_bidirectional, is_bidirectional, linear_loss
 from bidirect_patch.errors import AttentionMaskError, HeadError, UnsupportedModelError
 from bidirect_patch.head import remove_mntp_head
 
@@ -26,7 +28,7 @@ LOSS_KWARGS = TRANSFORMERS >= Version("4.47")  # forward hands loss arguments on
 
 @pytest.fixture(params=[VOCAB, 7], ids=["one-chunk", "chunks-of-7-rows"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * VOCAB * request.param)
+    monkeypatch.setattr(linear_loss, "CHUNK_BYTES", 4 * VOCAB * request.param)
 
 
 def batch(share=0.4, shape=(3, 17), seed=0):
@@ -261,7 +263,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("share", [0.1, 0.5])
 @pytest.mark.parametrize("chunk", [5, 1000])
 def test_no_logits_but_those_scored(share, chunk, monkeypatch):
-    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * VOCAB * chunk)
+    monkeypatch.setattr(linear_loss, "CHUNK_BYTES", 4 * VOCAB * chunk)
     stock, ours = pair(tiny_model().train())
     inputs = batch(share, (4, 30))
     scored = int((inputs["labels"][:, 1:] != -100).sum())
@@ -277,6 +279,41 @@ def test_no_logits_but_those_scored(share, chunk, monkeypatch):
     with Largest(VOCAB) as seen, torch.no_grad():
         ours(**inputs)
     assert seen.rows == min(chunk, scored)
+
+
+FUSED = """
+import torch, transformers
+from bidirect_patch import linear_loss
+from tests.conftest import SIZES, tiny_model
+from tests.test_head import batch, check_step, pair
+
+calls = []
+kernel = linear_loss._liger()
+linear_loss._on_gpu = lambda tensor: True
+linear_loss._liger = lambda: lambda *tensors: (calls.append(1), kernel(*tensors))[1]
+for frozen in (False, True):
+    stock, ours = pair(tiny_model().train())
+    for model in (stock, ours):
+        model.lm_head.requires_grad_(not frozen)
+    check_step(stock, ours, 1e-5, **batch())
+    check_step(stock, ours, 1e-5, **batch(), num_items_in_batch=torch.tensor(11))
+assert len(calls) == 4, calls
+ours(**{**batch(), "labels": torch.full((3, 17), -100)}).loss.backward()
+ours.eval()(**batch())  # which wants logits
+config = transformers.Gemma2Config(**SIZES, final_logit_softcapping=0.7)
+capped = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager").train()
+check_step(*pair(capped), 1e-5, **batch())
+assert len(calls) == 4, calls
+"""
+
+
+@pytest.mark.slow
+def test_the_fused_kernel_of_liger_gives_the_stock_loss():
+    """On a GPU it is used by itself; here Triton interprets the same kernel on the CPU."""
+    pytest.importorskip("liger_kernel.transformers", reason="liger-kernel isn't installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", FUSED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("plain", [True, False])
