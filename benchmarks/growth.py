@@ -1,6 +1,6 @@
 """How a step's time and memory grow with vocabulary, length, layers and scored share, beside the arithmetic's floor.
 
-    python -m benchmarks.growth [--rounds 3] [--quick]
+    python -m benchmarks.growth [--rounds 2] [--quick]
 
 One thing is changed at a time from 32,000 words, 4x128 tokens, 4 layers of 512, 20% scored; all weights trained. The
 floor is the FLOPs of the step's matmuls at this machine's measured matmul rate.
@@ -33,7 +33,7 @@ def times(setting: Setting, rounds: int) -> dict[str, list[float]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    options = parser(__doc__, rounds=3)
+    options = parser(__doc__, rounds=2)
     options.add_argument("--grow", nargs=2, metavar=("WAY", "SETTING"), help=argparse.SUPPRESS)
     options = options.parse_args(arguments)
     single_thread()

@@ -109,7 +109,7 @@ def compare(setting: Setting, rounds: int) -> list[dict[str, object]]:
     """One row for each way: seconds, their ratio to the stock step's, the arithmetic's floor, growth, its ratio."""
     seconds = times(setting, rounds)
     relative = ratios(seconds, "stock")
-    grown = {way: growth(setting, way, repeats=3) for way in WAYS}
+    grown = {way: growth(setting, way, repeats=2) for way in WAYS}
     stock = statistics.median(grown["stock"])
     floor = {way: flops(setting, way != "stock") / matmul_rate() / statistics.median(seconds["stock"]) for way in WAYS}
     return [
