@@ -6,7 +6,7 @@ gradient is taken at once.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,14 @@ def total(
     hidden: (n, width). weight: (vocab, width). bias: (vocab,) or None. targets: (n,), int64. finish: what the family does
     to raw logits (rows, vocab). kept: gets each chunk's logits by `add(rows, logits, targets)`; None where none are wanted.
     """
-    fused = _liger() if _on_gpu(hidden) and kept is None and len(hidden) else None
-    if fused is not None and _keeps(finish, weight):
-        return fused(weight, hidden, targets, bias)
-    return _ChunkedLoss.apply(hidden, weight, bias, targets, finish, kept, torch.is_grad_enabled())
+    does = _what_it_does(finish, weight)
+    # Liger gives the head no gradient where the rows need none, and wants one dtype.
+    fits = does.keeps and kept is None and len(hidden) and hidden.requires_grad and hidden.dtype == weight.dtype
+    fused = _liger() if fits and _on_gpu(hidden) else None
+    if fused is None:
+        return _ChunkedLoss.apply(hidden, weight, bias, targets, finish, does, kept, torch.is_grad_enabled())
+    with torch.cuda.device_of(hidden):  # Triton launches on the current one
+        return _Once.apply(fused(weight, hidden, targets, bias))
 
 
 def matmul_dtype(weight: Tensor) -> torch.dtype:
@@ -48,10 +52,45 @@ def _liger() -> Any:
         return None
 
 
-def _keeps(finish: Callable[[Tensor], Tensor], weight: Tensor) -> bool:
-    """Whether `finish` hands on the logits as they are: no scaling, no soft-capping."""
-    raw = weight.new_zeros(1, weight.shape[0], dtype=matmul_dtype(weight))
-    return finish(raw).data_ptr() == raw.data_ptr()
+class _Does(NamedTuple):
+    """What a family's `finish` does to raw logits: hands them on as they are; writes into them."""
+
+    keeps: bool
+    writes: bool
+
+
+def _what_it_does(finish: Callable[[Tensor], Tensor], weight: Tensor) -> _Does:
+    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no version
+        raw = weight.new_zeros(1, weight.shape[0], dtype=matmul_dtype(weight))
+        version = raw._version
+        out = finish(raw)
+        writes = raw._version != version
+        same = (out.data_ptr(), out.shape, out.dtype) == (raw.data_ptr(), raw.shape, raw.dtype)
+    return _Does(same and not writes, writes)
+
+
+def _check_once(ctx: Any) -> None:
+    """Gradients that were made on the way forward, and are scaled in place, can be taken once."""
+    if torch.is_grad_enabled() or ctx.used:
+        raise RuntimeError(
+            "the loss of apply_mntp_head has one backward, which takes the gradients that its forward made: for a second "
+            "one, or for create_graph=True, use the stock loss (bidirect_patch.head.remove_mntp_head)"
+        )
+    ctx.used = True
+
+
+class _Once(torch.autograd.Function):
+    """A loss as it is, whose backward may run once."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        ctx.used = False
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _check_once(ctx)
+        return grad
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -61,7 +100,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, finish, kept, with_grad):
+    def forward(ctx, hidden, weight, bias, targets, finish, does, kept, with_grad):
         needs = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
         dtype = matmul_dtype(weight)
         w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -78,20 +117,21 @@ class _ChunkedLoss(torch.autograd.Function):
             raw = torch.mm(x, w.t(), out=raw) if b is None else torch.addmm(b, x, w.t(), out=raw)
             raw.requires_grad_(any(needs))
             with torch.set_grad_enabled(any(needs)):
-                logits = finish(raw)
+                logits = finish(raw.clone() if does.writes else raw)
             if kept is not None:
                 kept.add(part, logits.detach(), targets[part])
-            as_is, logits_dtype = logits.data_ptr() == raw.data_ptr(), logits.dtype
+            log_p = log_p[:, : logits.shape[1]]  # some leave out words that only pad the vocabulary
             torch.log_softmax(logits.detach(), -1, dtype=torch.float32, out=log_p)
             here = targets[part].unsqueeze(1)
             loss -= log_p.gather(1, here).sum()
             if not any(needs):
                 continue
-            # softmax minus one-hot, in place: of the chunk there are never more than two copies
-            d_raw = log_p.exp_().scatter_add_(1, here, log_p.new_full(here.shape, -1.0)).to(logits_dtype)
-            if not as_is:
-                (d_raw,) = torch.autograd.grad(logits, raw, d_raw)
-            del logits, raw, log_p
+            # softmax minus one-hot, in place: of a plain head's chunk there are never more than two copies
+            d_logits = log_p.exp_().scatter_add_(1, here, log_p.new_full(here.shape, -1.0))
+            if does.keeps:
+                d_raw = d_logits if raw.dtype == d_logits.dtype else raw.detach().copy_(d_logits)
+            else:
+                (d_raw,) = torch.autograd.grad(logits, raw, d_logits.to(logits.dtype))
             if needs[0]:
                 d_hidden[part] = d_raw @ w
             if needs[1] and d_weight is None:
@@ -109,10 +149,5 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # In place: at a large vocabulary one more copy of the head's gradient would be the peak.
-        if torch.is_grad_enabled() or ctx.used:
-            raise RuntimeError(
-                "the loss of apply_mntp_head has one backward, which takes the gradients that its forward made: for a second "
-                "one, or for create_graph=True, use the stock loss (bidirect_patch.head.remove_mntp_head)"
-            )
-        ctx.used = True
-        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None, None
+        _check_once(ctx)
+        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None, None, None

@@ -298,12 +298,26 @@ for frozen in (False, True):
     check_step(stock, ours, 1e-5, **batch())
     check_step(stock, ours, 1e-5, **batch(), num_items_in_batch=torch.tensor(11))
 assert len(calls) == 4, calls
+for wrong in (dict(retain_graph=True), dict(create_graph=True)):
+    loss = ours(**batch()).loss
+    try:
+        loss.backward(**wrong)
+        loss.backward()
+        raise SystemExit("a second backward went through")
+    except RuntimeError as error:
+        assert "one backward" in str(error)
+assert len(calls) == 6, calls
 ours(**{**batch(), "labels": torch.full((3, 17), -100)}).loss.backward()
 ours.eval()(**batch())  # which wants logits
 config = transformers.Gemma2Config(**SIZES, final_logit_softcapping=0.7)
 capped = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager").train()
 check_step(*pair(capped), 1e-5, **batch())
-assert len(calls) == 4, calls
+stock, ours = pair(tiny_model().train())
+for model in (stock, ours):
+    model.model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+check_step(stock, ours, 1e-5, **batch())
+assert len(calls) == 6, calls
 """
 
 
@@ -314,6 +328,42 @@ def test_the_fused_kernel_of_liger_gives_the_stock_loss():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", FUSED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def blanked(logits):
+    """As Chameleon does to its image tokens."""
+    logits[:, 2:4] = torch.finfo(logits.dtype).min
+    return logits
+
+
+FINISHES = {
+    "as it is": lambda x: x,
+    "cast": lambda x: x.float(),
+    "capped": lambda x: torch.tanh(x / 2) * 2,
+    "cut": lambda x: x[..., :-4],
+    "scaled in place": lambda x: x.mul_(2),
+    "written into": blanked,
+}
+
+
+@pytest.mark.parametrize("rows", [0, 1, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("finish", FINISHES.values(), ids=FINISHES)
+def test_whatever_a_family_does_to_its_logits(finish, dtype, rows, monkeypatch):
+    monkeypatch.setattr(linear_loss, "CHUNK_BYTES", 4 * VOCAB * 4)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, 8), (VOCAB, 8), (VOCAB,)
+    hidden, weight, bias = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes)
+    targets = torch.randint(4, VOCAB - 4, (rows,), generator=generator)
+    want = F.cross_entropy(finish(F.linear(hidden, weight, bias)).float(), targets, reduction="sum")
+    wanted = torch.autograd.grad(want, (hidden, weight, bias))
+    loss = linear_loss.total(hidden, weight, bias, targets, finish, None)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.05}
+    torch.testing.assert_close(loss, want, **tolerance)
+    for found, expected in zip(torch.autograd.grad(loss, (hidden, weight, bias)), wanted):
+        torch.testing.assert_close(found, expected, **tolerance)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear_loss.total(hidden, weight, bias, targets, finish, None), want, **tolerance)
 
 
 @pytest.mark.parametrize("plain", [True, False])
