@@ -84,6 +84,18 @@ def _head_goal(body: str) -> str:
     )
 
 
+def _time_goal(parts: list[str], minutes: float) -> str:
+    took = {part.splitlines()[0].strip("# "): int(n) for part in parts if (n := _seconds(part))}
+    longest = " and ".join(f"{title} ({took[title]} s)" for title in sorted(took, key=took.__getitem__)[-2:])
+    verdict = "met" if minutes < 20 else f"missed. The longest are: {longest}"
+    return f"All of it took {minutes:.0f} minutes.\n\nGoal: under 20 minutes: {verdict}\n"
+
+
+def _seconds(part: str) -> str | None:
+    found = re.search(r", (\d+) s$", part, re.MULTILINE)
+    return found and found[1]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run all, write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
             "## Beside llm2vec 0.2.3\n\nNot run here: `python -m benchmarks --also PYTHON` with the interpreter of an "
             "environment that has llm2vec 0.2.3 and transformers 4.44.2 (`tox -e t4442` makes one).\n"
         )
-    parts.append(f"All of it took {(time.perf_counter() - start) / 60:.0f} minutes.\n")
+    parts.append(_time_goal(parts, (time.perf_counter() - start) / 60))
     text = "\n".join(parts)
     if options.quick:
         print(text)
