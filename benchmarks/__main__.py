@@ -84,16 +84,11 @@ def _head_goal(body: str) -> str:
     )
 
 
-def _time_goal(parts: list[str], minutes: float) -> str:
-    took = {part.splitlines()[0].strip("# "): int(n) for part in parts if (n := _seconds(part))}
-    longest = " and ".join(f"{title} ({took[title]} s)" for title in sorted(took, key=took.__getitem__)[-2:])
+def _time_goal(took: dict[str, float]) -> str:
+    minutes = sum(took.values()) / 60
+    longest = " and ".join(f"{title} ({took[title]:.0f} s)" for title in sorted(took, key=took.__getitem__)[-2:])
     verdict = "met" if minutes < 20 else f"missed. The longest are: {longest}"
     return f"All of it took {minutes:.0f} minutes.\n\nGoal: under 20 minutes: {verdict}\n"
-
-
-def _seconds(part: str) -> str | None:
-    found = re.search(r", (\d+) s$", part, re.MULTILINE)
-    return found and found[1]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -112,17 +107,19 @@ def main(arguments: list[str] | None = None) -> None:
     if with_llm2vec:
         jobs.append(("Beside llm2vec 0.2.3", ("llm2vec_peer",), with_llm2vec[0]))
     parts = [INTRODUCTION, f"Machine: {machine()}.\n"]
-    start = time.perf_counter()
+    took: dict[str, float] = {}
     for title, command, python in jobs:
         quick = ("--quick",) if options.quick else ()
         where = f"transformers {places[python][0]}, torch {places[python][1]}"
+        start = time.perf_counter()
         parts.append(run(title, (*command, *quick), python, where))
+        took[title] = time.perf_counter() - start
     if not with_llm2vec:
         parts.append(
             "## Beside llm2vec 0.2.3\n\nNot run here: `python -m benchmarks --also PYTHON` with the interpreter of an "
             "environment that has llm2vec 0.2.3 and transformers 4.44.2 (`tox -e t4442` makes one).\n"
         )
-    parts.append(_time_goal(parts, (time.perf_counter() - start) / 60))
+    parts.append(_time_goal(took))
     text = "\n".join(parts)
     if options.quick:
         print(text)
