@@ -31,6 +31,12 @@ def times(setting: Setting, rounds: int) -> dict[str, list[float]]:
     return paired_times(steps, rounds)
 
 
+def growth(setting: Setting) -> dict[str, float]:
+    """MB by which each way's step grows at its peak."""
+    grown = peak_growth("benchmarks.growth", *(("--grow", way, json.dumps(asdict(setting))) for way in WAYS))
+    return {way: grew / 1e6 for way, grew in zip(WAYS, grown)}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     options = parser(__doc__, rounds=2)
@@ -51,10 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         for value in values:
             setting = replace(base, **{name: value})
             if setting not in done:
-                grown = {
-                    way: peak_growth("benchmarks.growth", "--grow", way, json.dumps(asdict(setting)))[0] / 1e6
-                    for way in (() if options.quick else WAYS)
-                }
+                grown = {} if options.quick else growth(setting)
                 done[setting] = times(setting, options.rounds), grown
             took, grown = done[setting]
             floor = {way: flops(setting, way == "ours") / rate for way in WAYS}

@@ -101,15 +101,17 @@ def times(setting: Setting, rounds: int) -> dict[str, list[float]]:
     return paired_times({way: make_step(way, twin, inputs) for way, twin in twins.items()}, rounds)
 
 
-def growth(setting: Setting, way: str, repeats: int) -> list[float]:
-    return peak_growth("benchmarks.head", "--grow", way, str(setting.share), str(int(setting.frozen)), repeats=repeats)
+def growth(setting: Setting, repeats: int = 2) -> dict[str, list[float]]:
+    runs = [("--grow", way, str(setting.share), str(int(setting.frozen))) for way in WAYS for _ in range(repeats)]
+    grown = peak_growth("benchmarks.head", *runs)
+    return {way: grown[i * repeats : (i + 1) * repeats] for i, way in enumerate(WAYS)}
 
 
 def compare(setting: Setting, rounds: int) -> list[dict[str, object]]:
     """One row for each way: seconds, their ratio to the stock step's, the arithmetic's floor, growth, its ratio."""
     seconds = times(setting, rounds)
     relative = ratios(seconds, "stock")
-    grown = {way: growth(setting, way, repeats=2) for way in WAYS}
+    grown = growth(setting)
     stock = statistics.median(grown["stock"])
     floor = {way: flops(setting, way != "stock") / matmul_rate() / statistics.median(seconds["stock"]) for way in WAYS}
     return [

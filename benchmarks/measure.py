@@ -10,7 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -63,20 +64,22 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, Ratio]:
     return {name: quartiles([a / b for a, b in zip(values, times[base])]) for name, values in times.items()}
 
 
-def peak_growth(module: str, *arguments: str, repeats: int = 1) -> list[float]:
-    """Bytes by which resident memory grew at its peak, in each of `repeats` runs of `python -m module *arguments`.
+def peak_growth(module: str, *runs: Sequence[str]) -> list[float]:
+    """Bytes by which resident memory grew at its peak, in `python -m module *arguments` for each arguments of `runs`.
 
-    That program calls `report_growth(step)` once, and that is what it prints.
+    That program calls `report_growth(step)` once, and that is what it prints. As many run at a time as there are cores:
+    a neighbour slows a process, but does not make it grow.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda arguments: _growth([sys.executable, "-m", module, *arguments]), runs))
+
+
+def _growth(command: list[str]) -> float:
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    growth = []
-    for _ in range(repeats):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        growth.append(json.loads(done.stdout.splitlines()[-1])["growth"])
-    return growth
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])["growth"]
 
 
 def report_growth(step: Callable[[], object]) -> None:
