@@ -14,10 +14,11 @@ import wrapt
 from .errors import GenerateError, UnsupportedModelError
 from .find import decoders
 from .saving import (
-    MARK,
     fit_adapter_keys,
     holds_bidirectional,
-    mark_adapters,
+    mark,
+    marked,
+    save_adapter_config,
     save_causal,
     save_model,
     says_bidirectional,
@@ -53,6 +54,7 @@ def install(enable: Callable[[Any], Any], is_enabled: Callable[[Any], bool]) -> 
 
 
 def _install_peft(module: Any) -> None:
+    wrapt.wrap_function_wrapper(module.PeftConfig, "save_pretrained", save_adapter_config)
     wrapt.wrap_function_wrapper(module.PeftModel, "save_pretrained", _save_adapter)
     wrapt.wrap_function_wrapper(module.PeftModel, "load_adapter", _load_adapter)  # from_pretrained calls it too
 
@@ -95,20 +97,21 @@ def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    result = wrapped(*args, **kwargs)
     both = holds_bidirectional(model) or (verbs is not None and verbs.is_enabled(model))
-    mark_adapters(args, kwargs, [n for n, config in model.peft_config.items() if both or hasattr(config, MARK)])
-    return result
+    with marked(model.peft_config.values() if both else ()):
+        return wrapped(*args, **kwargs)
 
 
 def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
+    if model is None:  # PeftMixedModel, which is no PeftModel, calls it as `PeftModel.load_adapter(self, ...)`
+        model, *args = args
     where = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
     if where is None or not says_bidirectional(where, **kwargs):
         return result
     name = (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
     if name in getattr(model, "peft_config", {}):
-        setattr(model.peft_config[name], MARK, True)
+        mark(model.peft_config[name])
         hub = {k: v for k, v in kwargs.items() if k in ("revision", "cache_dir", "token", "subfolder")}
         fitted = fit_adapter_keys(model, where, name, **hub)
         if fitted is not None and hasattr(result, "missing_keys"):

@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,11 +67,9 @@ def _plain(model: nn.Module) -> bool:
 
 def save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained` of a bidirectional model."""
-    with _saved_as(model, saving_config(model)):
-        result = wrapped(*args, **kwargs)
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers wrote an adapter and nothing else
-        mark_adapters(args, kwargs, ["default"])
-    return result
+    adapters = getattr(model, "peft_config", {})  # where transformers put some on, it writes them and nothing else
+    with _saved_as(model, saving_config(model)), marked(adapters.values()):
+        return wrapped(*args, **kwargs)
 
 
 def save_causal(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
@@ -82,22 +80,33 @@ def save_causal(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
 
 
-MARK = "_bidirect_patch_bidirectional"  # on the PEFT config of an adapter that was loaded with the mark
+_MARK = "_bidirect_patch_bidirectional"  # on the PEFT config of an adapter that belongs to bidirectional attention
 
 
-def mark_adapters(args: Any, kwargs: Any, names: list[str]) -> None:
-    """Mark the adapters of these names that `save_pretrained(*args, **kwargs)` wrote."""
-    if not kwargs.get("is_main_process", True):
-        return
-    folder = os.fspath(args[0] if args else kwargs["save_directory"])
-    for place in (folder if name == "default" else os.path.join(folder, name) for name in names):
-        path = os.path.join(place, "adapter_config.json")
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                config = json.load(file)
-            config["auto_mapping"] = {**(config.get("auto_mapping") or {}), "is_causal": False}
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(config, file, indent=2, sort_keys=True)
+def mark(adapter: Any) -> None:
+    """Have every file that this PEFT config is saved to say `is_causal: false`."""
+    setattr(adapter, _MARK, True)
+
+
+@contextmanager
+def marked(adapters: Iterable[Any]) -> Iterator[None]:
+    """Have what is saved within say so."""
+    new = [adapter for adapter in adapters if not hasattr(adapter, _MARK)]
+    for adapter in new:
+        mark(adapter)
+    try:
+        yield
+    finally:
+        for adapter in new:
+            delattr(adapter, _MARK)
+
+
+def save_adapter_config(wrapped: Any, adapter: Any, args: Any, kwargs: Any) -> Any:
+    """`PeftConfigMixin.save_pretrained`, which every way to save an adapter comes to before anything is uploaded."""
+    if hasattr(adapter, _MARK):
+        known = kwargs.get("auto_mapping_dict") or getattr(adapter, "auto_mapping", None) or {}
+        kwargs = {**kwargs, "auto_mapping_dict": {**known, "is_causal": False}}
+    return wrapped(*args, **kwargs)
 
 
 # The classes that adapters of LLM2Vec, which carry no flag, say they were trained on.

@@ -155,11 +155,13 @@ def test_sharded_safetensors(tmp_path, auto):
     same(encode(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), encode(model))
 
 
-def test_push_to_hub_pushes_the_flag(monkeypatch):
+@pytest.fixture
+def pushed(monkeypatch):
+    """What `push_to_hub` uploads: bytes by file name."""
     import huggingface_hub
     from transformers.utils import hub
 
-    pushed = {}
+    files = {}
 
     def create_repo(*args, repo_id=None, **kwargs):
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id or next(a for a in args if '/' in str(a))}")
@@ -167,13 +169,17 @@ def test_push_to_hub_pushes_the_flag(monkeypatch):
     def create_commit(*args, operations, **kwargs):
         for operation in operations:
             source = operation.path_or_fileobj
-            pushed[operation.path_in_repo] = Path(source).read_bytes() if isinstance(source, (str, Path)) else source
+            files[operation.path_in_repo] = Path(source).read_bytes() if isinstance(source, (str, Path)) else source
 
     for name, stand_in in {"create_repo": create_repo, "create_commit": create_commit}.items():
         monkeypatch.setattr(huggingface_hub.HfApi, name, stand_in)
         if hasattr(hub, name):
             monkeypatch.setattr(hub, name, stand_in)
     monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda *a, **k: huggingface_hub.ModelCard(""))
+    return files
+
+
+def test_push_to_hub_pushes_the_flag(pushed):
     enable_bidirectional(tiny_model()).push_to_hub("somebody/encoder")
     assert json.loads(pushed["config.json"])["is_causal"] is False
     assert "model.safetensors" in pushed
@@ -248,36 +254,39 @@ def test_a_saved_adapter_is_marked_and_a_causal_one_is_not(tmp_path):
     )
 
 
-@pytest.mark.parametrize("through", ["peft", "transformers"])
+WAYS_TO_LOAD = ("peft", "mixed", "transformers")
+
+
+def load_adapter(base, folder, through):
+    """`base` under the adapter in `folder`, in one of WAYS_TO_LOAD."""
+    import peft
+
+    if through == "transformers":
+        base.load_adapter(str(folder))
+        return base.eval()
+    cls = {"peft": peft.PeftModel, "mixed": peft.PeftMixedModel}[through]
+    return cls.from_pretrained(base, str(folder)).eval()
+
+
+@pytest.mark.parametrize("through", WAYS_TO_LOAD)
 @pytest.mark.parametrize("patched", [True, False])
 def test_reload_onto_a_patched_or_an_unpatched_base(tmp_path, auto, patched, through):
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     model = enable_bidirectional(lora(tiny_model()))
     model.save_pretrained(tmp_path)
     base = enable_bidirectional(tiny_model()) if patched else tiny_model()
-    if through == "peft":
-        base = peft.PeftModel.from_pretrained(base, str(tmp_path))
-    else:
-        base.load_adapter(str(tmp_path))
-    same(encode(base.eval()), encode(model))
+    same(encode(load_adapter(base, tmp_path, through)), encode(model))
 
 
-@pytest.mark.parametrize("through", ["peft", "transformers"])
+@pytest.mark.parametrize("through", WAYS_TO_LOAD)
 def test_without_auto_loading_onto_a_causal_base_warns(tmp_path, only_warns, through):
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     enable_bidirectional(lora(tiny_model())).save_pretrained(tmp_path)
-
-    def load(base):
-        if through == "peft":
-            return peft.PeftModel.from_pretrained(base, str(tmp_path))
-        base.load_adapter(str(tmp_path))
-        return base
-
     with pytest.warns(UserWarning, match=r"call enable_bidirectional\(model\)"):
-        assert not reaches_back(load(tiny_model()).eval())
+        assert not reaches_back(load_adapter(tiny_model(), tmp_path, through))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the adapter")
-        load(enable_bidirectional(tiny_model()))  # where it belongs
+        load_adapter(enable_bidirectional(tiny_model()), tmp_path, through)  # where it belongs
 
 
 def test_a_folder_with_an_adapter_opens_through_transformers_too(tmp_path, auto):
@@ -291,18 +300,46 @@ def test_a_folder_with_an_adapter_opens_through_transformers_too(tmp_path, auto)
     same(encode(opened), encode(model))
 
 
-def test_an_adapter_saved_through_transformers_is_marked(tmp_path, auto):
+@pytest.fixture
+def with_transformers_adapter():
+    """A bidirectional model under an adapter that transformers put on."""
     peft = pytest.importorskip("peft")
     if reason := lacks_add_adapter():
         pytest.skip(reason)
     model = enable_bidirectional(tiny_model())
     torch.manual_seed(0)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return model.eval()
+
+
+def test_an_adapter_saved_through_transformers_is_marked(tmp_path, auto, with_transformers_adapter):
+    model = with_transformers_adapter
     model.save_pretrained(tmp_path)
     opened = tiny_model()
     opened.load_adapter(str(tmp_path))
     assert reaches_back(opened.eval())
-    same(encode(opened), encode(model.eval()))
+    same(encode(opened), encode(model))
+    disable_bidirectional(model).save_pretrained(tmp_path / "causal")
+    assert not says_bidirectional(tmp_path / "causal")
+
+
+def test_an_adapter_pushed_through_transformers_is_marked(tmp_path, pushed, with_transformers_adapter):
+    """`push_to_hub=True` uploads before `save_pretrained` returns: the mark must be there by then."""
+    with_transformers_adapter.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="somebody/adapter")
+    assert json.loads(pushed["adapter_config.json"])["auto_mapping"] == {"is_causal": False}
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_a_mark_is_kept_beside_what_peft_writes_there(tmp_path, auto, task_type):
+    """Through a causal model too, whose adapter it is no more than of any other: an adapter knows how it was trained."""
+    peft = pytest.importorskip("peft")
+    enable_bidirectional(lora(tiny_model(), task_type=task_type)).save_pretrained(tmp_path / "first")
+    model = disable_bidirectional(peft.PeftModel.from_pretrained(tiny_model(), str(tmp_path / "first")))
+    model.save_pretrained(tmp_path / "again")
+    for folder in ("first", "again"):
+        known = json.loads((tmp_path / folder / "adapter_config.json").read_text())["auto_mapping"]
+        assert known.pop("is_causal") is False
+        assert known.keys() == ({"base_model_class", "parent_library"} if task_type is None else set())
 
 
 def test_merged(tmp_path, auto):
@@ -371,17 +408,10 @@ def published(tmp_path, request):
     return tmp_path, encode(enable_bidirectional(model))
 
 
-@pytest.mark.parametrize("through", ["peft", "transformers"])
+@pytest.mark.parametrize("through", WAYS_TO_LOAD)
 def test_published_adapters_load_and_are_known_to_be_bidirectional(published, auto, through):
-    import peft
-
     folder, want = published
-    model = tiny_model(head=False)
-    if through == "peft":
-        model = peft.PeftModel.from_pretrained(model, str(folder))
-    else:
-        model.load_adapter(str(folder))
-    same(encode(model.eval()), want)
+    same(encode(load_adapter(tiny_model(head=False), folder, through)), want)
 
 
 def test_published_adapters_onto_a_causal_model_warn_without_auto(published, only_warns):
