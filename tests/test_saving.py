@@ -159,6 +159,7 @@ def test_sharded_safetensors(tmp_path, auto):
 def pushed(monkeypatch):
     """What `push_to_hub` uploads: bytes by file name."""
     import huggingface_hub
+    from transformers import modeling_utils
     from transformers.utils import hub
 
     files = {}
@@ -173,8 +174,9 @@ def pushed(monkeypatch):
 
     for name, stand_in in {"create_repo": create_repo, "create_commit": create_commit}.items():
         monkeypatch.setattr(huggingface_hub.HfApi, name, stand_in)
-        if hasattr(hub, name):
-            monkeypatch.setattr(hub, name, stand_in)
+        for module in (hub, modeling_utils):  # transformers 4 and 5.0 to 5.2 import them by name
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, stand_in)
     monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda *a, **k: huggingface_hub.ModelCard(""))
     return files
 
