@@ -45,8 +45,8 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", 
         to the input embeddings where the config ties them and new otherwise. Idempotent.
     eval_logits: what `outputs.logits` holds in evaluation, see below.
 
-    Called with `labels` (batch, seq), int64, -100 where not scored, the model returns the loss that the stock forward
-    gives, position i predicted from i-1, with the stock gradients; 0 with zero gradients where nothing is scored.
+    Called with `labels` (batch, seq), int64, -100 where not scored, the model returns the loss of `LlamaForCausalLM`'s
+    shift, position i predicted from i-1, with the stock gradients; 0 with zero gradients where nothing is scored.
     `num_items_in_batch` and `ignore_index` mean what they mean there. With a `model.loss_function` or a forward of your own,
     which may read any logits, the loss is theirs, at the stock cost. `outputs.logits`:
 
@@ -129,9 +129,12 @@ def _scored_forward(model: Any, inner: Any, skip_logits: bool, labels: Tensor, r
     rows = (targets != ignore).nonzero().squeeze(1)  # (n,)
     targets = targets[rows]
     kept = None if skip_logits else _Kept(model._bidirect_patch_eval_logits, labels.shape, rows)
-    compute = _stock if _has_own_loss(model, inner) else _chunked if _is_plain(model, kwargs) else _at_once
-    if compute is _stock:
-        kwargs["labels"] = labels
+    if _has_own_loss(model, inner):
+        kwargs["labels"], compute = labels, _stock
+    elif _adds_router_loss(model, kwargs):
+        compute = _with_routers
+    else:
+        compute = _chunked if _may_be_chunked(model) else _at_once
     loss, out = compute(model, inner, rows, targets, kept, {**kwargs, "return_dict": True})
     out = replace(out, loss=loss, logits=None if kept is None else kept.logits)  # an output can't be emptied in place
     return out if return_dict else out.to_tuple()
@@ -168,8 +171,12 @@ def _check_documents(model: Any, kwargs: dict[str, Any]) -> None:
 
 def _has_own_loss(model: Any, inner: Any) -> bool:
     """Whether the loss may be anything: somebody's loss_function, or a forward that isn't transformers' own."""
-    home = getattr(inner, "__module__", None) or ""
-    return getattr(model, "loss_function", _stock_loss) is not _stock_loss or not home.startswith("transformers.models.")
+    loss = getattr(model, "loss_function", _stock_loss)
+    return not _is_of_a_family(inner) or (loss is not _stock_loss and not _is_of_a_family(loss))
+
+
+def _is_of_a_family(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("transformers.models.")
 
 
 def _stock(
@@ -185,18 +192,23 @@ def _stock(
 def _at_once(
     model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]
 ) -> tuple[Tensor, Any]:
-    """All scored rows as one short sequence, (1, n + 1), through the class's own shift and loss."""
-    slot = _head_slot(model)
-    lm_head = model._modules[slot]
+    """The stock cross-entropy of all scored rows as one short sequence, (1, n)."""
+    items = kwargs.pop("num_items_in_batch", None)
+    out = inner(_rows_view(model, rows), **kwargs)
+    logits = out.logits[0]
+    targets = targets.to(logits.device)
+    if kept is not None:
+        kept.add(slice(None), logits, targets)
+    return _per_item(F.cross_entropy(logits.float(), targets, reduction="sum"), items, targets), out
+
+
+def _with_routers(
+    model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """All scored rows as one short sequence, (1, n + 1), through the class's own shift and loss: it adds its routers'."""
     # The shift drops the first label and the last row, so one of each is put there to be dropped.
     labels = F.pad(targets, (1, 0), value=kwargs.get("ignore_index", -100))[None]
-    rows = F.pad(rows, (0, 1))
-
-    def some(hidden: Tensor) -> Tensor:
-        return lm_head(hidden.flatten(0, 1)[rows.to(hidden.device)][None])
-
-    view = _view(model, {slot: _StandIn(lm_head, some)})
-    out = inner(view, labels=labels, **kwargs)
+    out = inner(_rows_view(model, F.pad(rows, (0, 1))), labels=labels, **kwargs)
     if kept is not None:
         kept.add(slice(None), out.logits[0, :-1], targets)
     if targets.numel() == 0 and kwargs.get("num_items_in_batch") is None:  # a mean over nothing would be NaN
@@ -204,21 +216,32 @@ def _at_once(
     return out.loss, out
 
 
+def _rows_view(model: Any, rows: Tensor) -> Any:
+    """`model` as it is, with logits (1, n, vocab) of the given rows alone."""
+    slot = _head_slot(model)
+    lm_head = model._modules[slot]
+
+    def some(hidden: Tensor) -> Tensor:
+        return lm_head(hidden.flatten(0, 1)[rows.to(hidden.device)][None])
+
+    return _view(model, {slot: _StandIn(lm_head, some)})
+
+
 def _chunked(
     model: Any, inner: Any, rows: Tensor, targets: Tensor, kept: "_Kept | None", kwargs: dict[str, Any]
 ) -> tuple[Tensor, Any]:
     """The stock cross-entropy, a chunk of rows at a time; `inner` makes logits of what the head gave for each."""
     items = kwargs.pop("num_items_in_batch", None)
-    slot = _head_slot(model)
+    slot, decoder = _head_slot(model), _decoder_slot(model)
     lm_head = model._modules[slot]
-    backbone = _RunOnce(model._modules[model.base_model_prefix], [])
+    backbone = _RunOnce(model._modules[decoder], [])
     captured: list[Tensor] = []
 
     def capture(hidden: Tensor) -> Tensor:
         captured.append(hidden)
         return hidden.new_zeros(1, 1, lm_head.out_features)
 
-    view = _view(model, {model.base_model_prefix: backbone, slot: _StandIn(lm_head, capture)})
+    view = _view(model, {decoder: backbone, slot: _StandIn(lm_head, capture)})
     out = inner(view, **kwargs)
     if not captured:
         raise HeadError(f"{type(model).__name__}.forward makes its logits without calling its output head, {slot!r}")
@@ -227,13 +250,18 @@ def _chunked(
 
     def finish(raw: Tensor) -> Tensor:
         """What this family does to its head's output: scaling, soft-capping, float()."""
-        ready = _view(model, {model.base_model_prefix: backbone, slot: _StandIn(lm_head, lambda _: raw[None])})
+        ready = _view(model, {decoder: backbone, slot: _StandIn(lm_head, lambda _: raw[None])})
         return inner(ready, **kwargs).logits[0]
 
     loss = linear_loss.total(hidden, lm_head.weight, lm_head.bias, targets, finish, kept)
+    return _per_item(loss, items, targets), out
+
+
+def _per_item(total: Tensor, items: Any, targets: Tensor) -> Tensor:
+    """A sum over `targets`, divided as the stock loss divides it; 0 where nothing is scored."""
     if items is None:
         items = max(targets.numel(), 1)
-    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items), out
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
 
 class _Kept:
@@ -295,19 +323,21 @@ def _view(model: nn.Module, replaced: dict[str, Any]) -> Any:
     return view
 
 
-def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the loss is the stock cross-entropy of a plain linear head and nothing else: then it may be chunked."""
-    lm_head = model._modules[_head_slot(model)]
-    config = text_config(model.config)
+def _adds_router_loss(model: Any, kwargs: dict[str, Any]) -> bool:
     routers = kwargs.get("output_router_logits")
+    return bool(getattr(text_config(model.config), "output_router_logits", False) if routers is None else routers)
+
+
+def _may_be_chunked(model: Any) -> bool:
+    """Whether the head is a plain linear layer, whose product and gradient may be taken piece by piece."""
+    lm_head = model._modules[_head_slot(model)]
     return (
         not torch.compiler.is_compiling()  # which fuses by itself, and can't trace a gradient inside a forward
         and type(lm_head) is nn.Linear
         and type(lm_head.weight) in (Tensor, nn.Parameter)  # no DTensor
         and not any(value for name, value in vars(lm_head).items() if name.endswith("_hooks"))
         and "forward" not in vars(lm_head)
-        and not (getattr(config, "output_router_logits", False) if routers is None else routers)  # adds to the loss
-        and model.base_model_prefix in model._modules
+        and _decoder_slot(model) != ""
         # where a gradient taken before the loss is scaled up would vanish
         and linear_loss.matmul_dtype(lm_head.weight) != torch.float16
     )
@@ -337,6 +367,8 @@ def _shifts(cls: type) -> bool:
 def _head_slot(causal: PreTrainedModel) -> str:
     """The name under which `causal` holds its output head."""
     head = causal.get_output_embeddings()
+    if isinstance(head, nn.ModuleList):
+        raise HeadError(f"{type(causal).__name__} has {len(head)} output heads, and MNTP scores one: use a text model")
     for name, child in causal._modules.items():
         if child is head:
             return name
@@ -344,6 +376,17 @@ def _head_slot(causal: PreTrainedModel) -> str:
         f"{type(causal).__name__} keeps its output head ({type(head).__name__}) inside another module, where it can't "
         "be handed the scored positions alone: use the stock loss with enable_bidirectional(model)"
     )
+
+
+def _decoder_slot(causal: Any) -> str:
+    """The name under which `causal` holds its decoder, or what holds that and a vision tower; "" if it holds it apart."""
+    if causal.base_model_prefix in causal._modules:
+        return causal.base_model_prefix
+    embedding = causal.get_input_embeddings()
+    for name, child in causal.named_children():
+        if child is not embedding and any(module is embedding for module in child.modules()):
+            return name
+    return ""
 
 
 def _build_around(model: nn.Module) -> PreTrainedModel:

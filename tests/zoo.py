@@ -19,9 +19,9 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .zoo_overrides import FOREIGN_TOWER, NOT_CAUSAL, OVERRIDES, RETIRED, SIZES, TOKENS, WHY_NOT
+from .zoo_overrides import FOREIGN_TOWER, NO_MNTP_HEAD, NOT_CAUSAL, OVERRIDES, RETIRED, SIZES, TOKENS, WHY_NOT
 
-__all__ = ["FOREIGN_TOWER", "NOT_CAUSAL", "OVERRIDES", "RETIRED", "WHY_NOT"]
+__all__ = ["FOREIGN_TOWER", "NO_MNTP_HEAD", "NOT_CAUSAL", "OVERRIDES", "RETIRED", "WHY_NOT"]
 
 NEWEST = Version("5.24.0")  # the newest transformers that the data was written for
 RELEASE = Version(Version(transformers.__version__).base_version)

@@ -188,5 +188,13 @@ NOT_CAUSAL = {
     "xlnet": ("causal only through the perm_mask that a caller passes", ""),
 }
 
+# Types that take no MNTP head: their output head lies inside another module or is several, or their loss doesn't shift.
+NO_MNTP_HEAD = set(
+    """bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert cpmant data2vec-text ernie
+    fuyu marian mbart megatron-bert musicgen musicgen_melody mvp open-llama pegasus plbart prophetnet reformer rembert roberta
+    roberta-prelayernorm roc_bert roformer speech_to_text_2 trocr whisper xlm xlm-prophetnet xlm-roberta xlm-roberta-xl xlnet
+    xmod""".split()
+)
+
 # Types that older transformers mapped and the newest doesn't.
 RETIRED = {"mega", "open-llama", "qdqbert", "speech_to_text_2", "transfo-xl", "xlm-prophetnet"}
