@@ -211,7 +211,8 @@ def _with_routers(
     out = inner(_rows_view(model, F.pad(rows, (0, 1))), labels=labels, **kwargs)
     if kept is not None:
         kept.add(slice(None), out.logits[0, :-1], targets)
-    if targets.numel() == 0 and kwargs.get("num_items_in_batch") is None:  # a mean over nothing would be NaN
+    items = kwargs.get("num_items_in_batch")
+    if targets.numel() == 0 and (items is None or items == 0):  # a mean over nothing would be NaN
         return out.logits.float().sum() * 0.0, out
     return out.loss, out
 
@@ -258,10 +259,12 @@ def _chunked(
 
 
 def _per_item(total: Tensor, items: Any, targets: Tensor) -> Tensor:
-    """A sum over `targets`, divided as the stock loss divides it; 0 where nothing is scored."""
+    """A sum over `targets`, divided as the stock loss divides it; 0 where nothing is scored, here or in the whole step."""
     if items is None:
-        items = max(targets.numel(), 1)
-    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+        items = targets.numel()
+    if not isinstance(items, Tensor):
+        return total / max(items, 1)
+    return total / items.clamp(min=1).to(total.device)
 
 
 class _Kept:

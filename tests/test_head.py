@@ -111,12 +111,16 @@ def test_softcapping_and_scaling(name, settings, chunks):
     assert name != "Cohere" or ours.logit_scale == settings["logit_scale"]
 
 
-@pytest.mark.parametrize("output_router_logits", [True, False])
-def test_a_router_loss_is_added_as_in_stock(output_router_logits):
+def with_routers(output_router_logits=True):
     config = transformers.MixtralConfig(
         **SIZES, num_local_experts=4, output_router_logits=output_router_logits, router_aux_loss_coef=0.5
     )
-    stock, ours = pair(transformers.MixtralForCausalLM._from_config(config, attn_implementation="eager").train())
+    return transformers.MixtralForCausalLM._from_config(config, attn_implementation="eager").train()
+
+
+@pytest.mark.parametrize("output_router_logits", [True, False])
+def test_a_router_loss_is_added_as_in_stock(output_router_logits):
+    stock, ours = pair(with_routers(output_router_logits))
     loss = check_step(stock, ours, **batch())
     ours.config.output_router_logits = False
     assert (ours(**batch()).loss - loss).abs() > 0.1 if output_router_logits else True
@@ -201,8 +205,7 @@ def test_a_subclass_with_a_loss_of_its_own_keeps_it():
 
 
 def test_a_router_loss_is_the_configs_where_the_call_says_none():
-    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)
-    stock, ours = pair(transformers.MixtralForCausalLM._from_config(config, attn_implementation="eager").train())
+    stock, ours = pair(with_routers())
     check_step(stock, ours, **batch(), output_router_logits=None)
 
 
@@ -366,21 +369,36 @@ def test_whatever_a_family_does_to_its_logits(finish, dtype, rows, monkeypatch):
         torch.testing.assert_close(linear_loss.total(hidden, weight, bias, targets, finish, None), want, **tolerance)
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_nothing_scored_is_zero_with_zero_gradients(plain):
-    model = apply_mntp_head(tiny_model().train())
-    if not plain:
-        model.lm_head.register_forward_hook(lambda *a: None)
+def nothing_scored():
     inputs = batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     inputs["labels"][:, 0] = 5  # nothing comes before the first token, so it can't be scored
-    out = model(**inputs)
+    return inputs
+
+
+# A Trainer counts the labels of its whole step: 0 of them, or the first ones too, which nothing predicts.
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0), torch.tensor(3)], ids=str)
+@pytest.mark.parametrize("plain", [True, False])
+def test_nothing_scored_is_zero_with_zero_gradients(plain, items):
+    model = apply_mntp_head(tiny_model().train())
+    if not plain:
+        model.lm_head.register_forward_hook(lambda *a: None)
+    inputs = nothing_scored()
+    out = model(**inputs, **({} if items is None else {"num_items_in_batch": items}))
     out.loss.backward()
     assert out.loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     assert model.lm_head.weight.grad is not None and model.model.layers[0].mlp.up_proj.weight.grad is not None
     logits = model.eval()(**inputs).logits
     assert logits.shape == (3, 17, VOCAB) and not logits.any()
+
+
+@pytest.mark.parametrize("items", [None] + [0, torch.tensor(0)] * LOSS_KWARGS, ids=str)
+def test_nothing_scored_is_zero_beside_routers(items):
+    model = apply_mntp_head(with_routers())
+    loss = model(**nothing_scored(), **({} if items is None else {"num_items_in_batch": items})).loss
+    loss.backward()
+    assert loss.item() == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_outputs_without_labels_and_as_tuples():
@@ -472,6 +490,15 @@ def test_trainer_trains_as_stock(settings, tmp_path):
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(trained[1][1], before))
     for a, b in zip(trained[1][1], trained[0][1]):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trainer_gets_over_a_step_with_nothing_scored(tmp_path, monkeypatch):
+    """As a batch of one short text may be: Trainer then divides by 0 labels, and NaN would be in every weight for good."""
+    monkeypatch.setattr(Data, "__getitem__", lambda self, i: {k: v[0] for k, v in nothing_scored().items()})
+    model = apply_mntp_head(tiny_model())
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer(model, tmp_path, max_steps=2, optim="sgd").train()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
