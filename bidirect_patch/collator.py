@@ -82,6 +82,9 @@ class MNTPCollator:
         if seed is not None:
             _require_integer("seed", seed, least=0)
 
+        if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
+            raise CollatorError(f"tokenizer must be a transformers tokenizer; got {tokenizer!r}.")
+
         self.tokenizer = tokenizer
         self.mlm_probability = mlm_probability
         self.mask_replace_prob = mask_replace_prob
@@ -106,7 +109,8 @@ class MNTPCollator:
             features: a mapping per text with `input_ids`, and if wanted `attention_mask` (0 is padding),
                 `special_tokens_mask` (1 is never chosen) and `position_ids` (a row packed of several documents, each
                 starting where they stop counting up by one); or the ids alone. Lists, arrays or tensors of shape
-                (length,). Other keys, labels among them, are dropped.
+                (length,). Other keys, labels among them, are dropped. `Trainer` hands on what the model's forward takes
+                alone: `remove_unused_columns=False` keeps `special_tokens_mask`.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` of shape (batch, length), int64, padded on the tokenizer's
@@ -255,8 +259,9 @@ def _read_row(feature: Any, index: int) -> dict[str, np.ndarray]:
     """One text as arrays of shape (length,), int64."""
     if not isinstance(feature, Mapping):
         feature = {"input_ids": feature}
-    if "input_ids" not in feature:
-        raise CollatorError(f"Feature {index} has no input_ids, only {sorted(feature)}. Tokenize the texts first.")
+    if feature.get("input_ids") is None:
+        held = [key for key, value in feature.items() if value is not None]
+        raise CollatorError(f"Feature {index} has no input_ids, only {held}. Tokenize the texts first.")
     row = {}
     for key in ("input_ids", "attention_mask", "special_tokens_mask", "position_ids"):
         if feature.get(key) is None:

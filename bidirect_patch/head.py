@@ -26,6 +26,7 @@ from . import linear_loss
 from .errors import AttentionMaskError, HeadError
 from .find import forwards, parameter_names
 from .forward import BidirectionalModel, rebound_forward, text_config
+from .masks import read_layout
 from .patch import enable_bidirectional
 from .swap import Swapped, is_swapped, original, restore, subclass, swap
 
@@ -42,11 +43,12 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", 
 
     model: a `*ForCausalLM` or a wrapper of one (PEFT, your own module), changed in place and returned; or a bare
         `*Model`, or PEFT over one, which is returned inside its `*ForCausalLM`: the same backbone object, its head tied
-        to the input embeddings where the config ties them and new otherwise. Idempotent.
+        to the input embeddings where the config ties them and new otherwise. A further call only sets `eval_logits`.
     eval_logits: what `outputs.logits` holds in evaluation, see below.
 
     Called with `labels` (batch, seq), int64, -100 where not scored, the model returns the loss of `LlamaForCausalLM`'s
-    shift, position i predicted from i-1, with the stock gradients; 0 with zero gradients where nothing is scored.
+    shift, position i predicted from i-1, with the stock gradients, which can be taken once; 0 with zero gradients where
+    nothing is scored, and a 0 it is in `Trainer`'s mean over batches too: take "scores" where texts are that short.
     `num_items_in_batch` and `ignore_index` mean what they mean there. With a `model.loss_function` or a forward of your own,
     which may read any logits, the loss is theirs, at the stock cost. `outputs.logits`:
 
@@ -57,7 +59,8 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", 
     - with labels, evaluation, "argmax": (batch, seq), int64, the predicted token ids, -100 where not scored: memory
       stays bounded by one chunk, and `compute_metrics` gets them as predictions.
     - with labels, evaluation, "scores": (batch, seq, 2), float32, the predicted token ids and the loss of each scored
-      token in nats, 0 where not scored: as small, and sums that don't depend on how texts were batched.
+      token in nats, 0 where not scored: as small, and sums that don't depend on how texts were batched (those over the
+      scored labels: `Trainer` pads one batch to another's length with -100).
     - `skip_logits=True` or `False` in a call overrides the first two, as in Liger-Kernel.
 
     Raises HeadError if the model is or has no causal language model, UnsupportedModelError as `enable_bidirectional`
@@ -69,7 +72,13 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", 
     if causal is None:
         model = causal = _build_around(model)
     _head_slot(causal)
-    if not _shifts(type(causal)):
+    tensor_parallel = getattr(causal.config, "pretraining_tp", 1)
+    if tensor_parallel > 1 and _mentions(type(causal), "pretraining_tp"):
+        raise HeadError(
+            f"with pretraining_tp={tensor_parallel} {type(causal).__name__} slices its output head instead of calling it: set "
+            "model.config.pretraining_tp = 1, which computes the same"
+        )
+    if not _mentions(type(causal), "loss_function", "shift"):
         raise HeadError(
             f"{type(causal).__name__} scores labels where they stand, without the shift by one that MNTP is trained "
             "with: use a decoder-only *ForCausalLM"
@@ -112,6 +121,7 @@ class MNTPHead(Swapped):
         def forward(self, *args, **kwargs):
             kwargs = {**dict(zip(names, args)), **kwargs}
             skip_logits = kwargs.pop("skip_logits", None)
+            _check_documents(self, kwargs)
             if kwargs.get("labels") is None or kwargs.get("shift_labels") is not None:
                 return inner(self, **kwargs)
             return _scored_forward(self, inner, self.training if skip_logits is None else skip_logits, **kwargs)
@@ -122,8 +132,7 @@ class MNTPHead(Swapped):
 def _scored_forward(model: Any, inner: Any, skip_logits: bool, labels: Tensor, return_dict=None, **kwargs: Any) -> Any:
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
-    _check_labels(labels, kwargs)
-    _check_documents(model, kwargs)
+    labels = _checked_labels(labels, kwargs)
     ignore = kwargs.get("ignore_index", -100)
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore).flatten()
     rows = (targets != ignore).nonzero().squeeze(1)  # (n,)
@@ -140,10 +149,11 @@ def _scored_forward(model: Any, inner: Any, skip_logits: bool, labels: Tensor, r
     return out if return_dict else out.to_tuple()
 
 
-def _check_labels(labels: Tensor, kwargs: dict[str, Any]) -> None:
+def _checked_labels(labels: Any, kwargs: dict[str, Any]) -> Tensor:
     """Rows are picked by their place, so that labels of another shape would score the wrong ones without a word."""
-    given = kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise HeadError(f"labels must be a tensor of token ids, int64, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    given = _given(kwargs)
     if given is not None and labels.shape != given.shape[:2]:
         raise HeadError(
             f"labels of shape {tuple(labels.shape)} for input of {given.shape[0]} x {given.shape[1]} tokens: give one "
@@ -152,17 +162,27 @@ def _check_labels(labels: Tensor, kwargs: dict[str, Any]) -> None:
     keep = kwargs.get("logits_to_keep", kwargs.get("num_logits_to_keep"))
     if isinstance(keep, Tensor) or keep:
         raise HeadError("logits_to_keep beside labels: the loss takes every scored position, so leave it out")
+    return labels.long()
+
+
+def _given(kwargs: dict[str, Any]) -> Tensor | None:
+    ids = kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
 
 
 def _check_documents(model: Any, kwargs: dict[str, Any]) -> None:
     """A few models (Bloom, MPT) take position_ids among **kwargs and drop them, so that no mask would know of documents."""
-    given = kwargs.get("position_ids")
-    if given is None:
+    positions, given = kwargs.get("position_ids"), _given(kwargs)
+    if positions is None or given is None:
         return
     decoder = next((m for m in model.modules() if is_swapped(m, BidirectionalModel)), None)  # PEFT may be around it
     if decoder is None or "position_ids" in parameter_names(original(type(decoder))):
         return
-    if given.dim() == 2 and bool((torch.diff(given, dim=-1) < 0).any()):
+    mask = kwargs.get("attention_mask")
+    if mask is not None and getattr(mask, "ndim", 4) != 2:
+        return  # which says itself who attends to whom
+    document = read_layout(mask, positions, None, given.shape[0], given.shape[1], given.device).document
+    if document is not None and document.any():
         raise AttentionMaskError(
             f"{type(model).__name__} takes no position_ids, so packed documents can't be told apart: pass one document a row, "
             "with padding"
@@ -195,6 +215,8 @@ def _at_once(
     """The stock cross-entropy of all scored rows as one short sequence, (1, n)."""
     items = kwargs.pop("num_items_in_batch", None)
     out = inner(_rows_view(model, rows), **kwargs)
+    if out.logits.shape[:2] != (1, len(rows)):
+        raise HeadError(f"{type(model).__name__}.forward makes its logits without calling its output head")
     logits = out.logits[0]
     targets = targets.to(logits.device)
     if kept is not None:
@@ -260,11 +282,9 @@ def _chunked(
 
 def _per_item(total: Tensor, items: Any, targets: Tensor) -> Tensor:
     """A sum over `targets`, divided as the stock loss divides it; 0 where nothing is scored, here or in the whole step."""
-    if items is None:
-        items = targets.numel()
-    if not isinstance(items, Tensor):
-        return total / max(items, 1)
-    return total / items.clamp(min=1).to(total.device)
+    if isinstance(items, Tensor):
+        return total / torch.where(items == 0, 1, items).to(total.device)
+    return total / (max(targets.numel(), 1) if items is None else items or 1)
 
 
 class _Kept:
@@ -361,10 +381,10 @@ def _takes_labels(cls: type) -> bool:
     return "labels" in parameter_names(cls)
 
 
-def _shifts(cls: type) -> bool:
-    """Whether the class's own loss shifts: the decoders of encoder-decoders (Bart, Whisper) have one that doesn't."""
+def _mentions(cls: type, *words: str) -> bool:
+    """Whether a name in the class's forward holds one of `words`: a loss that shifts says so, in one way or the other."""
     codes = [inspect.unwrap(forward).__code__ for forward in forwards(cls)]
-    return any(name == "loss_function" or "shift" in name for code in codes for name in (*code.co_names, *code.co_varnames))
+    return any(word in name for code in codes for name in (*code.co_names, *code.co_varnames) for word in words)
 
 
 def _head_slot(causal: PreTrainedModel) -> str:

@@ -313,12 +313,20 @@ def test_settings_are_checked(tokenizer, settings, said):
         MNTPCollator(tokenizer, **settings)
 
 
+@pytest.mark.parametrize("given", [None, "gpt2"])
+def test_the_tokenizer_is_checked(given):
+    with pytest.raises(CollatorError, match=f"transformers tokenizer; got {given!r}"):
+        MNTPCollator(given)
+
+
 @pytest.mark.parametrize(
     "features, said",
     [
         ([], "0 features with no token"),
         ([{"input_ids": []}], "1 features with no token"),
         ([{"text": "hello"}], "Feature 0 has no input_ids, only \\['text'\\]"),
+        ([{"input_ids": None, "attention_mask": [1]}], "Feature 0 has no input_ids, only \\['attention_mask'\\]"),
+        ([[4, 5], None], "Feature 1 has no input_ids"),
         ([{"input_ids": [4, 5], "attention_mask": [1]}], "2 input_ids and 1 of attention_mask"),
         ([{"input_ids": [4]}, {"input_ids": [[4, 5]]}], "input_ids of feature 1 .* shape \\(1, 2\\)"),
         ([{"input_ids": [0.5]}], "float64"),

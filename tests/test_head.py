@@ -75,13 +75,13 @@ def test_loss_and_gradients_are_stock(family, chunks):
 
 
 @pytest.mark.skipif(not LOSS_KWARGS, reason="this transformers has no num_items_in_batch")
-@pytest.mark.parametrize("items", [50, torch.tensor(50)], ids=["int", "tensor"])
+@pytest.mark.parametrize("items", [50, torch.tensor(50), 0.25, torch.tensor(0.25)], ids=str)
 def test_num_items_in_batch(items, chunks):
     stock, ours = pair(tiny_model().train())
     loss = check_step(stock, ours, **batch(), num_items_in_batch=items)
     mean = ours(**batch()).loss
     scored = (batch()["labels"][:, 1:] != -100).sum()
-    torch.testing.assert_close(loss * 50, mean.detach() * scored)
+    torch.testing.assert_close(loss * items, mean.detach() * scored)
 
 
 def scaled_models():
@@ -229,8 +229,12 @@ def test_packed_rows_of_a_model_that_drops_positions_are_refused(family):
     if not {"position_ids", "kwargs", "deprecated_arguments"} & set(inspect.signature(type(model).forward).parameters):
         pytest.skip("this transformers refuses position_ids by itself")
     model(**inputs, position_ids=torch.arange(8)[None])
-    with pytest.raises(AttentionMaskError, match="takes no position_ids"):
-        model(**inputs, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
+    padded = dict(attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]), position_ids=torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4]]))
+    model(**inputs, **padded)  # one document, padded on the left
+    for positions in ([0, 1, 2, 3, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 5, 6]):
+        for given in (inputs, {"input_ids": inputs["input_ids"]}):  # without labels a Trainer smooths its loss itself
+            with pytest.raises(AttentionMaskError, match="takes no position_ids"):
+                model(**given, position_ids=torch.tensor([positions]))
 
 
 def test_scores_are_the_predictions_and_their_losses(chunks):
@@ -679,3 +683,22 @@ def test_labels_that_fit_no_row_are_refused(wrong):
         inputs.update(wrong)
     with pytest.raises(HeadError, match="labels"):
         model(**inputs)
+
+
+def test_labels_may_be_of_any_integer_and_of_nothing_else():
+    model, inputs = apply_mntp_head(tiny_model()), batch()
+    expected = model(**inputs).loss
+    assert torch.equal(model(**{**inputs, "labels": inputs["labels"].int()}).loss, expected)
+    for wrong, said in ((inputs["labels"].float(), "float32"), (inputs["labels"].tolist(), "list")):
+        with pytest.raises(HeadError, match=said):
+            model(**{**inputs, "labels": wrong})
+
+
+@pytest.mark.skipif(TRANSFORMERS >= Version("4.47"), reason="this transformers calls the head whatever pretraining_tp says")
+def test_a_head_that_is_sliced_instead_of_called_is_refused():
+    model = tiny_model(pretraining_tp=2)
+    with pytest.raises(HeadError, match="pretraining_tp = 1"):
+        apply_mntp_head(model)
+    assert not is_bidirectional(model)
+    model.config.pretraining_tp = 1
+    apply_mntp_head(model)
