@@ -658,7 +658,8 @@ def _rank(rank, folder, inputs):
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     parallel(**{k: v[2 * rank : 2 * rank + 2] for k, v in inputs.items()}).loss.backward()
     torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort or hang once in some ten times when a process group is destroyed
 
 
 @pytest.mark.slow
