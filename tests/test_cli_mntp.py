@@ -268,7 +268,8 @@ def test_an_interrupted_run_can_be_resumed(settings, kill, code):
     folder = Path(settings["output_dir"])
     path = folder.with_suffix(".json")
     path.write_text(json.dumps(settings))
-    process = launch("bidirect_patch", "mntp", path)
+    # What runs in a shell's background inherits that SIGINT is ignored.
+    process = launch("bidirect_patch", "mntp", path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 200
     while not (folder / "checkpoint-3").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
