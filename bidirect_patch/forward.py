@@ -83,9 +83,7 @@ class BidirectionalModel(Swapped):
         kwargs.pop("is_causal", None)  # transformers 5.2 and newer put it above the modules' own flag
         form, name = self._bidirect_patch_form, self._mask_name  # type: ignore[attr-defined]
         mask: Any = kwargs.get(name)
-        inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            inputs = kwargs.get("input_ids")
+        inputs = given_input(kwargs)
         if inputs is None or isinstance(mask, dict) or _is_block_mask(mask):
             return kwargs  # the model reports missing input itself; a ready mask is the user's own
         if isinstance(mask, Tensor) and mask.dim() == 4:
@@ -279,6 +277,12 @@ class ConfigView:
         if name.startswith("__") or name == "_config":  # not there yet while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self._config, name)
+
+
+def given_input(kwargs: dict[str, Any]) -> Tensor | None:
+    """What a forward is to run on: its `inputs_embeds` (batch, seq, width) or `input_ids` (batch, seq)."""
+    embeds = kwargs.get("inputs_embeds")
+    return kwargs.get("input_ids") if embeds is None else embeds
 
 
 def text_config(config: Any) -> Any:

@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from . import linear_loss
 from .errors import AttentionMaskError, HeadError
 from .find import forwards, parameter_names
-from .forward import BidirectionalModel, rebound_forward, text_config
+from .forward import BidirectionalModel, given_input, rebound_forward, text_config
 from .masks import read_layout
 from .patch import enable_bidirectional
 from .swap import Swapped, is_swapped, original, restore, subclass, swap
@@ -72,13 +72,15 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: Literal["full", "argmax", 
     if causal is None:
         model = causal = _build_around(model)
     _head_slot(causal)
+    names = _names(type(causal))
     tensor_parallel = getattr(causal.config, "pretraining_tp", 1)
-    if tensor_parallel > 1 and _mentions(type(causal), "pretraining_tp"):
+    if tensor_parallel > 1 and "pretraining_tp" in names:
         raise HeadError(
             f"with pretraining_tp={tensor_parallel} {type(causal).__name__} slices its output head instead of calling it: set "
             "model.config.pretraining_tp = 1, which computes the same"
         )
-    if not _mentions(type(causal), "loss_function", "shift"):
+    # The decoders of encoder-decoders (Bart, Whisper) have a loss that doesn't shift.
+    if not any(name == "loss_function" or "shift" in name for name in names):
         raise HeadError(
             f"{type(causal).__name__} scores labels where they stand, without the shift by one that MNTP is trained "
             "with: use a decoder-only *ForCausalLM"
@@ -153,7 +155,7 @@ def _checked_labels(labels: Any, kwargs: dict[str, Any]) -> Tensor:
     """Rows are picked by their place, so that labels of another shape would score the wrong ones without a word."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise HeadError(f"labels must be a tensor of token ids, int64, got {getattr(labels, 'dtype', type(labels).__name__)}")
-    given = _given(kwargs)
+    given = given_input(kwargs)
     if given is not None and labels.shape != given.shape[:2]:
         raise HeadError(
             f"labels of shape {tuple(labels.shape)} for input of {given.shape[0]} x {given.shape[1]} tokens: give one "
@@ -165,14 +167,9 @@ def _checked_labels(labels: Any, kwargs: dict[str, Any]) -> Tensor:
     return labels.long()
 
 
-def _given(kwargs: dict[str, Any]) -> Tensor | None:
-    ids = kwargs.get("input_ids")
-    return kwargs.get("inputs_embeds") if ids is None else ids
-
-
 def _check_documents(model: Any, kwargs: dict[str, Any]) -> None:
     """A few models (Bloom, MPT) take position_ids among **kwargs and drop them, so that no mask would know of documents."""
-    positions, given = kwargs.get("position_ids"), _given(kwargs)
+    positions, given = kwargs.get("position_ids"), given_input(kwargs)
     if positions is None or given is None:
         return
     decoder = next((m for m in model.modules() if is_swapped(m, BidirectionalModel)), None)  # PEFT may be around it
@@ -215,7 +212,7 @@ def _at_once(
     """The stock cross-entropy of all scored rows as one short sequence, (1, n)."""
     items = kwargs.pop("num_items_in_batch", None)
     out = inner(_rows_view(model, rows), **kwargs)
-    if out.logits.shape[:2] != (1, len(rows)):
+    if out.logits.shape[:2] != (1, rows.shape[0]):
         raise HeadError(f"{type(model).__name__}.forward makes its logits without calling its output head")
     logits = out.logits[0]
     targets = targets.to(logits.device)
@@ -381,10 +378,10 @@ def _takes_labels(cls: type) -> bool:
     return "labels" in parameter_names(cls)
 
 
-def _mentions(cls: type, *words: str) -> bool:
-    """Whether a name in the class's forward holds one of `words`: a loss that shifts says so, in one way or the other."""
+def _names(cls: type) -> set[str]:
+    """The attributes and variables that the class's forward names."""
     codes = [inspect.unwrap(forward).__code__ for forward in forwards(cls)]
-    return any(word in name for code in codes for name in (*code.co_names, *code.co_varnames) for word in words)
+    return {name for code in codes for name in (*code.co_names, *code.co_varnames)}
 
 
 def _head_slot(causal: PreTrainedModel) -> str:

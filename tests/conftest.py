@@ -75,6 +75,11 @@ def tiny_config(family: str, **settings):
     return getattr(transformers, f"{FAMILIES[family]}Config")(**settings)
 
 
+def some_slow(names, is_slow):
+    """`names` to parametrize with, those marked slow of which that is so."""
+    return [pytest.param(name, marks=pytest.mark.slow if is_slow(name) else ()) for name in names]
+
+
 def tiny_model(family: str = "llama", backend: str = "sdpa", head: bool = True, config=None, seed: int = 0, **settings):
     """A tiny random `*ForCausalLM` (or bare `*Model`), float32, in eval mode; its weights tell tokens well apart."""
     cls = getattr(transformers, f"{FAMILIES[family]}{'ForCausalLM' if head else 'Model'}")

@@ -10,6 +10,7 @@ from bidirect_patch import apply_mntp_head, enable_bidirectional, linear_loss
 from bidirect_patch.errors import HeadError, UnsupportedModelError
 
 from . import zoo
+from .conftest import some_slow
 
 SHAPE = (3, 11)
 # One of each way in which a family makes its logits or its loss unlike Llama: all the version matrix has time for.
@@ -30,14 +31,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        pytest.param(name, marks=() if name in UNLIKE_LLAMA else pytest.mark.slow)
-        for name in zoo.model_types()
-        if not zoo.why_not(name)
-    ],
-)
+@pytest.mark.parametrize("model_type", some_slow(zoo.buildable_types(), lambda name: name not in UNLIKE_LLAMA))
 @pytest.mark.skipif(zoo.RELEASE > zoo.NEWEST, reason=f"the zoo knows the types of {zoo.NEWEST} and older releases")
 def test_the_loss_is_the_shifted_cross_entropy(model_type, monkeypatch):
     monkeypatch.setattr(linear_loss, "CHUNK_BYTES", 4 * 128 * 3)

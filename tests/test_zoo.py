@@ -9,6 +9,7 @@ from packaging.version import Version
 from torch import nn
 
 from . import zoo
+from .conftest import some_slow
 
 LENGTH = 12
 PAST = torch.ones(LENGTH, LENGTH).tril().bool()
@@ -24,14 +25,7 @@ def banded(window):
 STATE_SPACE = {"bamba", "falcon_h1", "granitemoehybrid", "mamba2", "zamba2"}
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in STATE_SPACE else ())
-        for name in zoo.model_types()
-        if not zoo.why_not(name)
-    ],
-)
+@pytest.mark.parametrize("model_type", some_slow(zoo.buildable_types(), lambda name: name in STATE_SPACE))
 @pytest.mark.skipif(zoo.RELEASE > zoo.NEWEST, reason=f"the zoo knows the types of {zoo.NEWEST} and older releases")
 def test_stock_behaviour(model_type):
     model = zoo.build(model_type)
@@ -46,10 +40,8 @@ def test_stock_behaviour(model_type):
         assert torch.equal(seen, PAST)
 
 
-@pytest.mark.parametrize(
-    "model_type",  # Gemma 4's assistants are made at full size before they fail
-    [pytest.param(name, marks=pytest.mark.slow if name.endswith("_assistant") else ()) for name in zoo.WHY_NOT],
-)
+# Gemma 4's assistants are made at full size before they fail.
+@pytest.mark.parametrize("model_type", some_slow(zoo.WHY_NOT, lambda name: name.endswith("_assistant")))
 @pytest.mark.skipif(zoo.RELEASE > zoo.NEWEST, reason=f"the zoo knows the types of {zoo.NEWEST} and older releases")
 def test_a_reason_not_to_build_is_still_true(model_type):
     if model_type not in zoo.model_types() or not zoo.why_not(model_type):

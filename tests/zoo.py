@@ -39,6 +39,11 @@ def why_not(model_type: str) -> str | None:
     return reason if RELEASE in SpecifierSet(versions) else None
 
 
+def buildable_types() -> list[str]:
+    """Those of `model_types` that can be built and run on text alone."""
+    return [model_type for model_type in model_types() if not why_not(model_type)]
+
+
 def why_not_causal(model_type: str) -> str | None:
     """Why the stock output of this type depends on later tokens, or None if it doesn't."""
     reason, versions = NOT_CAUSAL.get(model_type, (None, ""))
