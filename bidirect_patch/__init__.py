@@ -16,12 +16,12 @@ _HOME = {
     "disable_bidirectional": "patch",
     "bidirectional": "patch",
     "is_bidirectional": "patch",
-    "attention_report": "report",
-    "AttentionReport": "report",
-    "assert_bidirectional": "report",
-    "supported_architectures": "support",
-    "MNTPCollator": "collator",
-    "apply_mntp_head": "head",
+    "attention_report": "verify.report",
+    "AttentionReport": "verify.report",
+    "assert_bidirectional": "verify.report",
+    "supported_architectures": "architectures",
+    "MNTPCollator": "mntp.collator",
+    "apply_mntp_head": "mntp.head",
     "BidirectPatchError": "errors",
 }
 __all__ = [*_HOME, "__version__"]
@@ -30,17 +30,17 @@ __all__ = [*_HOME, "__version__"]
 register_post_import_hook(f"{__name__}.patch:install_hooks", "peft.peft_model")
 
 if TYPE_CHECKING:
-    from .collator import MNTPCollator as MNTPCollator
+    from .mntp.collator import MNTPCollator as MNTPCollator
     from .errors import BidirectPatchError as BidirectPatchError
-    from .head import apply_mntp_head as apply_mntp_head
+    from .mntp.head import apply_mntp_head as apply_mntp_head
     from .patch import bidirectional as bidirectional
     from .patch import disable_bidirectional as disable_bidirectional
     from .patch import enable_bidirectional as enable_bidirectional
     from .patch import is_bidirectional as is_bidirectional
-    from .report import AttentionReport as AttentionReport
-    from .report import assert_bidirectional as assert_bidirectional
-    from .report import attention_report as attention_report
-    from .support import supported_architectures as supported_architectures
+    from .verify.report import AttentionReport as AttentionReport
+    from .verify.report import assert_bidirectional as assert_bidirectional
+    from .verify.report import attention_report as attention_report
+    from .architectures import supported_architectures as supported_architectures
 
 
 def __getattr__(name):

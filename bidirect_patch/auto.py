@@ -5,7 +5,8 @@ an enabled model, and an adapter that was trained bidirectionally enables the mo
 or through transformers. Without the import the second only warns, once this package is in use.
 """
 
-from . import hooks, patch
+from .checkpoints import hooks
+from . import patch
 
 patch.install_hooks()
 hooks.enables = True

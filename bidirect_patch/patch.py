@@ -7,11 +7,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from . import guards, hooks, swap, switch
+from .verify import verify as guards
+from .checkpoints import hooks
+from .swap import swap
+from .swap import modes as switch
 from .errors import OrderError, UnsupportedModelError
-from .find import Decoder, causal_flags, decoders
-from .forms import Form, forms
-from .forward import (
+from .model.find import Decoder, causal_flags, decoders
+from .attention.forms import Form, forms
+from .attention.forward import (
     BidirectionalAttention,
     BidirectionalModel,
     BidirectionalPart,
@@ -20,7 +23,7 @@ from .forward import (
     rebound_forward,
     text_config,
 )
-from .mirror import mirrored_buffer, triangular_buffers
+from .attention.mirror import mirrored_buffer, triangular_buffers
 
 Model = TypeVar("Model", bound=nn.Module)
 

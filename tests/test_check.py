@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from bidirect_patch import cli
 from bidirect_patch.cli import check
 from bidirect_patch.errors import StillCausalError
-from bidirect_patch.report import attention_report
+from bidirect_patch.verify.report import attention_report
 
 from .conftest import tiny_config, tiny_model
 

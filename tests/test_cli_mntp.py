@@ -26,7 +26,7 @@ from transformers import (
 
 from bidirect_patch.cli import main
 from bidirect_patch.errors import ConfigError
-from bidirect_patch.saving import says_bidirectional
+from bidirect_patch.checkpoints.save import says_bidirectional
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from bidirect_patch import supported_architectures
-from bidirect_patch.support import BIDIRECTIONAL, conformance
+from bidirect_patch.architectures import BIDIRECTIONAL, conformance
 
 from . import zoo
 

@@ -161,7 +161,7 @@ def test_what_cannot_be_seen_is_an_error_unless_it_is_taken_on_trust(monkeypatch
                 raise RuntimeError("at most two rows")
             return super().forward(input_ids, **kwargs)
 
-    monkeypatch.setattr("bidirect_patch.tiny.VOCAB", 32)
+    monkeypatch.setattr("bidirect_patch.model.tiny.VOCAB", 32)
     model = bare(Choosy)
     enable_bidirectional(model)
     with pytest.raises(UnsupportedModelError, match="Choosy runs, but.*allow_partial=True"):

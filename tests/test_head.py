@@ -16,9 +16,10 @@ from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from bidirect_patch import apply_mntp_head, enable_bidirectional, is_bidirectional, linear_loss
+from bidirect_patch.mntp import loss as linear_loss
+from bidirect_patch import apply_mntp_head, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import AttentionMaskError, HeadError, UnsupportedModelError
-from bidirect_patch.head import remove_mntp_head
+from bidirect_patch.mntp.head import remove_mntp_head
 
 from .conftest import FAMILIES, SIZES, TRANSFORMERS, tiny_config, tiny_model
 
@@ -290,7 +291,7 @@ def test_no_logits_but_those_scored(share, chunk, monkeypatch):
 
 FUSED = """
 import torch, transformers
-from bidirect_patch import linear_loss
+from bidirect_patch.mntp import loss as linear_loss
 from tests.conftest import SIZES, tiny_model
 from tests.test_head import batch, check_step, pair
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bidirect_patch import apply_mntp_head, enable_bidirectional, linear_loss
+from bidirect_patch.mntp import loss as linear_loss
+from bidirect_patch import apply_mntp_head, enable_bidirectional
 from bidirect_patch.errors import HeadError, UnsupportedModelError
 
 from . import zoo

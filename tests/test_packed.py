@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bidirect_patch import enable_bidirectional, masks, packed
-from bidirect_patch.find import Reach
+from bidirect_patch.attention import masks
+from bidirect_patch.attention import packed_sdpa as packed
+from bidirect_patch import enable_bidirectional
+from bidirect_patch.model.find import Reach
 
 from .conftest import FAMILIES, tiny_model
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.errors import BidirectPatchError, StillCausalError, UnsupportedModelError
-from bidirect_patch.report import assert_bidirectional, attention_report
+from bidirect_patch.verify.report import assert_bidirectional, attention_report
 
 from .conftest import BACKENDS, FAMILIES, TRANSFORMERS, tiny_model
 

@@ -14,8 +14,9 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, hooks, is_bidirectional
-from bidirect_patch.saving import says_bidirectional
+from bidirect_patch.checkpoints import hooks
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.checkpoints.save import says_bidirectional
 
 from .conftest import TRANSFORMERS, lacks_add_adapter, tiny_config, tiny_model
 

@@ -47,7 +47,7 @@ def test_an_adapter_on_it_saves_and_loads(encoder, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     if reason := lacks_add_adapter():
         pytest.skip(reason)
-    from bidirect_patch import hooks
+    from bidirect_patch.checkpoints import hooks
 
     torch.manual_seed(0)
     enable_bidirectional(encoder)

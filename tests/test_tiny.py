@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from bidirect_patch.errors import UnsupportedModelError
-from bidirect_patch.report import attention_report
-from bidirect_patch.tiny import shrink, tiny_like
+from bidirect_patch.verify.report import attention_report
+from bidirect_patch.model.tiny import shrink, tiny_like
 
 from .conftest import TRANSFORMERS, tiny_model
 

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import BackendError, ConfigError, StillCausalError, UnsupportedModelError
 from ..patch import bidirectional
-from ..report import LONGEST, attention_report
-from ..tiny import tiny_like
+from ..verify.report import LONGEST, attention_report
+from ..model.tiny import tiny_like
 from . import Parser, one_line
 
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..errors import BackendError, ConfigError
 from ..patch import bidirectional, disable_bidirectional, enable_bidirectional
-from ..report import AttentionReport, attention_report
+from ..verify.report import AttentionReport, attention_report
 from . import Parser
 
 SHIPPED = Path(__file__).parents[1] / "demo_model"

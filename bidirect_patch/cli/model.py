@@ -9,11 +9,11 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..collator import MNTPCollator
+from ..mntp.collator import MNTPCollator
 from ..errors import BackendError, ConfigError, UnsupportedModelError
-from ..head import apply_mntp_head
+from ..mntp.head import apply_mntp_head
 from ..patch import enable_bidirectional
-from ..tiny import tiny_like
+from ..model.tiny import tiny_like
 from . import one_line
 from .arguments import DataArguments, MNTPArguments, ModelArguments
 from .data import sequence_length

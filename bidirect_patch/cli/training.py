@@ -12,7 +12,7 @@ from peft import set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 
-from ..collator import IGNORED, MNTPCollator, seeded
+from ..mntp.collator import IGNORED, MNTPCollator, seeded
 from .data import PASS
 from .model import adapter_of
 from .saving import save_bidirectional

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .errors import AttentionMaskError, StillCausalError, UnseenLayersError, UnsupportedModelError
-from .find import parameter_names
-from .tiny import pretrained
+from ..errors import AttentionMaskError, StillCausalError, UnseenLayersError, UnsupportedModelError
+from ..model.find import parameter_names
+from ..model.tiny import pretrained
 
 LONGEST = 128  # tokens of the random text at most
 BIDIRECTIONAL, CAUSAL, PARTIAL, NONE = "bidirectional", "causal", "partial", "no attention"

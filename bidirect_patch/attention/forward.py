@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import masks
-from .errors import AttentionMaskError, CacheError, OrderError, UnsupportedModelError
-from .find import Decoder, Reach, bias_parameter, causal_flags, mask_parameter, parameter_names
-from .forms import Form
-from .mirror import Sight, is_banded, mirrored_bias, mirrored_mask, triangular_buffers
-from .swap import Swapped
-from .switch import running
+from ..attention import masks
+from ..errors import AttentionMaskError, CacheError, OrderError, UnsupportedModelError
+from ..model.find import Decoder, Reach, bias_parameter, causal_flags, mask_parameter, parameter_names
+from ..attention.forms import Form
+from ..attention.mirror import Sight, is_banded, mirrored_bias, mirrored_mask, triangular_buffers
+from ..swap.swap import Swapped
+from ..swap.modes import running
 
 CROSS = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "kv")  # another sequence's, by family
 CACHES = ("past_key_values", "cache", "cache_params", "layer_past", "past")  # the name of a KV cache, by era and family

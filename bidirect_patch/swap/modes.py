@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .errors import ModeConflictError
+from ..errors import ModeConflictError
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import CollatorError, MaskTokenError
+from ..errors import CollatorError, MaskTokenError
 
 IGNORED = -100  # the label that the loss skips
 

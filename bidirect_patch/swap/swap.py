@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ForeignWrapperError
+from ..errors import ForeignWrapperError
 
 _subclasses: dict[tuple[type, type], type] = {}
 
@@ -44,7 +44,7 @@ class Swapped:
 
 def _new(original: type, mixin: type, *args: Any) -> Any:
     # In a fresh process unpickling is the first that is heard of this package: generate and save need its hooks.
-    import_module(f"{__package__}.patch").install_hooks()
+    import_module("bidirect_patch.patch").install_hooks()
     cls = subclass(original, mixin)
     return cls.__new__(cls, *args)
 

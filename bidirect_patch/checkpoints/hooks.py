@@ -11,9 +11,9 @@ from typing import Any
 
 import wrapt
 
-from .errors import GenerateError, UnsupportedModelError
-from .find import decoders
-from .saving import (
+from ..errors import GenerateError, UnsupportedModelError
+from ..model.find import decoders
+from ..checkpoints.save import (
     fit_adapter_keys,
     holds_bidirectional,
     mark,

@@ -14,8 +14,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from .errors import BackendError, UnsupportedModelError
-from .swap import original
+from ..errors import BackendError, UnsupportedModelError
+from ..swap.swap import original
 
 HEADS, HEAD_DIM, VOCAB, POSITIONS, EXPERTS, WINDOW = 4, 16, 256, 256, 4, 4
 

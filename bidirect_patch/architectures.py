@@ -16,7 +16,7 @@ BIDIRECTIONAL = "bidirectional"
 def conformance() -> dict[str, dict[str, dict[str, Any]]]:
     """{release: {model type: {"backends": {backend: verdict}, "why": str}}}; a verdict other than "bidirectional" is a
     refusal or what kept the type from being run."""
-    return json.loads(resources.files(__package__).joinpath("conformance.json").read_text(encoding="utf-8"))
+    return json.loads(resources.files("bidirect_patch").joinpath("conformance.json").read_text(encoding="utf-8"))
 
 
 def supported_architectures(release: str | None = None) -> dict[str, tuple[str, ...]]:

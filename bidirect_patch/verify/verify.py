@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import masks, swap
-from .errors import BidirectPatchError, UnseenLayersError, UnsupportedModelError
-from .find import Decoder, decoders
-from .forms import Form, forms
-from .forward import text_config
-from .report import BIDIRECTIONAL, AttentionReport, attention_report
-from .tiny import tiny_like
+from ..attention import masks
+from ..swap import swap
+from ..errors import BidirectPatchError, UnseenLayersError, UnsupportedModelError
+from ..model.find import Decoder, decoders
+from ..attention.forms import Form, forms
+from ..attention.forward import text_config
+from ..verify.report import BIDIRECTIONAL, AttentionReport, attention_report
+from ..model.tiny import tiny_like
 
 
 class _Trial(NamedTuple):

@@ -26,9 +26,9 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import __version__ as _transformers_version
 
-from .errors import AttentionMaskError
-from .find import Reach
-from .packed import PackedMask, documents_of
+from ..errors import AttentionMaskError
+from ..model.find import Reach
+from ..attention.packed_sdpa import PackedMask, documents_of
 
 # What differs by era, in one place.
 _VERSION = Version(_transformers_version)

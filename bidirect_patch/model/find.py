@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import UnsupportedModelError
-from .mirror import triangular_buffers
-from .swap import before_swaps, original
+from ..errors import UnsupportedModelError
+from ..attention.mirror import triangular_buffers
+from ..swap.swap import before_swaps, original
 
 # Token mixers that carry state from left to right, by the field's names for them, and compressors (DeepSeek-V4), which
 # pool each run of tokens with the run before it into one key. attention_report finds the ones that hide behind other names.

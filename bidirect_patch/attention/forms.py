@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from . import masks
-from .find import Decoder, bias_parameter, builds_causal_mask, counts_mask
-from .swap import original
+from ..attention import masks
+from ..model.find import Decoder, bias_parameter, builds_causal_mask, counts_mask
+from ..swap.swap import original
 
 
 class Form(NamedTuple):

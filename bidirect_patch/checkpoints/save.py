@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import swap
-from .find import decoders
-from .forward import BidirectionalModel
+from ..swap import swap
+from ..model.find import decoders
+from ..attention.forward import BidirectionalModel
 
 
 def holds_bidirectional(model: nn.Module) -> bool:
