@@ -1,94 +1,145 @@
 """Who holds a model in which mode, so that two threads or tasks that want opposite modes get an error and not a race."""
 
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from typing import Any
 
 from torch import nn
 
 from ..errors import ModeConflictError
 
-
-@dataclass
-class Holder:
-    """One `with bidirectional(...)` block: its task, the mode it asked for, and what brings back what was there before."""
-
-    owner: tuple[int, int]
-    mode: bool
-    undo: Callable[[], object]
+Owner = tuple[int, int]  # a thread, and the asyncio task that runs in it (0: none)
 
 
-@dataclass
-class Switch:
-    """The state of one decoder: blocks that hold it, and forwards under way by thread."""
+@dataclass(eq=False)
+class Hold:
+    """One `with bidirectional(...)` block on one decoder."""
 
-    holders: list[Holder] = field(default_factory=list)
+    mode: bool  # what the block asked for
+    found: bool  # the mode to bring back
+    owner: Owner
+    thread: "weakref.ref[threading.Thread]"
+    block: "weakref.ref[Any]"  # the block itself: a block that is gone holds nothing
+    is_over: bool = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the block can still end by itself."""
+        thread = self.thread()
+        return thread is not None and thread.is_alive() and self.block() is not None
+
+
+@dataclass(eq=False)
+class State:
+    """The state of one decoder: the blocks that hold it, and how many forwards each thread runs now."""
+
+    holds: list[Hold] = field(default_factory=list)
     running: dict[int, int] = field(default_factory=dict)
 
 
 lock = threading.RLock()
-_switches: WeakKeyDictionary[nn.Module, Switch] = WeakKeyDictionary()
+_states: "weakref.WeakKeyDictionary[nn.Module, State]" = weakref.WeakKeyDictionary()
 
 
-def switch_of(decoder: nn.Module) -> Switch:
-    """The switch of a decoder; call with `lock` held."""
-    return _switches.setdefault(decoder, Switch())
+def _after_fork() -> None:
+    """In a forked child, no other thread exists: the lock is free and their blocks are gone."""
+    global lock
+    lock = threading.RLock()
+    me = threading.get_ident()
+    for state in _states.values():
+        state.holds = [hold for hold in state.holds if hold.owner[0] == me]
+        state.running = {thread: n for thread, n in state.running.items() if thread == me}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def state_of(decoder: nn.Module) -> State:
+    """The state of a decoder, without blocks that are gone. Call it with `lock` held."""
+    state = _states.setdefault(decoder, State())
+    state.holds = [hold for hold in state.holds if hold.is_alive]
+    return state
 
 
 def check(decoder: nn.Module, mode: bool, current: bool) -> None:
-    """Raise ModeConflictError if another thread or task needs `decoder` as it is not in `mode`; call with `lock` held."""
-    switch, me = switch_of(decoder), _task()
-    wanted = {h.owner: h.mode for h in switch.holders if h.owner != me}  # the innermost block of each
-    busy = any(n for thread, n in switch.running.items() if thread != me[0])
-    if any(m != mode for m in wanted.values()) or (busy and mode != current):
+    """Raise ModeConflictError if another thread or task needs `decoder` in the other mode. Call it with `lock` held."""
+    state, me = state_of(decoder), _owner()
+    others = {hold.owner: hold.mode for hold in state.holds if not _is_mine(hold, me)}  # the innermost block of each
+    busy = any(n for thread, n in state.running.items() if thread != me[0])
+    if any(wanted != mode for wanted in others.values()) or (busy and mode != current):
         words = {True: "bidirectional", False: "causal"}
         raise ModeConflictError(
-            f"this thread or task wants {type(decoder).__name__} {words[mode]} while another uses it {words[not mode]}: "
-            "one model object has one mode at a time. Give each its own copy (copy.deepcopy), or wait"
+            f"this thread or task wants {type(decoder).__name__} {words[mode]} while another uses it {words[not mode]}: one model "
+            "object has one mode at a time. Give each its own copy (copy.deepcopy), or wait"
         )
 
 
-def enter(decoder: nn.Module, mode: bool, undo: Callable[[], object]) -> Holder:
-    """Register a block; call with `lock` held, after `check`."""
-    holder = Holder(_task(), mode, undo)
-    switch_of(decoder).holders.append(holder)
-    return holder
+def check_caller(decoder: nn.Module) -> None:
+    """Raise ModeConflictError if only other threads or tasks hold `decoder` in a causal block."""
+    with lock:
+        holds, me = state_of(decoder).holds, _owner()
+    if holds and not any(_is_mine(hold, me) for hold in holds):
+        raise ModeConflictError(
+            f"{type(decoder).__name__} was called while another thread or task runs it in a causal block, and this one has none: "
+            "its result would be causal. Open `with bidirectional(model, enabled=False):` in this thread too, give each thread "
+            "its own copy (copy.deepcopy), or wait"
+        )
 
 
-def leave(decoder: nn.Module, holder: Holder) -> None:
-    """Unregister a block and bring back what it found, or leave that to a later block that is still open; with `lock` held.
+def hold(decoder: nn.Module, mode: bool, found: bool, block: Any) -> Hold:
+    """Register a block. Call it with `lock` held, after `check`."""
+    new = Hold(mode, found, _owner(), weakref.ref(threading.current_thread()), weakref.ref(block))
+    state_of(decoder).holds.append(new)
+    return new
 
-    Blocks of other threads, of other tasks and of generators need not end in the order in which they began.
+
+def release(decoder: nn.Module, hold: Hold) -> bool | None:
+    """Unregister a block. The mode to bring back now, or None if a later block is still open, which then brings it back.
+
+    Blocks of other threads, of other tasks and of generators need not end in the order in which they began. Call it with
+    `lock` held; a second call for one block changes nothing.
     """
-    holders = switch_of(decoder).holders
-    at = next(i for i, h in enumerate(holders) if h is holder)
-    del holders[at]
-    if at == len(holders):
-        holder.undo()
-    else:
-        holders[at].undo = holder.undo  # the last one out restores what the first one found
+    holds = state_of(decoder).holds
+    if hold.is_over:
+        return None
+    hold.is_over = True
+    if hold not in holds:  # its thread is gone
+        return None if holds else hold.found
+    at = holds.index(hold)
+    del holds[at]
+    if at == len(holds):
+        return hold.found
+    holds[at].found = hold.found
+    return None
 
 
-def _task() -> tuple[int, int]:
-    """This thread, and the asyncio task in it."""
+def _owner() -> Owner:
     task = None
     if "asyncio" in sys.modules:
         try:
             task = sys.modules["asyncio"].current_task()
-        except RuntimeError:  # no loop runs in this thread
+        except RuntimeError:  # no event loop runs in this thread
             pass
-    return threading.get_ident(), id(task)
+    return threading.get_ident(), 0 if task is None else id(task)
+
+
+def _is_mine(hold: Hold, me: Owner) -> bool:
+    """A block of this task, or of the code around the event loop: that code waits until the loop ends."""
+    return hold.owner in (me, (me[0], 0))
 
 
 @contextmanager
 def running(decoder: nn.Module) -> Iterator[None]:
-    """Mark a forward under way in this thread."""
+    """Count a forward of this thread, so that no other thread changes the mode meanwhile."""
     me = threading.get_ident()
     with lock:
-        counts = switch_of(decoder).running
+        counts = state_of(decoder).running
         counts[me] = counts.get(me, 0) + 1
     try:
         yield

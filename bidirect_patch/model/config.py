@@ -1,0 +1,55 @@
+"""Reading configs, and a view of a config in which some attributes have other values."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal
+
+Backend = Literal["flash", "flex", "sdpa", "eager"]
+
+
+def text_config(config: Any) -> Any:
+    """The text part of a config that may have parts (before 4.42 no config has)."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """A config and the configs in it."""
+    yield config
+    yield from (value for value in vars(config).values() if hasattr(value, "to_dict"))
+
+
+def backend_of(config: Any) -> Backend:
+    """The attention backend; "eager" stands for every other function that takes an additive mask."""
+    name = str(getattr(config, "_attn_implementation", None) or "eager")
+    for kind in ("flash", "flex", "sdpa"):
+        if kind in name:
+            return kind  # type: ignore[return-value]  # one of the three
+    return "eager"
+
+
+class ConfigView:
+    """A config in which some attributes have other values. All others are read from the original, and written to it.
+
+    A deep copy is a real config with the other values.
+    """
+
+    def __init__(self, config: Any, **changed: Any) -> None:
+        self.__dict__.update(_config=config, _changed=changed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_config", "_changed") or name.startswith("__"):  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return self._changed[name] if name in self._changed else getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._changed:
+            self._changed[name] = value
+        else:
+            setattr(self._config, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        config = copy.copy(copy.deepcopy(self._config, memo))
+        for name, value in self._changed.items():
+            setattr(config, name, value)
+        memo[id(self)] = config
+        return config

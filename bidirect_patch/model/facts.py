@@ -1,0 +1,154 @@
+"""What a class says of itself by its signature and its source, read once per class.
+
+The patterns are guesses by name. Each says what happens where it misses, and where it matches by mistake. What they decide
+is never trusted: `verify` runs a small model and looks.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import CodeType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Mixes tokens from left to right by other means than attention, and compressors (DeepSeek-V4), which pool each run of tokens
+# with the run before. A miss: verification sees the causal layer and refuses it. A wrong match: the model is refused by name.
+RECURRENT = re.compile(
+    r"Mamba|SSM|R[Ww][Kk][Vv]|Delta(Net|Attention|Rule)|LinearAttention|Lightning|Recurrent(?!Gemma)|R[gG]L?RU|LSTM"
+    r"|ShortConv|Retention|Hyena|Compressor$"
+)
+# An attention module, where it has no `is_causal` of its own. A miss: the layer counts as unsupported and the model is
+# refused. A wrong match: the module gets a mask that it does not use.
+ATTENTION = re.compile(r"[Aa]ttention|Attn$")
+# A part of a layer that treats each position alone. A miss: a layer without attention is refused. A wrong match:
+# verification sees the layer.
+POSITIONWISE = re.compile(r"MLP|M[oO]E|Experts?|FeedForward|FFN|Norm|Linear|Dropout|Identity|Router|Activation")
+# The model's forward reads the kind of each layer. A miss: a window is taken for the window of every layer, and verification
+# sees layers that look back less far than before. A wrong match: a list of kinds that the model ignores is followed.
+LAYER_KIND = re.compile(r"layer_type|attention_type|is_sliding|is_chunked")
+# The model makes a causal mask. A miss: the model is taken for an encoder and refused. A wrong match: an encoder is taken
+# for a decoder, and its other signs (`is_causal`, `is_decoder`) decide.
+CAUSAL_MASK = re.compile(r"causal_mask|causal_attention_mask|masks_for_generate|prepare_decoder_attention_mask")
+TRIANGLE = re.compile(r"^tri[lu]$")  # made on the spot, as CTRL and GIT do; as above
+EXTENDED_MASK = re.compile(r"get_extended_attention_mask")  # BERT and models of its time, until 5.3
+CUMSUM = re.compile(r"^cumsum$")  # counts positions from the 2D mask; a miss: verification sees wrong outputs
+
+# Names of parameters, by family and release.
+CROSS_ATTENTION = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "kv")  # another sequence
+CACHES = ("past_key_values", "cache", "cache_params", "layer_past", "past")  # a KV cache
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def per_class(function: Function) -> Function:
+    """Keep what a function finds out about a class."""
+    return lru_cache(maxsize=None)(function)  # type: ignore[return-value]  # it is called in the same way
+
+
+def forwards(cls: type) -> Iterator[Any]:
+    """The class's forward, and those that it overrides and may call."""
+    return (base.__dict__["forward"] for base in cls.__mro__ if base is not nn.Module and "forward" in base.__dict__)
+
+
+@per_class
+def parameter_names(cls: type) -> tuple[str, ...]:
+    """The names that `cls.forward` takes, in order; where it hands on *args or **kwargs, those of what it overrides too."""
+    names: dict[str, None] = {}
+    for forward in forwards(cls):
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        rest = [p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names |= dict.fromkeys(p.name for p in parameters if p.name not in rest)
+        if not rest:
+            break
+    return tuple(names)
+
+
+@per_class
+def takes_any_keyword(cls: type) -> bool:
+    """Whether `cls.forward` has **kwargs."""
+    parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]  # a module
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+@per_class
+def mask_parameter(cls: type) -> str | None:
+    """The name of the mask among the parameters of `cls.forward`."""
+    return next((n for n in ("attention_mask", "attn_mask", "mask") if n in parameter_names(cls)), None)
+
+
+@per_class
+def bias_parameter(cls: type) -> str | None:
+    """The name of an ALiBi bias among the parameters of `cls.forward`."""
+    return next((n for n in ("alibi", "position_bias") if n in parameter_names(cls)), None)
+
+
+@per_class
+def is_named_attention(cls: type) -> bool:
+    """Whether a class is attention by its name, or by the name of a class that it inherits from."""
+    if cls.__module__.startswith("torch."):  # nn.MultiheadAttention, in a pooler for example
+        return False
+    return any(ATTENTION.search(c.__name__) for c in cls.__mro__) and not RECURRENT.search(cls.__name__)
+
+
+@per_class
+def builds_causal_mask(cls: type) -> bool:
+    """Whether any method of the class makes a causal mask."""
+    return any(_names_any(f, CAUSAL_MASK, TRIANGLE) for f in _methods(cls))
+
+
+@per_class
+def forward_builds_mask(cls: type) -> bool:
+    """Whether the class's forward itself makes a causal mask."""
+    return any(_names_any(f, CAUSAL_MASK) for f in forwards(cls))
+
+
+@per_class
+def extends_mask(cls: type) -> bool:
+    """Whether the class makes its mask by `get_extended_attention_mask`, causal only where the config says is_decoder."""
+    return any(_names_any(f, EXTENDED_MASK) for f in _methods(cls))
+
+
+@per_class
+def counts_mask(cls: type) -> bool:
+    """Whether the class's forward counts the real tokens of the 2D mask."""
+    return any(_names_any(f, CUMSUM) for f in forwards(cls))
+
+
+@per_class
+def reads_layer_kinds(cls: type) -> bool:
+    """Whether the class's forward reads which kind each layer is."""
+    return any(_names_any(f, LAYER_KIND) for f in forwards(cls))
+
+
+def given_input(kwargs: dict[str, Any]) -> Tensor | None:
+    """What a forward is to run on: `inputs_embeds` (batch, length, width) or `input_ids` (batch, length)."""
+    embeds = kwargs.get("inputs_embeds")
+    return kwargs.get("input_ids") if embeds is None else embeds
+
+
+def names_in_forward(cls: type) -> set[str]:
+    """The attributes and variables that the class's forward names."""
+    codes = [inspect.unwrap(forward).__code__ for forward in forwards(cls)]
+    return {name for code in codes for name in (*code.co_names, *code.co_varnames)}
+
+
+def _methods(cls: type) -> Iterator[Any]:
+    for base in cls.__mro__:
+        if base is PreTrainedModel:
+            return
+        yield from (f for f in vars(base).values() if callable(f))
+
+
+def _names_any(function: Any, *patterns: re.Pattern[str]) -> bool:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and any(p.search(n) for n in _names_in(code) for p in patterns)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)

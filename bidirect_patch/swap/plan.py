@@ -1,0 +1,78 @@
+"""All that one module gets (`Plan`), and what a patched module keeps of it (`Record`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from .classes import RECORD, Swapped, original
+
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that one mixin brings to one module."""
+
+    mixin: type[Swapped]
+    settings: Any = None  # what the mixin's methods read, see `settings_of`; a frozen object
+    attributes: Mapping[str, Any] = field(default_factory=dict)  # instance attributes while the plan is in force
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)  # buffers while the plan is in force
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a patched module has (its plans) and what it was before. Kept in the module, so copies and pickles have it too."""
+
+    plans: tuple[Plan, ...] = ()
+    names: frozenset[str] = frozenset()  # instance attributes that the patch set
+    attributes: Mapping[str, Any] = field(default_factory=dict)  # instance attributes that it replaced, as they were before
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)  # buffers that it replaced, as they were before
+    wrappers: Mapping[type, Any] = field(default_factory=dict)  # other tools' functions around a class's forward, by that class
+
+
+Settings = TypeVar("Settings")
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """What is kept of a patched module; None for a module that is not patched."""
+    return module.__dict__.get(RECORD)
+
+
+def settings_of(module: Any, kind: type[Settings]) -> Settings | None:
+    """The settings of type `kind` among those that a patched module has; None if it has none."""
+    record = module.__dict__.get(RECORD)
+    if record is not None:
+        for plan in record.plans:
+            if isinstance(plan.settings, kind):
+                return plan.settings
+    return None
+
+
+def before_patch(module: nn.Module, name: str) -> Any:
+    """The attribute `name` as it is without the patch: the instance's, else the class's, else None."""
+    record = record_of(module)
+    if record is None or name not in record.names:
+        return getattr(module, name, None)
+    return record.attributes[name] if name in record.attributes else getattr(original(type(module)), name, None)
+
+
+def own_before_patch(module: nn.Module, name: str) -> Any:
+    """The instance's own attribute `name` as it is without the patch; None if the instance has none."""
+    record = record_of(module)
+    if record is None or name not in record.names:
+        return module.__dict__.get(name)
+    return record.attributes.get(name)
+
+
+def buffers_before_patch(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own buffers as they are without the patch."""
+    record = record_of(module)
+    if record is None:
+        return module._buffers
+    return {name: _moved(record.buffers[name], now) if name in record.buffers else now for name, now in module._buffers.items()}
+
+
+def _moved(buffer: Tensor, now: Tensor | None) -> Tensor:
+    # The model may have moved since. A buffer that has not moved is the same object as before.
+    return buffer if now is None else buffer.to(now.device, now.dtype)
