@@ -100,7 +100,8 @@ def set_forward(cls: Any, forward: Callable[..., Any], below: type, mixin: type[
 
 def class_of_forward(function: Any) -> type | None:
     """The dynamic class that a forward function of ours belongs to; None for a function that is not ours."""
-    return getattr(function, _OURS, None)
+    cls = getattr(function, _OURS, None)  # functools.wraps copies attributes, so a wrapper may have it too
+    return cls if cls is not None and cls.__dict__.get("forward") is function else None
 
 
 def original(cls: type) -> type:
