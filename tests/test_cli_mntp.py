@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -693,3 +694,23 @@ def test_the_command_line(capsys, argv, code, said):
     assert main(argv) == code
     out, err = capsys.readouterr()
     assert said in (out if code == 0 else err)
+
+
+@pytest.mark.parametrize("command", ["check", "demo", "mntp", "simcse"])
+def test_help_spells_each_flag_once(capsys, command):
+    if command == "simcse":
+        pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    options = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert any("_" in line for line in options)
+    assert not [line for line in options if re.search("--[a-z_]+-[a-z]", line)]
+
+
+def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["mntp", "--do_train"]) == 2
+    assert capsys.readouterr().err == (
+        "bidirect-patch: error: training needs peft: pip install 'bidirect-patch[train]'\n"
+    )

@@ -1,4 +1,7 @@
-"""One message for whatever goes wrong while a model is loaded."""
+"""One message for whatever goes wrong while a model is loaded.
+
+This module does not need PEFT, so that `bidirect-patch check` runs without it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

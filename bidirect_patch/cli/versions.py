@@ -123,7 +123,7 @@ def remove_gguf_mark(model: PreTrainedModel) -> None:
         quantizer.remove_quantization_config(model)
 
 
-def numpy_state_is_safe() -> AbstractContextManager[Any]:
+def allow_numpy_state() -> AbstractContextManager[Any]:
     """Let `torch.load` read the random state of NumPy, in a `with` block.
 
     Older releases read that state from a checkpoint with `torch.load`, which refuses it by default.

@@ -9,14 +9,7 @@ from typing import Literal, NamedTuple
 from transformers import TrainingArguments
 
 from ...errors import ConfigError
-from ..settings import (
-    CommonModelArguments,
-    check_counts,
-    check_given,
-    check_lora,
-    check_output_dir,
-    parse_settings,
-)
+from ..settings import CommonModelArguments, check_counts, check_given, check_lora, check_output_dir, parse_settings
 
 
 @dataclass

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from ...mntp.collator import MNTPCollator
 from ..callbacks import StopAfter
-from ..versions import numpy_state_is_safe
+from ..versions import allow_numpy_state
 from .checkpoints import STATE
 from .collator import RepeatableCollator
 from .evaluation import masked_token_sums, summarize
@@ -86,7 +86,7 @@ class MNTPTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with numpy_state_is_safe():
+        with allow_numpy_state():
             super()._load_rng_state(checkpoint)
 
 

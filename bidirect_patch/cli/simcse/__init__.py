@@ -15,8 +15,8 @@ def run(argv: list[str]) -> int:
         The exit code 0.
 
     Raises:
-        BackendError: A package that training needs is not installed.
-        ConfigError: A setting, a file or a model cannot be used.
+        BackendError: sentence-transformers or a package that training needs is not installed.
+        ConfigError: A setting, a file of examples or a model cannot be used.
     """
     with extra_needed("simcse", subject="simcse"):
         import accelerate  # noqa: F401  (transformers' Trainer needs it)
