@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import BackendError, BidirectPatchError, ConfigError
 
 COMMANDS = {
-    "demo": "show the whole way on a small model, with no network",
+    "demo": "show every step on a small model, with no network",
     "check": "prove layer by layer what a model attends to",
     "mntp": "train a model for masked next token prediction",
     "simcse": "train it further with SimCSE or on supervised pairs",

@@ -1,4 +1,4 @@
-"""`bidirect-patch demo`: the whole way on a small model, with no network.
+"""`bidirect-patch demo`: every step on a small model, with no network.
 
 A causal Llama that comes with the package is shown to be causal. It is made bidirectional, and shown to be so. It is
 trained for masked next token prediction on Python's own documentation, saved, and opened again.
@@ -19,7 +19,7 @@ __all__ = ["SHIPPED", "held_out_and_training_topics", "paragraphs", "run"]
 
 
 def run(argv: list[str]) -> int:
-    """Show the whole way.
+    """Show every step.
 
     Returns:
         0 if the saved model opens again as it was, else 1.
@@ -51,8 +51,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="bidirect-patch demo",
         description="Make a causal model bidirectional, prove it, train it for masked next token prediction on "
-        "Python's own documentation, save it and open it again. Without --model it takes a tiny Llama that comes with "
-        "the package, no network, and less than two minutes on two cores.",
+        "Python's own documentation, save it and open it again. Without --model it uses a tiny Llama that comes with "
+        "the package, needs no network, and takes less than two minutes on two cores.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="another causal model, from the hub or a folder")

@@ -1,4 +1,4 @@
-"""What the demo shows, one part after another."""
+"""The parts of the demo, one after another."""
 
 import argparse
 import os

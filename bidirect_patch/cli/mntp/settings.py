@@ -17,7 +17,7 @@ class ModelArguments(CommonModelArguments):
     """Which model and tokenizer, how they are loaded, and the adapter to train."""
 
     gguf_file: str | None = field(default=None, metadata={"help": "Load this GGUF file of the model's folder."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "If it isn't the model's own."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it isn't the model's own."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data sets."})
@@ -35,7 +35,8 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Text (.txt), JSON lines (.json, .jsonl) or .csv."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "Share of the training texts to evaluate on if there are none for that."}
+        default=5,
+        metadata={"help": "Percentage of the training texts to evaluate on, if no texts for validation are given."},
     )
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Tokens per sequence. Default: the tokenizer's limit, at most 1024."}
@@ -78,7 +79,7 @@ class MNTPTrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(default=None, metadata={"help": "Where checkpoints and the result are written."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew though output_dir holds something, instead of resuming from it."}
+        default=False, metadata={"help": "Start anew even if output_dir holds something, instead of resuming from it."}
     )
 
 

@@ -63,7 +63,9 @@ class SimCSETrainingArguments(SentenceTransformerTrainingArguments):
     """sentence-transformers' training arguments, with what transformers' newest release no longer has."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Where the result is written."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write there though it holds something."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write to output_dir even if it holds something."}
+    )
 
 
 KINDS = (EncoderArguments, TextArguments, SimCSETrainingArguments)

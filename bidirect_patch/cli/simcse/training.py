@@ -16,7 +16,8 @@ def train(settings: Settings) -> None:
     trainer = _make_trainer(settings)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
-            "simcse merges the adapter into what it saves, and can't into shards: run it under DDP instead"
+            "simcse merges the adapter into the model that it saves, and can't do that with sharded weights: run it under "
+            "DDP instead"
         )
     result = trainer.train()
     trainer.save_model()
