@@ -23,7 +23,7 @@ from bidirect_patch.mntp.head import remove_mntp_head
 
 from .conftest import FAMILIES, SIZES, TRANSFORMERS, tiny_config, tiny_model
 
-VOCAB = SIZES["vocab_size"]
+VOCAB, MASK = SIZES["vocab_size"], 2
 LOSS_KWARGS = TRANSFORMERS >= Version("4.47")  # forward hands loss arguments on to the loss
 
 
@@ -36,7 +36,7 @@ def batch(share=0.4, shape=(3, 17), seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, shape, generator=generator)
     scored = torch.rand(shape, generator=generator) < share
-    return dict(input_ids=ids, labels=torch.where(scored, ids, -100))
+    return dict(input_ids=torch.where(scored, MASK, ids), labels=torch.where(scored, ids, -100))
 
 
 def pair(model, **kwargs):
