@@ -26,8 +26,14 @@ _HOME = {
 }
 __all__ = [*_HOME, "__version__"]
 
-# An adapter that was trained bidirectionally is known for one from now on, whenever PEFT is imported.
-register_post_import_hook(f"{__name__}.patch:install_hooks", "peft.peft_model")
+
+
+def _install_hooks(_: object) -> None:
+    import_module(f"{__name__}.checkpoints.hooks").install()
+
+
+# From now on, an adapter that was trained bidirectionally is known for one, whenever PEFT is imported.
+register_post_import_hook(_install_hooks, "peft.peft_model")
 
 if TYPE_CHECKING:
     from .mntp.collator import MNTPCollator as MNTPCollator

@@ -1,12 +1,44 @@
 """`import bidirect_patch.auto`: what is saved as bidirectional opens as bidirectional.
 
-After the import, on every transformers, `from_pretrained` of a checkpoint whose config says `is_causal: false` returns
-an enabled model, and an adapter that was trained bidirectionally enables the model that it is loaded onto, through PEFT
-or through transformers. Without the import the second only warns, once this package is in use.
+After the import, on every transformers, `from_pretrained` of a checkpoint whose config says `is_causal: false`, or that LLM2Vec
+saved, returns an enabled model, and an adapter that was trained bidirectionally enables the model that it is loaded onto,
+through PEFT or through transformers. Without the import there is only a warning, once this package is in use.
 """
 
-from .checkpoints import hooks
-from . import patch
+from typing import Any
 
-patch.install_hooks()
-hooks.enables = True
+import wrapt
+from transformers import PreTrainedModel
+
+from .checkpoints import hooks
+from .checkpoints.load import loaded_bidirectional, says_bidirectional
+from .patch import enable_bidirectional
+
+enables = True
+
+
+def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
+    if enables and loaded_bidirectional(model):
+        enable_bidirectional(model)
+    return result
+
+
+def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    model, where, _ = hooks.adapter_arguments(model, args, kwargs)
+    if enables and where is not None and says_bidirectional(where, **kwargs):
+        enable_bidirectional(model)
+    return result
+
+
+def _install_peft(module: Any) -> None:
+    wrapt.wrap_function_wrapper(module.PeftModel, "load_adapter", _load_adapter)
+
+
+hooks.install()
+hooks.warns = False
+wrapt.wrap_function_wrapper(PreTrainedModel, "from_pretrained", _load_model)
+wrapt.wrap_function_wrapper(PreTrainedModel, "load_adapter", _load_adapter)
+wrapt.register_post_import_hook(_install_peft, "peft.peft_model")

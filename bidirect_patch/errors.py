@@ -24,6 +24,10 @@ class AttentionMaskError(BidirectPatchError, ValueError):
     """An attention_mask or position_ids of a shape or kind that has no bidirectional meaning."""
 
 
+class ArgumentError(BidirectPatchError, TypeError):
+    """A forward was called with an argument too many, or with one argument twice."""
+
+
 class CacheError(BidirectPatchError, ValueError):
     """A KV cache was passed to a bidirectional model."""
 
@@ -62,3 +66,7 @@ class HeadError(BidirectPatchError, TypeError):
 
 class ConfigError(BidirectPatchError, ValueError):
     """A command's flags, JSON file or data can't be used."""
+
+
+class LabelLeakWarning(UserWarning):
+    """The labels of a bidirectional model stand unhidden in its input, so that it learns to copy them."""

@@ -1,128 +1,145 @@
 """The patch: make a model's attention bidirectional, undo it, ask for it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable
+from contextlib import ContextDecorator
+from enum import Enum
+from typing import Generic, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from .verify import verify as guards
+from .attention.handling import possible_handlings
+from .attention.labels import ModelWithLoss
+from .attention.plan import all_mixins, bidirectional_plans, causal_block_plans, loss_plans
+from .attention.model_forward import CausalBlock
 from .checkpoints import hooks
-from .swap import swap
-from .swap import modes as switch
 from .errors import OrderError, UnsupportedModelError
-from .model.find import Decoder, causal_flags, decoders
-from .attention.forms import Form, forms
-from .attention.forward import (
-    BidirectionalAttention,
-    BidirectionalModel,
-    BidirectionalPart,
-    ConfigView,
-    attention_attributes,
-    rebound_forward,
-    text_config,
-)
-from .attention.mirror import mirrored_buffer, triangular_buffers
+from .model.find import Decoder, decoders
+from .swap import modes
+from .swap.apply import Change, apply, commit, prepare
+from .swap.classes import Swapped, has_mixin, is_sharded
+from .swap.plan import Plan, record_of
+from .verify.late import Unverified, unverified_plan, verify_now
+from .verify.state import attends_both_ways, decoder_modules, has_any_patch, is_patched
+from .verify.verify import is_natively_bidirectional, verify
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
-    """Make every attention layer of `model` bidirectional, in place, and return `model`.
+    """Make every attention layer of `model` bidirectional, in place. Idempotent, like `model.train()`.
 
-    model: any nn.Module that holds a transformers decoder: a `*ForCausalLM`, a bare `*Model`, a PEFT, DDP or compiled
-        wrapper, your own module. Idempotent, like `model.train()`.
-    allow_partial: patch the attention layers of a hybrid too, whose other layers stay causal; `is_bidirectional` then
-        stays False. And take a model on trust of which nothing can be seen at work.
+    Each attention module and each model that makes the mask gets a dynamic subclass of its own class. No weight, config or
+    class is changed. While it is bidirectional, a model has no KV cache and no `generate`. What is done is verified once per
+    class on a small random model; weights on the meta device, and kernels of another device, at the first forward.
 
-    Each attention instance and the model that builds the mask get a dynamic subclass of their own class; no weight,
-    config or class is touched. While bidirectional there is no KV cache and no `generate`. The class is proven on a small
-    random model once; what can't run yet (weights on meta, a kernel of another device) is proven at its first forward.
+    Args:
+        model: any nn.Module that holds a transformers decoder: a `*ForCausalLM`, a bare `*Model`, a PEFT, DDP or compiled
+            wrapper, a module of your own.
+        allow_partial: patch the attention layers of a hybrid too, whose other layers stay causal (`is_bidirectional` then
+            stays False), and take a model on trust of which nothing can be seen at work.
 
-    Raises UnsupportedModelError, before anything is changed, if a layer can't be made bidirectional, naming it;
-    ModeConflictError if another thread needs the model causal; OrderError if it or a part of it is already sharded.
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: a layer can't be made bidirectional; the message names it. Nothing is changed, here and below.
+        ModeConflictError: another thread or task needs the model causal.
+        OrderError: the model or a part of it is already sharded.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> model = LlamaModel(LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        ...                                num_attention_heads=4))
+        >>> is_bidirectional(enable_bidirectional(model))
+        True
     """
     found = decoders(model)
-    with switch.lock:
-        _check(model, found, True)
-        _set(found, True, allow_partial)
+    with modes.lock:
+        _check_modes(found, True)
+        _enable(model, found, allow_partial)
     return model
 
 
 def disable_bidirectional(model: Model) -> Model:
-    """The exact way back from `enable_bidirectional`, in place; returns `model`. Idempotent.
+    """The exact way back from `enable_bidirectional`, in place. Idempotent.
 
-    Raises ForeignWrapperError if another tool swapped a module's class after us (fully_shard, parametrize), and
-    ModeConflictError if another thread needs the model bidirectional; nothing is changed then.
+    Args:
+        model: what `enable_bidirectional` was given, or a part of it that holds a decoder.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ForeignWrapperError: another tool changed a module's class after the patch (fully_shard, parametrize). Nothing is
+            changed, here and below.
+        ModeConflictError: another thread or task needs the model bidirectional.
+        OrderError: the model is bidirectional by its config, so that nothing here can make it causal.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> model = LlamaModel(LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        ...                                num_attention_heads=4))
+        >>> is_bidirectional(disable_bidirectional(enable_bidirectional(model)))
+        False
     """
     found = decoders(model)
-    with switch.lock:
-        _check(model, found, False)
-        _set(found, False)
+    with modes.lock:
+        _check_modes(found, False)
+        for decoder in found:
+            _check_not_native(decoder)
+        on = [decoder for decoder in found if _state(decoder) is not State.CAUSAL_BLOCK]
+        apply(remove=_patch_of(model, on))
     return model
 
 
-@contextmanager
-def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = False) -> Iterator[Model]:
-    """`with bidirectional(model):` for a block; the state found on entry is restored, after an exception too.
+def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = False) -> "Block[Model]":
+    """`with bidirectional(model):` makes a model bidirectional for a block. The state found on entry is brought back after it.
 
-    Blocks nest: `with bidirectional(model, enabled=False):` is a causal island (for `generate`) inside one, also in a model
-    that is bidirectional by its config. Threads and asyncio tasks may share a model in one mode; the last one out
-    restores what the first one found.
+    Blocks nest, and an exception ends them too. `with bidirectional(model, enabled=False):` is a causal block, for `generate`
+    for example, also in a model that is bidirectional by its config. Threads and asyncio tasks may share a model in one mode;
+    the last block to end brings back what the first one found. While one of them is in a causal block of a bidirectional
+    model, a forward of another one raises ModeConflictError.
+
+    Args:
+        model: as for `enable_bidirectional`.
+        enabled: whether the block is bidirectional or causal.
+        allow_partial: as for `enable_bidirectional`.
+
+    Returns:
+        A context manager, also usable as a decorator, that gives `model`. Entering it raises what `enable_bidirectional` and
+        `disable_bidirectional` raise.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> model = LlamaModel(LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        ...                                num_attention_heads=4))
+        >>> with bidirectional(model):
+        ...     is_bidirectional(model)
+        True
+        >>> is_bidirectional(model)
+        False
     """
-    found = decoders(model)
-    with switch.lock:
-        _check(model, found, enabled)
-        causal = {} if enabled else {id(d): _causal_config(model, d) for d in found}  # may raise, so before all else
-        modes = [_is_on(d) for d in found]
-        _set(found, enabled, allow_partial)
-        holders = [
-            switch.enter(d.module, enabled, partial(_undo, d, mode, _put(causal.get(id(d), ()))))
-            for d, mode in zip(found, modes)
-        ]
-    try:
-        yield model
-    finally:
-        with switch.lock:
-            for decoder, holder in zip(found, holders):
-                switch.leave(decoder.module, holder)
-
-
-def _undo(decoder: Decoder, mode: bool, configs: list[tuple[nn.Module, Any]]) -> None:
-    """What a block does to one decoder at its end."""
-    _put(configs)
-    _set([decoder], mode, True)
-
-
-def _causal_config(model: nn.Module, decoder: Decoder) -> list[tuple[nn.Module, Any]]:
-    """For an island in a model that is bidirectional by its config: which modules get which config in its stead."""
-    config = decoder.module.config
-    if not guards.natively_bidirectional(decoder):
-        return []
-    if decoder.builders or config is not text_config(config):
-        raise OrderError(
-            f"the config of {type(decoder.module).__name__} says is_causal: false, and the model around it reads that too, so "
-            "that no block can make it causal: load it with is_causal=True in its text config, then enable_bidirectional"
-        )
-    view = ConfigView(config, is_causal=True)
-    return [(module, view) for module in model.modules() if module.__dict__.get("config") is config]
-
-
-def _put(configs: Iterable[tuple[nn.Module, Any]]) -> list[tuple[nn.Module, Any]]:
-    """Give each module its config; those that they had."""
-    before = []
-    for module, config in configs:
-        before.append((module, module.__dict__["config"]))
-        module.__dict__["config"] = config
-    return before
+    return Block(model, enabled, allow_partial)
 
 
 def is_bidirectional(model: nn.Module) -> bool:
-    """Whether every layer of every decoder in `model` attends both ways: by this patch, or by a config that says
-    `is_causal: false` on a transformers that honours it for this architecture.
+    """Whether every layer of every decoder in `model` attends in both directions.
 
-    This reads state; `attention_report(model)` runs the model and looks.
+    By the patch, or by a config that asks for it (`is_causal: false`, Gemma's `use_bidirectional_attention`) on a transformers
+    that does so for this architecture. Every attention module and every model that makes a mask is looked at.
+    `attention_report(model)` runs the model instead.
+
+    Args:
+        model: as for `enable_bidirectional`.
+
+    Raises:
+        UnsupportedModelError: `model` is no nn.Module.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> is_bidirectional(LlamaModel(LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        ...                                         num_attention_heads=4)))
+        False
     """
     try:
         found = decoders(model)
@@ -130,130 +147,170 @@ def is_bidirectional(model: nn.Module) -> bool:
         if isinstance(model, nn.Module):
             return False
         raise
-    return all(not d.in_the_way and (_is_on(d) or guards.natively_bidirectional(d)) for d in found)
+    return all(map(attends_both_ways, found))
 
 
-def _is_on(decoder: Decoder) -> bool:
-    return swap.is_swapped(decoder.module, BidirectionalModel)
+class State(Enum):
+    """What a decoder is, as far as the patch goes."""
+
+    AS_LOADED = "as loaded"
+    BIDIRECTIONAL = "bidirectional"
+    CAUSAL_BLOCK = "in a causal block"
 
 
-def _check(model: nn.Module, found: list[Decoder], mode: bool) -> None:
+class Block(ContextDecorator, Generic[Model]):
+    """What `bidirectional` returns: enters a mode, and brings back the state found."""
+
+    def __init__(self, model: Model, enabled: bool, allow_partial: bool) -> None:
+        self.model, self.enabled, self.allow_partial = model, enabled, allow_partial
+        self._entered: list[tuple[Decoder, modes.Hold]] = []
+
+    def _recreate_cm(self) -> "Block[Model]":  # each call of a decorated function is a block of its own
+        return Block(self.model, self.enabled, self.allow_partial)
+
+    def __enter__(self) -> Model:
+        found = decoders(self.model)
+        if self._entered:
+            raise OrderError("this block is entered already: call bidirectional(model) anew for each `with`")
+        try:
+            with modes.lock:
+                _check_modes(found, self.enabled)
+                states = [_state(decoder) for decoder in found]
+                for decoder, state in zip(found, states):
+                    self._entered.append((decoder, modes.hold(decoder.module, self.enabled, state, self)))
+                if self.enabled:
+                    _enable(self.model, found, self.allow_partial)
+                else:
+                    commit([change for decoder in found for change in _to_causal_block(self.model, decoder)])
+        except BaseException:
+            self._leave()
+            raise
+        return self.model
+
+    def __exit__(self, *exception: object) -> None:
+        interrupt = None
+        while self._entered:
+            try:
+                self._leave()
+            except KeyboardInterrupt as error:  # the model is brought back first
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _leave(self) -> None:
+        """Bring back what each decoder was, whatever happens to the others."""
+        errors: list[Exception] = []
+        with modes.lock:
+            while self._entered:
+                decoder, hold = self._entered[-1]
+                try:
+                    state = modes.to_restore(decoder.module, hold)
+                    if state is not None:
+                        _bring_back(self.model, decoder, state)
+                except Exception as error:
+                    errors.append(error)
+                modes.release(decoder.module, hold)
+                self._entered.pop()
+        if errors:
+            raise errors[0]
+
+
+def _state(decoder: Decoder) -> State:
+    if has_mixin(decoder.module, CausalBlock):
+        return State.CAUSAL_BLOCK
+    return State.BIDIRECTIONAL if is_patched(decoder) else State.AS_LOADED
+
+
+def _check_modes(found: list[Decoder], mode: bool) -> None:
     for decoder in found:
-        switch.check(decoder.module, mode, _is_on(decoder))
-    if mode and not all(map(_is_on, found)):
-        _check_not_sharded(model)
+        modes.check(decoder.module, mode, _state(decoder) is State.BIDIRECTIONAL)
 
 
-def _set(found: list[Decoder], mode: bool, allow_partial: bool = False) -> None:
-    changing = [d for d in found if _is_on(d) != mode]
+def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None:
+    """Check, verify, plan, apply; for those decoders that aren't wholly bidirectional yet."""
+    changing = [decoder for decoder in found if not is_patched(decoder)]
     if not changing:
         return
-    if mode:
-        _enable(changing, allow_partial)
-    else:
-        _disable(changing)
-
-
-def _enable(found: list[Decoder], allow_partial: bool) -> None:
-    for decoder in found:
-        if decoder.in_the_way and not allow_partial:
-            raise UnsupportedModelError(
-                f"{type(decoder.module).__name__} can't be made fully bidirectional, since this mixes tokens by other means "
-                f"than causal attention: {'; '.join(decoder.in_the_way)}. "
-                "allow_partial=True patches its attention layers all the same"
-            )
-    proven = [guards.prove(d, _enable_small) for d in found]
-    install_hooks()
-    _swap(found, [form or forms(d)[0] for d, form in zip(found, proven)])
+    _check_supported(changing, allow_partial)
+    _check_not_sharded(model)
+    handlings = [verify(decoder) for decoder in changing]
+    hooks.install()
+    add: list[tuple[nn.Module, Plan]] = []
+    for decoder, handling in zip(changing, handlings):
+        add += bidirectional_plans(decoder, handling or possible_handlings(decoder)[0])
+        if handling is None and not allow_partial:
+            add.append(unverified_plan(decoder))
+    leftovers = _patch_of(model, changing)
+    apply([*add, *loss_plans(model)], leftovers)
     try:
-        for decoder, form in zip(found, proven):
-            if form is None and not allow_partial and not guards.prove_itself(decoder):
-                guards.subject(decoder).__dict__["_bidirect_patch_proof"] = _prove_at_first_forward
+        for decoder, handling in zip(changing, handlings):
+            if handling is None and not allow_partial:
+                verify_now(decoder.outermost, even_on_meta=False)
     except BaseException:
-        _disable(found)
+        apply(remove=_patch_of(model, changing))
         raise
 
 
-def install_hooks(_: Any = None) -> None:
-    """Put the hooks on generate, save and load in place, once; here, so that imports go one way."""
-    hooks.install(enable_bidirectional, is_bidirectional)
+def _patch_of(model: nn.Module, going: list[Decoder]) -> list[tuple[nn.Module, type[Swapped]]]:
+    """All that the patch put on modules for the decoders in `going`, and around them if no other decoder keeps it."""
+    modules = {id(module): module for decoder in going for module in decoder_modules(decoder)}
+    staying = [decoder for decoder in decoders(model) if id(decoder.module) not in modules and has_any_patch(decoder)]
+    if not staying:
+        modules |= {id(module): module for module in model.modules()}
+    kept = {id(module) for decoder in staying for module in decoder_modules(decoder)}
+    ours = {*all_mixins(), Unverified}
+    return [
+        (module, plan.mixin)
+        for key, module in modules.items()
+        if key not in kept and (record := record_of(module)) is not None
+        for plan in record.plans
+        if plan.mixin in ours
+    ]
 
 
-def _prove_at_first_forward(model: nn.Module) -> bool:
-    """The proof that enabling had to leave out, on what can run by now; False if still nothing could be seen."""
-    seen = True
-    for decoder in (d for d in decoders(model) if guards.subject(d) is model):
-        form = guards.prove(decoder, _enable_small, anyhow=True)
-        if form is None:
-            seen = guards.prove_itself(decoder) and seen
-            continue
-        for module in (decoder.module, *decoder.builders):
-            module.__dict__["_bidirect_patch_form"] = form
-        for _, attention, reach in decoder.attentions:
-            attention.__dict__.update(attention_attributes(decoder, attention, reach, form))
-    return seen
+def _to_causal_block(model: nn.Module, decoder: Decoder) -> list[Change]:
+    """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
+    if _state(decoder) is State.CAUSAL_BLOCK or not (has_any_patch(decoder) or is_natively_bidirectional(decoder)):
+        return []
+    plans = list(causal_block_plans(model, decoder))
+    keeps = {ModelWithLoss}
+    return prepare(plans, [(module, mixin) for module, mixin in _patch_of(model, [decoder]) if mixin not in keeps])
 
 
-def _enable_small(small: nn.Module, cls: type, form: Form) -> None:
-    found = decoders(small)
-    _swap(found, [form if type(d.module) is cls else forms(d)[0] for d in found])
+def _bring_back(model: nn.Module, decoder: Decoder, state: State) -> None:
+    """Bring one decoder to the state that a block found."""
+    if state is State.BIDIRECTIONAL:
+        _enable(model, [decoder], True)
+    elif state is State.CAUSAL_BLOCK:
+        commit(_to_causal_block(model, decoder))
+    else:
+        apply(remove=_patch_of(model, [decoder]))
 
 
-def _swap(found: list[Decoder], their_forms: list[Form]) -> None:
-    # all of them before the first: one may raise, and one builder may serve two decoders
-    steps = {id(step.module): step for decoder, form in zip(found, their_forms) for step in _steps(decoder, form)}
-    for step in steps.values():
-        swap.swap(step.module, step.mixin, step.attributes, step.buffers)
-
-
-class _Step(NamedTuple):
-    """What enabling does to one module."""
-
-    module: nn.Module
-    mixin: type[swap.Swapped]
-    attributes: dict[str, Any]
-    buffers: dict[str, Tensor]
-
-
-def _steps(decoder: Decoder, form: Form) -> Iterator[_Step]:
-    for _, attention, reach in decoder.attentions:
-        cls = swap.subclass(type(attention), BidirectionalAttention)
-        attributes = {**attention_attributes(decoder, attention, reach, form), **rebound_forward(attention, cls)}
-        yield _Step(attention, BidirectionalAttention, attributes, _mirrored(attention))
-        for part in attention.modules():
-            flags, buffers = dict.fromkeys(causal_flags(part), False), _mirrored(part)
-            if part is not attention and (flags or buffers):
-                yield _Step(part, BidirectionalPart, flags, buffers)
-    for module in (decoder.module, *decoder.builders):
-        if not swap.is_swapped(module, BidirectionalModel):
-            cls = swap.subclass(type(module), BidirectionalModel)
-            attributes = {"_bidirect_patch_reaches": decoder.reaches, "_bidirect_patch_form": form, "_bidirect_patch_proof": None}
-            attributes |= {**dict.fromkeys(causal_flags(module), False), **rebound_forward(module, cls)}
-            yield _Step(module, BidirectionalModel, attributes, _mirrored(module))
-
-
-def _mirrored(module: nn.Module) -> dict[str, Tensor]:
-    if any(buffer.is_meta for buffer in triangular_buffers(module).values()):
-        raise OrderError(f"{type(module).__name__} keeps its causal mask in a buffer, which is on meta: load the model first")
-    return {name: mirrored_buffer(buffer) for name, buffer in triangular_buffers(module).items()}
-
-
-def _disable(found: list[Decoder]) -> None:
-    models = [m for d in found for m in (d.module, *d.builders)]
-    parts = [p for d in found for _, a, _ in d.attentions for p in a.modules()]
-    mixins = (BidirectionalModel, BidirectionalAttention, BidirectionalPart)
-    undo = {id(m): (m, mixin) for m in (*models, *parts) for mixin in mixins if swap.is_swapped(m, mixin)}
-    for module, mixin in undo.values():
-        swap.check_restorable(module, mixin)
-    for module, mixin in undo.values():
-        swap.restore(module, mixin)
+def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:
+    for decoder in found:
+        if decoder.unsupported_layers and not allow_partial:
+            raise UnsupportedModelError(
+                f"{type(decoder.module).__name__} can't be made fully bidirectional, since this mixes tokens by other means than "
+                f"causal attention: {'; '.join(decoder.unsupported_layers)}. allow_partial=True patches its attention layers all "
+                "the same"
+            )
 
 
 def _check_not_sharded(model: nn.Module) -> None:
     # One rule for both kinds of FSDP and for every part that was sharded, though not every mixture would go wrong.
     for name, module in model.named_modules():
-        if swap.is_sharded(type(module)):
+        if is_sharded(type(module)):
             raise OrderError(
                 f"{f'{name} ({type(module).__name__})' if name else type(module).__name__} is already sharded by FSDP: call "
                 "enable_bidirectional(model) first, then shard"
             )
+
+
+def _check_not_native(decoder: Decoder) -> None:
+    if _state(decoder) is not State.CAUSAL_BLOCK and is_natively_bidirectional(decoder):
+        raise OrderError(
+            f"{type(decoder.module).__name__} is bidirectional by its config, so that undoing the patch would not make it causal: "
+            "load it with is_causal=True (Gemma: use_bidirectional_attention=False), or use a causal block, `with "
+            "bidirectional(model, enabled=False):`"
+        )

@@ -1,8 +1,8 @@
-"""SDPA over a packed row, document by document.
+"""SDPA over a packed row, sequence by sequence.
 
-On a CPU, SDPA over one row of many documents computes every pair of positions, and a mask throws most of them away. So
-the mask of a packed row carries the documents' lengths to the one call that can use them. To everything else that a
-model does with it, it is the plain mask.
+On a CPU, SDPA over one row of many sequences computes every pair of positions, and a mask throws most of them away. So the
+mask of a packed row carries the lengths of its sequences to the one call that can use them. To everything else that a model
+does with it, it is the plain mask.
 """
 
 from itertools import groupby
@@ -12,51 +12,41 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..model.span import Span
+from .sequences import Sequences, in_window, is_graph_captured
+
 # What one more call of SDPA costs, in pairs of positions: forward and backward on a CPU, heads of 64, as measured.
 PAIRS_PER_CALL = 2048
 
 
-class Documents(NamedTuple):
-    """The documents of a packed row, one behind the other."""
+class Lengths(NamedTuple):
+    """The sequences of a packed row, one behind the other."""
 
-    lengths: list[int]
-    bands: dict[int, Tensor | None]  # by length: bool (length, length), what its window leaves visible; None: everything
-
-
-def documents_of(numbers: Tensor, window: int | None) -> Documents | None:
-    """The documents of a row, where running each alone is the faster way; else None.
-
-    numbers: int (batch, length), which document each position belongs to. window: |q-k| < window within each.
-    """
-    if numbers.shape[0] != 1 or numbers.device.type != "cpu":  # on a GPU a call costs more, and FlashAttention has varlen
-        return None
-    lengths = [len(list(run)) for _, run in groupby(numbers[0].tolist())]
-    saved = sum(lengths) ** 2 - sum(n * n for n in lengths)
-    if saved <= PAIRS_PER_CALL * len(lengths):
-        return None
-    return Documents(lengths, {n: _band(n, window) for n in set(lengths)})
+    lengths: list[int]  # tokens per sequence
+    windows: dict[int, Tensor | None]  # by length: bool (length, length), what a window leaves visible; None: everything
 
 
-def _band(length: int, window: int | None) -> Tensor | None:
-    if window is None or length <= window:
-        return None
-    index = torch.arange(length)
-    return (index[:, None] - index[None, :]).abs() < window
+class PackedMasks(Tensor):
+    """A mask (1, spans, length, length) that knows the sequences of its row; see `pick`."""
+
+    by_span: list[Lengths | None]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed of it is a plain tensor
 
 
 class PackedMask(Tensor):
-    """A mask (1, 1, length, length) with which SDPA runs once for each document."""
+    """A mask (1, 1, length, length) with which SDPA runs once per sequence."""
 
-    documents: Documents
+    sequences: Lengths
 
     @classmethod
-    def of(cls, mask: Tensor, documents: Documents) -> "PackedMask":
+    def of(cls, mask: Tensor, sequences: Lengths) -> "PackedMask":
+        """`mask` as a PackedMask; the data is shared."""
         packed = mask.as_subclass(cls)
-        packed.documents = documents
+        packed.sequences = sequences
         return packed
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's protocol
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func is scaled_dot_product_attention:
@@ -64,7 +54,50 @@ class PackedMask(Tensor):
             out = func(*args, **kwargs)
             # Models cut a mask to the number of keys, which cuts nothing off here.
             whole = func is Tensor.__getitem__ and out.shape == args[0].shape
-        return cls.of(out, args[0].documents) if whole else out
+        return cls.of(out, args[0].sequences) if whole else out
+
+
+def with_lengths(mask: Tensor, sequences: Sequences, spans: tuple[Span, ...]) -> Tensor:
+    """`mask`, which carries the lengths of the row's sequences where running each alone is faster."""
+    if sequences.number is None or sequences.real is not None or is_graph_captured():
+        return mask
+    by_span = [lengths_of(sequences.chunked(span.chunk), span.window) for span in spans]
+    if not any(by_span):
+        return mask
+    masks = mask.as_subclass(PackedMasks)
+    masks.by_span = by_span
+    return masks
+
+
+def pick(mask: Tensor, span: int, channels: Tensor) -> Tensor:
+    """`channels`, what `mask` holds for the span with this index, as a PackedMask where `mask` knows the sequences."""
+    if not isinstance(mask, PackedMasks):
+        return channels
+    sequences = mask.by_span[span]
+    return channels if sequences is None else PackedMask.of(channels, sequences)
+
+
+def lengths_of(numbers: Tensor, window: int | None) -> Lengths | None:
+    """The sequences of a row, where running each alone is faster; else None.
+
+    Args:
+        numbers: (batch, length), int, which sequence each position belongs to.
+        window: |q - k| < window within each.
+    """
+    if numbers.shape[0] != 1 or numbers.device.type != "cpu":  # on a GPU a call costs more, and FlashAttention is there
+        return None
+    lengths = [len(list(run)) for _, run in groupby(numbers[0].tolist())]
+    saved = sum(lengths) ** 2 - sum(n * n for n in lengths)
+    if saved <= PAIRS_PER_CALL * len(lengths):
+        return None
+    return Lengths(lengths, {n: _window(n, window) for n in set(lengths)})
+
+
+def _window(length: int, window: int | None) -> Tensor | None:
+    if window is None or length <= window:
+        return None
+    index = torch.arange(length)
+    return in_window(index[:, None], index[None, :], window)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,6 +107,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
         x.dim() != 4 or x.shape[0] != 1 or x.shape[2] != attn_mask.shape[-1] for x in rows
     ):
         return scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
-    lengths, bands = attn_mask.documents
+    lengths, windows = attn_mask.sequences
     parts = zip(*(x.split(lengths, dim=2) for x in rows))
-    return torch.cat([scaled_dot_product_attention(q, k, v, bands[q.shape[2]], *args, **kwargs) for q, k, v in parts], 2)
+    outs = [scaled_dot_product_attention(q, k, v, windows[q.shape[2]], *args, **kwargs) for q, k, v in parts]
+    return torch.cat(outs, 2)

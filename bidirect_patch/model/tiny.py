@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import BackendError, UnsupportedModelError
-from ..swap.swap import original
+from ..swap.classes import original
 
 HEADS, HEAD_DIM, VOCAB, POSITIONS, EXPERTS, WINDOW = 4, 16, 256, 256, 4, 4
 

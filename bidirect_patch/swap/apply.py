@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ForeignWrapperError
 from .classes import RECORD, Swapped, original, subclass
-from .instance_forward import rebound
+from .instance_forward import FORWARDS, Rebound, rebound
 from .plan import Plan, Record, buffers_before_patch, record_of
 
 
@@ -78,10 +78,15 @@ def commit(changes: list[Change]) -> None:
 
 def _change(module: nn.Module, plans: tuple[Plan, ...]) -> Change:
     record = record_of(module) or Record()
-    if record.plans:
-        check_class(module)
-    cls = subclass(original(type(module)), [plan.mixin for plan in plans]) if plans or record.plans else type(module)
-    forward = rebound(module, cls)
+    mixins = [plan.mixin for plan in plans]
+    if set(mixins) == {plan.mixin for plan in record.plans}:  # nothing but settings: another tool's class on top may stay
+        cls = type(module)
+        forward = Rebound({n: module.__dict__[n] for n in FORWARDS if n in record.names and n in module.__dict__})
+    else:
+        if record.plans:
+            check_class(module)
+        cls = subclass(original(type(module)), mixins)
+        forward = rebound(module, cls)
     attributes = {name: value for plan in plans for name, value in plan.attributes.items()} | forward.attributes
     buffers = {name: value for plan in plans for name, value in plan.buffers.items()}
     if not plans:  # the very object that was there before, if there was one

@@ -15,6 +15,7 @@ from ..errors import OrderError
 from .classes import class_of_forward, original
 
 _HOOK = "_old_forward"
+FORWARDS = ("forward", _HOOK)  # names under which a forward may stand on an instance
 
 
 def _chain(function: Any) -> Iterator[Any]:

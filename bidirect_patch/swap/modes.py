@@ -21,11 +21,10 @@ class Hold:
     """One `with bidirectional(...)` block on one decoder."""
 
     mode: bool  # what the block asked for
-    found: bool  # the mode to bring back
+    found: Any  # the state to bring back
     owner: Owner
     thread: "weakref.ref[threading.Thread]"
     block: "weakref.ref[Any]"  # the block itself: a block that is gone holds nothing
-    is_over: bool = False
 
     @property
     def is_alive(self) -> bool:
@@ -92,31 +91,32 @@ def check_caller(decoder: nn.Module) -> None:
         )
 
 
-def hold(decoder: nn.Module, mode: bool, found: bool, block: Any) -> Hold:
+def hold(decoder: nn.Module, mode: bool, found: Any, block: Any) -> Hold:
     """Register a block. Call it with `lock` held, after `check`."""
     new = Hold(mode, found, _owner(), weakref.ref(threading.current_thread()), weakref.ref(block))
     state_of(decoder).holds.append(new)
     return new
 
 
-def release(decoder: nn.Module, hold: Hold) -> bool | None:
-    """Unregister a block. The mode to bring back now, or None if a later block is still open, which then brings it back.
+def to_restore(decoder: nn.Module, hold: Hold) -> Any:
+    """What to bring back when this block ends, or None if a later block is still open, which then brings it back.
 
     Blocks of other threads, of other tasks and of generators need not end in the order in which they began. Call it with
-    `lock` held; a second call for one block changes nothing.
+    `lock` held.
     """
     holds = state_of(decoder).holds
-    if hold.is_over:
-        return None
-    hold.is_over = True
-    if hold not in holds:  # its thread is gone
-        return None if holds else hold.found
-    at = holds.index(hold)
-    del holds[at]
-    if at == len(holds):
-        return hold.found
-    holds[at].found = hold.found
-    return None
+    is_last = holds[-1] is hold if hold in holds else not holds  # not among them: its thread is gone
+    return hold.found if is_last else None
+
+
+def release(decoder: nn.Module, hold: Hold) -> None:
+    """Unregister a block; a later one that is still open will bring back what this one found. Call it with `lock` held."""
+    holds = state_of(decoder).holds
+    if hold in holds:
+        at = holds.index(hold)
+        if at + 1 < len(holds):
+            holds[at + 1].found = hold.found
+        del holds[at]
 
 
 def _owner() -> Owner:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttentionMaskError, StillCausalError, UnseenLayersError, UnsupportedModelError
-from ..model.find import parameter_names
+from ..model.facts import parameter_names
 from ..model.tiny import pretrained
 
 LONGEST = 128  # tokens of the random text at most

@@ -1,0 +1,165 @@
+"""An attention module: it takes the mask of its own span, and is not causal."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AttentionMaskError, OrderError
+from ..model.config import backend_of
+from ..model.facts import CROSS_ATTENTION, bias_parameter, mask_parameter, parameter_names, takes_any_keyword
+from ..swap.classes import Swapped, set_forward
+from ..swap.plan import settings_of
+from . import trust
+from .flash import are_sequence_numbers, how_to_run
+from .handling import MaskHandling
+from .masked_positions import MaskedPositions
+from .mirror import mirrored_bias, mirrored_mask
+from .ready_mask import pick
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What the patch knows of one attention module."""
+
+    span: int  # which of the decoder's spans
+    spans: int  # how many there are
+    config: Any  # the decoder's, for modules that keep none
+    handling: MaskHandling
+    omits_mask_on: tuple[str, ...]  # backends on which the module sees everything without a mask
+    needs_shorter_window: bool  # FlashAttention would have to be given a window one shorter, and isn't
+    compares_positions: bool  # a part of it finds the past by position_ids
+
+
+class BidirectionalAttention(Swapped):
+    """An attention module, while it is bidirectional."""
+
+    note = "bidirectional"
+
+    @classmethod
+    def build(cls, below: type, original: type) -> None:
+        """See `Swapped.build`."""
+        call = _Call(original)
+
+        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            settings = settings_of(self, AttentionSettings)
+            if settings is None:  # another thread changed the mode meanwhile
+                return inner(self, *args, **kwargs)
+            args, kwargs = call.arguments(self, settings, args, kwargs)
+            return inner(self, *args, **kwargs)
+
+        set_forward(cls, forward, below, BidirectionalAttention)
+        if hasattr(original, "_upad_input"):  # FlashAttention before 4.43: the only place that sets cu_seqlens
+            cls._upad_input = _upad_input  # type: ignore[attr-defined]  # as the original has it
+
+
+class BidirectionalPart(Swapped):
+    """A part of an attention module that holds a causal flag or a triangular buffer; its methods stay as they are."""
+
+    note = "bidirectional"
+
+
+class _Call:
+    """How a class of attention modules is called, and with which arguments its forward is bidirectional."""
+
+    def __init__(self, original: type) -> None:
+        self.names = parameter_names(original)
+        self.mask_name = mask_parameter(original)
+        self.bias_name = bias_parameter(original)
+        # Beside the mask, a matrix (n, n) that is 1 where the future is: CTRL until 5.2.
+        self.future_name = "mask" if {"mask", "attention_mask"} <= set(self.names) else None
+        self.takes_any_keyword = takes_any_keyword(original)
+        self.plans_its_own_padding = hasattr(original, "_upad_input")
+
+    def arguments(
+        self, module: Any, settings: AttentionSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which the module's own forward is bidirectional."""
+        if any(self.given(args, kwargs, name) is not None for name in CROSS_ATTENTION):
+            return args, kwargs  # attention to another sequence is not causal
+        backend = backend_of(getattr(module, "config", settings.config))
+        mask = self.given(args, kwargs, self.mask_name)
+        new: dict[str, Any] = {}
+        if backend == "flash":
+            mask, new = self._flash(settings, mask)
+        elif mask is not None:
+            mask = _own_mask(settings, mask, backend)
+        elif backend == "sdpa" and not settings.handling.sees_all_without_mask:  # it takes None for causal
+            hidden = self._hidden(args, kwargs)
+            mask = hidden.new_zeros(()).expand(hidden.shape[0], 1, hidden.shape[1], hidden.shape[1])
+        bias = self.given(args, kwargs, self.bias_name)
+        if isinstance(bias, Tensor) and bias.shape[-2] == 1 and self.bias_name:
+            # A mask per head has the bias in it already.
+            merged = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
+            length = self._hidden(args, kwargs).shape[1]
+            new[self.bias_name] = torch.zeros_like(bias) if merged else mirrored_bias(bias, length)
+        if kwargs.get("is_causal") is not None:  # from the config, which may say True
+            new["is_causal"] = False
+        future = self.given(args, kwargs, self.future_name)
+        if isinstance(future, Tensor) and self.future_name:
+            new[self.future_name] = torch.minimum(future, future.mT)
+        if settings.compares_positions and isinstance(mask, Tensor) and mask.dim() == 4:
+            new["position_ids"] = MaskedPositions.of(mask)
+        if self.mask_name:
+            new[self.mask_name] = mask
+        args = tuple(new.pop(name, value) for name, value in zip(self.names, args)) + args[len(self.names) :]
+        return args, {**kwargs, **new}
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> Any:
+        """The argument `name` of a call, None if it isn't given."""
+        if name is None or name not in self.names:
+            return None
+        at = self.names.index(name)
+        return args[at] if len(args) > at else kwargs.get(name)
+
+    def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return args[0] if args else kwargs[self.names[0]]
+
+    def _flash(self, settings: AttentionSettings, mask: Any) -> tuple[Any, dict[str, Any]]:
+        if settings.needs_shorter_window:
+            raise OrderError(
+                "attn_implementation was changed to FlashAttention on a bidirectional model with a sliding window, which this "
+                "transformers counts differently there: disable_bidirectional, change it, enable_bidirectional"
+            )
+        if not are_sequence_numbers(mask):
+            return mask, {}
+        run = how_to_run(mask, settings.span)
+        if run.positions is None:
+            return run.mask, {}
+        if self.plans_its_own_padding:
+            return mask, {}
+        if self.takes_any_keyword:
+            return None, {
+                "position_ids": run.positions,
+                "cu_seq_lens_q": run.cu_seq_lens,
+                "cu_seq_lens_k": run.cu_seq_lens,
+                "max_length_q": run.max_length,
+                "max_length_k": run.max_length,
+            }
+        if not bool((torch.diff(run.positions, dim=-1) < 0).any()):
+            raise AttentionMaskError(
+                "packed sequences of one token each can't be told apart by FlashAttention in this transformers: use "
+                "attn_implementation='sdpa' or transformers 4.47 or newer"
+            )
+        return None, {"position_ids": run.positions}
+
+
+def _own_mask(settings: AttentionSettings, mask: Any, backend: str) -> Any:
+    """The module's mask out of what its model handed on."""
+    if settings.handling.kind != "ready":
+        return mirrored_mask(mask, settings.handling.inverted)
+    if not trust.mask_is_ours():
+        return mirrored_mask(pick(mask, settings.span, settings.spans, False))
+    return pick(mask, settings.span, settings.spans, backend in settings.omits_mask_on)
+
+
+def _upad_input(self: Any, query: Any, key: Any, value: Any, attention_mask: Tensor, query_length: int) -> Any:
+    """Boundaries of packed sequences, where transformers' own code knows only padding. q, k, v: (batch, length, heads, dim)."""
+    settings = settings_of(self, AttentionSettings)
+    if attention_mask.dim() == 2 or settings is None:
+        return self._original._upad_input(self, query, key, value, attention_mask, query_length)
+    run = how_to_run(attention_mask, settings.span)
+    flat = [x.flatten(0, 1) for x in (query, key, value)]
+    indices = torch.arange(query.shape[0] * query.shape[1], device=query.device)
+    return *flat, indices, (run.cu_seq_lens,) * 2, (run.max_length,) * 2

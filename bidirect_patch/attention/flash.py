@@ -1,0 +1,85 @@
+"""FlashAttention: it takes a 2D mask for padding, or boundaries (cu_seq_lens) for packed rows, never a dense mask.
+
+What travels from the model to its attention modules are the numbers of sequences, int32 (batch, spans, 1, length), -1 for
+padding. `how_to_run` makes of one span's numbers what a module is called with.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import AttentionMaskError
+from ..model.span import Span
+from .sequences import Sequences, is_graph_captured, run_starts
+
+
+def sequence_numbers(sequences: Sequences, spans: tuple[Span, ...]) -> Tensor | None:
+    """int32 (batch, spans, 1, length), or None where nothing is hidden.
+
+    Raises:
+        AttentionMaskError: padding in the middle of a sequence beside a window, which FlashAttention counts in real tokens.
+    """
+    if sequences.hide_nothing(spans):
+        return None
+    real = sequences.real
+    if real is not None and sequences.number is None and any(span.hides_within(sequences.length) for span in spans):
+        ends = real[:, :-1] & ~real[:, 1:]
+        windowed = any(span.window is not None for span in spans)
+        if windowed and bool((ends.sum(-1) + real[:, -1] > 1).any()):
+            raise AttentionMaskError(
+                "attention_mask has padding in the middle of a row and the model a sliding window, which FlashAttention would "
+                "count in real tokens: put padding at an end, or use attn_implementation='sdpa'"
+            )
+    rows = []
+    for span in spans:
+        # From 0 on in each row: older models drop a mask that holds no 0.
+        number = run_starts(sequences.chunked(span.chunk)).cumsum(-1) - 1
+        rows.append(number if real is None else number.masked_fill(~real, -1))
+    return torch.stack(rows, 1)[:, :, None].to(torch.int32)
+
+
+def are_sequence_numbers(mask: object) -> bool:
+    """Whether a mask is what `sequence_numbers` made."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == 1
+
+
+@dataclass(frozen=True)
+class FlashCall:
+    """How FlashAttention runs over one batch: by a 2D mask if rows are only padded, by boundaries if they are packed."""
+
+    mask: Tensor | None  # int32 (batch, length), 0 for padding
+    cu_seq_lens: Tensor | None = None  # int32 (sequences + 1,), over the rows one behind the other; padding is one too
+    max_length: int = 0  # tokens of the longest sequence
+    positions: Tensor | None = None  # int64 (batch, length), from 0 in each sequence
+
+
+_calls: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the layers of one forward share a tensor of numbers
+
+
+def how_to_run(numbers: Tensor, span: int) -> FlashCall:
+    """How a layer of the span with this index runs. Worked out once per tensor of numbers (batch, spans, 1, length)."""
+    if is_graph_captured():
+        return _call(numbers[:, span, 0])
+    if numbers not in _calls:
+        _calls[numbers] = [_call(numbers[:, i, 0]) for i in range(numbers.shape[1])]
+    return _calls[numbers][span]
+
+
+def _call(numbers: Tensor) -> FlashCall:
+    if int(numbers.max()) <= 0:
+        return FlashCall((numbers >= 0).to(torch.int32))
+    batch, length = numbers.shape
+    first = run_starts(numbers)
+    if int((first & (numbers >= 0)).sum()) != sum(len(torch.unique(row[row >= 0])) for row in numbers):
+        raise AttentionMaskError(
+            "attention_mask has padding in the middle of a packed sequence, which FlashAttention can't skip: put padding "
+            "between sequences, or use attn_implementation='sdpa'"
+        )
+    begins = first.flatten().nonzero().flatten().to(torch.int32)
+    boundaries = pad(begins, (0, 1), value=batch * length)
+    index = torch.arange(length, device=numbers.device).expand(batch, length)
+    positions = index - torch.where(first, index, 0).cummax(-1).values
+    return FlashCall(None, boundaries, int(torch.diff(boundaries).max()), positions)

@@ -1,0 +1,62 @@
+"""Masks for FlexAttention: BlockMasks.
+
+The mask function reads its tensors at the key's index only, and compares the query's index with what they hold: torch's
+compiler for CPUs can't read a captured tensor at the query's index once it has seen several lengths.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from ..model.span import Span
+from .sequences import Sequences, in_window, run_starts
+
+
+class SpanBlockMasks(BlockMask):
+    """A BlockMask that carries those of a decoder's other spans, since a BlockMask has no channels."""
+
+    by_span: list[BlockMask]
+
+
+def block_masks(sequences: Sequences, spans: tuple[Span, ...]) -> BlockMask:
+    """The BlockMask of the only span, or a `SpanBlockMasks`."""
+    masks = [_block_mask(sequences, span) for span in spans]
+    if len(masks) == 1:
+        return masks[0]
+    first = _block_mask(sequences, spans[0])
+    first.__class__ = SpanBlockMasks
+    first.by_span = masks
+    return first
+
+
+def _block_mask(sequences: Sequences, span: Span) -> Any:
+    first, last = _seen_by(sequences, span)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (first[b, k] <= q) & (q < last[b, k])
+        return seen if span.window is None else seen & in_window(q, k, span.window)
+
+    return create_block_mask(
+        visible, sequences.batch, None, sequences.length, sequences.length, device=sequences.device
+    )
+
+
+def _seen_by(sequences: Sequences, span: Span) -> tuple[Tensor, Tensor]:
+    """int64 (batch, length) twice: each key is seen by the queries from the first number up to, not with, the second.
+
+    Padding belongs to the sequence before it, and at the left end of a row to the first one, so that padded queries see
+    something. A padded key is seen by nobody, but in a row of padding alone.
+    """
+    length = sequences.length
+    number = sequences.chunked(span.chunk)
+    begins = run_starts(number)
+    index = torch.arange(length, device=sequences.device).expand_as(number)
+    first = torch.where(begins, index, 0).cummax(-1).values
+    after = torch.where(begins, index, length).flip(-1).cummin(-1).values.flip(-1)  # the next beginning, from here on
+    last = torch.cat([after[:, 1:], torch.full_like(after[:, :1], length)], 1)
+    if sequences.real is None:
+        return first, last
+    hidden = ~sequences.real & sequences.real.any(-1, keepdim=True)
+    return first, torch.where(hidden, first, last)

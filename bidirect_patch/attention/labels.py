@@ -1,0 +1,65 @@
+"""A warning where a bidirectional model is trained on labels that it can read off its own input."""
+
+import warnings
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from ..errors import LabelLeakWarning
+from ..swap.classes import Swapped, has_mixin, set_forward
+from .model_forward import BidirectionalModel
+from .sequences import is_graph_captured
+
+IGNORED = -100
+_ENOUGH = 4  # scored tokens to judge by: of MNTP's, one in ten stays as it is by chance
+
+_judged: "WeakSet[nn.Module]" = WeakSet()
+
+
+class ModelWithLoss(Swapped):
+    """A model around the decoder that computes a loss: warns once of labels that leak, and else does what it did."""
+
+    rank = 10
+
+    @classmethod
+    def build(cls, below: type, original: type) -> None:
+        """See `Swapped.build`."""
+
+        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            labels = kwargs.get("labels")
+            if labels is not None:
+                warn_if_labels_leak(self, args[0] if args else kwargs.get("input_ids"), labels)
+            return inner(self, *args, **kwargs)
+
+        set_forward(cls, forward, below, ModelWithLoss)
+
+
+def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
+    """Warn, once per model, if every scored token stands unhidden in the input.
+
+    A position sees both sides, so it sees the token that it must name, and training teaches it to copy. The first batch with
+    enough scored tokens decides; later ones cost nothing.
+
+    Args:
+        model: whose labels they are.
+        input_ids: (batch, length), int64, or anything else, of which nothing is said.
+        labels: (batch, length), int64, -100 where not scored, or anything else.
+    """
+    if is_graph_captured() or model in _judged or not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
+        return
+    if input_ids.dim() != 2 or input_ids.shape != labels.shape or input_ids.device != labels.device or labels.is_meta:
+        return
+    scored = labels[:, 1:] != IGNORED
+    hidden = scored & (labels[:, 1:] != input_ids[:, 1:])
+    if int(scored.sum()) < _ENOUGH:
+        return
+    _judged.add(model)
+    if not hidden.any() and any(has_mixin(module, BidirectionalModel) for module in model.modules()):
+        warnings.warn(
+            f"{type(model).__name__} attends in both directions and was given labels that all stand unhidden in its input, as "
+            "for next-token prediction: each position sees the token that it must name, and the model learns to copy it. Hide "
+            "tokens (bidirect_patch.MNTPCollator), or train inside `with bidirectional(model, enabled=False):`",
+            LabelLeakWarning,
+            stacklevel=4,
+        )

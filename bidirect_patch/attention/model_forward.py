@@ -1,0 +1,177 @@
+"""A model that makes the mask: it hands a bidirectional mask to its own forward, and keeps no KV cache."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, AttentionMaskError, CacheError
+from ..model.config import backend_of, text_config
+from ..model.facts import CACHES, given_input, mask_parameter, parameter_names
+from ..model.span import Span
+from ..swap.classes import Swapped, set_forward
+from ..swap.modes import check_caller, running
+from ..swap.plan import settings_of
+from . import trust
+from .handling import MaskHandling
+from .ready_mask import is_users_own, make_mask, users_mask
+from .sequences import is_graph_captured, read_sequences
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the patch knows of a model that makes the mask."""
+
+    spans: tuple[Span, ...]
+    handling: MaskHandling
+    has_outer_maker: bool  # whether a model around it makes its mask
+
+
+class BidirectionalModel(Swapped):
+    """A model that makes the mask, while it is bidirectional."""
+
+    note = "bidirectional"
+
+    @classmethod
+    def build(cls, below: type, original: type) -> None:
+        """See `Swapped.build`."""
+        names = parameter_names(original)
+
+        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            kwargs = named_arguments(original, names, args, kwargs)
+            if is_graph_captured():  # a lock has no meaning in a graph
+                settings = settings_of(self, ModelSettings)
+                assert settings is not None  # the class is this one
+                kwargs = _arguments(self, original, settings, kwargs)
+                before = trust.enter_recorded()
+                try:
+                    return inner(self, **kwargs)
+                finally:
+                    trust.leave_recorded(before)
+            with running(self):
+                settings = settings_of(self, ModelSettings)
+                if settings is None:  # another thread changed the mode before this forward was counted
+                    return inner(self, **kwargs)
+                with trust.patched_forward():
+                    return inner(self, **_arguments(self, original, settings, kwargs))
+
+        set_forward(cls, forward, below, BidirectionalModel)
+        _step_aside(cls, original)
+
+    def get_extended_attention_mask(self, attention_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """BERT and its kind until 5.3 make their mask here; a ready one passes."""
+        if attention_mask.dim() == 4:
+            return attention_mask
+        return super().get_extended_attention_mask(attention_mask, *args, **kwargs)  # type: ignore[misc]  # the original's
+
+
+class CausalBlock(Swapped):
+    """A bidirectional model inside `with bidirectional(model, enabled=False):`, where it is what it was before the patch.
+
+    Only a thread or task that opened such a block may call it.
+    """
+
+    note = "in a causal block"
+
+    @classmethod
+    def build(cls, below: type, original: type) -> None:
+        """See `Swapped.build`."""
+
+        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_graph_captured():
+                return inner(self, *args, **kwargs)
+            check_caller(self)
+            with running(self):
+                return inner(self, *args, **kwargs)
+
+        set_forward(cls, forward, below, CausalBlock)
+
+
+def named_arguments(cls: type, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward, all by name.
+
+    Raises:
+        ArgumentError: an argument too many, or one that is given twice, as for the stock forward.
+    """
+    if len(args) > len(names):
+        raise ArgumentError(f"{cls.__name__}.forward takes {len(names)} positional arguments ({', '.join(names)}), not {len(args)}")
+    by_place = dict(zip(names, args))
+    for name in by_place:
+        if name in kwargs:
+            raise ArgumentError(f"{cls.__name__}.forward got two values for the argument {name!r}: give it once")
+    return {**by_place, **kwargs}
+
+
+def _arguments(model: Any, original: type, settings: ModelSettings, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which the model's own forward is bidirectional."""
+    given = next((name for name in CACHES if kwargs.get(name) is not None), None)
+    if given:
+        raise CacheError(
+            f"{given} was passed to a bidirectional model: a KV cache only has a meaning while attention is causal. Leave it out "
+            "(prefix tuning can't), or run causally inside `with bidirectional(model, enabled=False):`"
+        )
+    if "use_cache" in parameter_names(original):
+        kwargs["use_cache"] = False
+    kwargs.pop("is_causal", None)  # transformers 5.2 and newer put it above the modules' own flag
+    name, inputs = mask_parameter(original), given_input(kwargs)
+    if not isinstance(inputs, Tensor) or name is None:
+        return kwargs  # the model reports missing input itself
+    mask = _mask(model, settings, kwargs.get(name), inputs, kwargs)
+    if mask is not _KEEP:
+        kwargs[name] = mask
+    return kwargs
+
+
+_KEEP: Any = object()
+
+
+def _mask(model: Any, settings: ModelSettings, mask: Any, inputs: Tensor, kwargs: dict[str, Any]) -> Any:
+    """The mask to hand on; `_KEEP` where the model's own mask code needs what it was given."""
+    config, handling = text_config(model.config), settings.handling
+    batch, length = inputs.shape[:2]
+    dtype = inputs.dtype if inputs.is_floating_point() else _embedding_dtype(model)
+    if is_users_own(mask):
+        heads = getattr(config, "num_attention_heads", 1)
+        if settings.has_outer_maker and _is_from_outside(mask, len(settings.spans), heads):
+            return _KEEP
+        return users_mask(
+            mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, handling.inverted and handling.kind == "ready"
+        )
+    sequences = read_sequences(
+        mask, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), batch, length, inputs.device
+    )
+    if handling.kind != "ready" and sequences.number is None:
+        return _KEEP
+    if handling.kind == "own":
+        raise AttentionMaskError(
+            f"packed sequences (position_ids that start again) can't be told apart by {type(model).__name__}, whose own mask code "
+            "takes nothing but a 2D mask: pass one sequence per row, with padding"
+        )
+    return make_mask(sequences, settings.spans, backend_of(config), dtype, handling.inverted)
+
+
+def _is_from_outside(mask: Any, spans: int, heads: int) -> bool:
+    """Whether a finished mask was made or checked by the patched model around this one."""
+    return not isinstance(mask, Tensor) or mask.shape[1] in (1, spans, spans * heads)
+
+
+def _embedding_dtype(model: Any) -> torch.dtype:
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    dtype = weight.dtype if weight is not None else model.dtype
+    return dtype if dtype.is_floating_point else model.dtype
+
+
+def _step_aside(cls: Any, original: Any) -> None:
+    """Before 4.53 the mask code is a method of the model: it lets a ready mask pass. Later code does so by itself."""
+    if not hasattr(original, "_update_causal_mask"):
+        return
+
+    def _update_causal_mask(self: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self, ModelSettings)
+        is_ready = settings is not None and settings.handling.kind == "ready" and trust.mask_is_ours()
+        if settings is not None and (is_ready or getattr(attention_mask, "ndim", 2) == 4):
+            return attention_mask
+        return original._update_causal_mask(self, attention_mask, *args, **kwargs)
+
+    cls._update_causal_mask = _update_causal_mask

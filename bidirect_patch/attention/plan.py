@@ -1,0 +1,130 @@
+"""What each module of a decoder gets to be bidirectional, or causal within a block. Nothing is changed here."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import OrderError, UnsupportedModelError
+from ..model.buffers import is_banded, triangular_buffers
+from ..model.config import ConfigView, backend_of, text_config
+from ..model.facts import mask_parameter, parameter_names
+from ..model.find import Attention, Decoder, causal_flags, says_bidirectional
+from ..model.span import Span
+from ..swap.classes import Swapped, original
+from ..swap.plan import Plan, before_patch, own_before_patch
+from .attention_forward import AttentionSettings, BidirectionalAttention, BidirectionalPart
+from .handling import MaskHandling
+from .labels import ModelWithLoss
+from .mirror import mirrored_buffer
+from .model_forward import BidirectionalModel, CausalBlock, ModelSettings
+from .versions import FLASH_WINDOW_IS_INCLUSIVE, MAX_WINDOW_LAYERS_FOR_WINDOW, SEE_ALL_WITHOUT_MASK
+
+MIXINS: tuple[type[Swapped], ...] = (BidirectionalModel, BidirectionalAttention, BidirectionalPart, ModelWithLoss, CausalBlock)
+
+
+def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tuple[nn.Module, Plan]]:
+    """The plan of every module that has to change for `decoder` to be bidirectional.
+
+    Raises:
+        UnsupportedModelError: a window that the backend would not be given.
+        OrderError: a causal mask in a buffer on the meta device, whose values can't be mirrored.
+    """
+    for attention in decoder.attentions:
+        yield attention.module, _attention_plan(decoder, attention, handling)
+        for part in attention.module.modules():
+            flags, buffers = dict.fromkeys(causal_flags(part), False), _mirrored(part)
+            if part is not attention.module and (flags or buffers):
+                yield part, Plan(BidirectionalPart, None, flags, buffers)
+    for module in decoder.mask_makers:
+        settings = ModelSettings(decoder.spans, handling, module is not decoder.outermost)
+        yield module, Plan(BidirectionalModel, settings, dict.fromkeys(causal_flags(module), False), _mirrored(module))
+
+
+def loss_plans(model: nn.Module) -> Iterator[tuple[nn.Module, Plan]]:
+    """The plan of every model in `model` that has an output head and computes a loss of labels."""
+    for module in model.modules():
+        embeddings = getattr(module, "get_output_embeddings", None)
+        if callable(embeddings) and "labels" in parameter_names(original(type(module))) and embeddings() is not None:
+            yield module, Plan(ModelWithLoss)
+
+
+def causal_block_plans(model: nn.Module, decoder: Decoder) -> Iterator[tuple[nn.Module, Plan]]:
+    """The plan of every module that has to change for a bidirectional `decoder` to be causal within a block.
+
+    Raises:
+        OrderError: the model is bidirectional by its config, and in a way that no block can change.
+    """
+    config: Any = decoder.module.config
+    views: dict[str, Any] = {}
+    if says_bidirectional(config):
+        if decoder.builders or config is not text_config(config) or getattr(config, "is_causal", True) is not False:
+            raise OrderError(
+                f"{type(decoder.module).__name__} is bidirectional by its config, which also decides how its layers are built or is "
+                "read by the model around it, so that no block can make it causal: load it with is_causal=True (Gemma: "
+                "use_bidirectional_attention=False) in its text config, then enable_bidirectional"
+            )
+        views = {"config": ConfigView(config, is_causal=True)}
+        for module in model.modules():
+            if own_before_patch(module, "config") is config and module is not decoder.module:
+                yield module, Plan(_WithConfig, None, views)
+    yield decoder.module, Plan(CausalBlock, None, views)
+
+
+class _WithConfig(Swapped):
+    """A module whose config is replaced within a causal block."""
+
+    rank = 1
+
+
+def all_mixins() -> tuple[type[Swapped], ...]:
+    """Every mixin that the patch puts on a module."""
+    return (*MIXINS, _WithConfig)
+
+
+def _mirrored(module: nn.Module) -> dict[str, Tensor]:
+    buffers = triangular_buffers(module)
+    if any(buffer.is_meta for buffer in buffers.values()):
+        raise OrderError(f"{type(module).__name__} keeps its causal mask in a buffer, which is on meta: load the model first")
+    return {name: mirrored_buffer(buffer) for name, buffer in buffers.items()}
+
+
+def _attention_plan(decoder: Decoder, attention: Attention, handling: MaskHandling) -> Plan:
+    module, span = attention.module, attention.span
+    config = text_config(decoder.module.config)
+    is_flash = backend_of(config) == "flash"
+    windows = [part for part in module.modules() if any(map(is_banded, triangular_buffers(part).values()))]
+    if windows and is_flash:
+        raise UnsupportedModelError(
+            f"{type(windows[0]).__name__} keeps its layer's window in a buffer, which transformers doesn't hand to "
+            "FlashAttention: it would see everything. Use attn_implementation='eager'"
+        )
+    # A part that reads the mask too, or compares positions (a sparse attention's indexer), can't do without one.
+    parts = [original(type(p)) for p in module.modules() if p is not module and next(p.parameters(), None) is not None]
+    reads = any(map(mask_parameter, parts))
+    compares = not reads and any("position_ids" in parameter_names(part) for part in parts)
+    omits = () if reads or compares or not handling.sees_all_without_mask else SEE_ALL_WITHOUT_MASK
+    settings = AttentionSettings(
+        span=decoder.spans.index(span),
+        spans=len(decoder.spans),
+        config=config,
+        handling=handling,
+        omits_mask_on=omits,
+        needs_shorter_window=span.window is not None and FLASH_WINDOW_IS_INCLUSIVE and not is_flash,
+        compares_positions=compares,
+    )
+    attributes: dict[str, Any] = dict.fromkeys(("is_causal", *causal_flags(module)), False)
+    if is_flash and FLASH_WINDOW_IS_INCLUSIVE:
+        attributes |= _shorter_window(module, span)
+    return Plan(BidirectionalAttention, settings, attributes, _mirrored(module))
+
+
+def _shorter_window(attention: nn.Module, span: Span) -> dict[str, Any]:
+    """What makes an older attention module hand `|q - k| < window` to FlashAttention, in its own layers and no others."""
+    shorter = None if span.window is None else span.window - 1
+    if own_before_patch(attention, "sliding_window") is not None or "sliding_window" in attention.__dict__:
+        return {} if span.window is None else {"sliding_window": shorter}
+    config = before_patch(attention, "config")
+    if getattr(config, "sliding_window", None) is None:
+        return {}
+    return {"config": ConfigView(config, sliding_window=shorter, max_window_layers=MAX_WINDOW_LAYERS_FOR_WINDOW)}

@@ -1,0 +1,207 @@
+"""Which positions of a batch are real, and which sequence each belongs to, read from the user's arguments.
+
+A row may hold several sequences one behind the other ("packed"). The rules that every backend follows stand here: where a
+sequence starts, what a window is, and what padding sees.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AttentionMaskError
+from ..model.span import Span
+
+
+def is_graph_captured() -> bool:
+    """Whether this code is being recorded (torch.compile, torch.export, torch.jit.trace), to run later on other values.
+
+    What a tensor holds must then not decide which way the code takes.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def in_window(query: Any, key: Any, window: int) -> Any:
+    """Whether positions `query` and `key` (tensors of one shape or broadcastable) are within a window."""
+    return (query - key).abs() < window
+
+
+def with_padding(seen: Any, real_query: Any, real_key: Any, any_real: Any) -> Any:
+    """Who sees whom where some positions are padding, given who would see whom without.
+
+    A real query sees real keys only. A padded query sees every real key, and in a row of padding alone everything sees
+    everything, so that no softmax runs over nothing. All arguments are bool and broadcastable.
+    """
+    return ((seen | ~real_query) & real_key) | ~any_real
+
+
+def starts(positions: Tensor, real: Tensor | None = None) -> Tensor:
+    """Where a new sequence starts within a row: at a real token whose position isn't beyond that of the real token before.
+
+    Positions that skip some numbers stay one sequence. The first real token of a row is not marked.
+
+    Args:
+        positions: (batch, length), int.
+        real: (batch, length), bool; None: all real.
+
+    Returns:
+        (batch, length), bool.
+    """
+    index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    if real is None:
+        before = index - 1
+    else:
+        before = torch.where(real, index, -1).cummax(-1).values.roll(1, -1)
+        before = torch.where(index == 0, -1, before)
+    falls = positions <= positions.gather(-1, before.clamp(min=0))
+    falls = falls & (before >= 0)
+    return falls if real is None else falls & real
+
+
+def run_starts(numbers: Tensor) -> Tensor:
+    """bool (batch, length): where a run of equal numbers begins; True in the first column."""
+    return torch.cat([torch.ones_like(numbers[:, :1], dtype=torch.bool), numbers[:, 1:] != numbers[:, :-1]], 1)
+
+
+@dataclass
+class Sequences:
+    """Which positions of a batch are real, and which sequence each belongs to."""
+
+    batch: int
+    length: int
+    device: torch.device
+    real: Tensor | None  # bool (batch, length); None: all
+    number: Tensor | None  # int64 (batch, length), one more at each new sequence; None: one sequence per row
+
+    def hide_nothing(self, spans: tuple[Span, ...]) -> bool:
+        """Whether every position sees every other in layers of all these spans."""
+        if self.real is not None or self.number is not None:
+            return False
+        if torch.jit.is_tracing():  # a trace also runs at other lengths
+            return not any(any(limit is not None for limit in span) for span in spans)
+        return not any(span.hides_within(self.length) for span in spans)
+
+    def chunked(self, chunk: int | None) -> Tensor:
+        """int64 (batch, length): the numbers of sequences, or of their chunks of `chunk` positions."""
+        number = self.number
+        if number is None:
+            number = torch.zeros(self.batch, self.length, dtype=torch.int64, device=self.device)
+        if chunk is None:
+            return number
+        index = torch.arange(self.length, device=self.device)
+        return number * (self.length // chunk + 1) + (index - self._first_positions()).clamp(min=0) // chunk
+
+    def visible(self, span: Span) -> Tensor:
+        """bool (batch, query, key): who sees whom in a layer of this span."""
+        number = self.chunked(span.chunk)
+        seen = number[:, :, None] == number[:, None, :]
+        if span.window is not None:
+            index = torch.arange(self.length, device=self.device)
+            seen = seen & in_window(index[:, None], index[None, :], span.window)
+        if self.real is None:
+            return seen
+        return with_padding(seen, self.real[:, :, None], self.real[:, None, :], self.real.any(-1)[:, None, None])
+
+    def _first_positions(self) -> Tensor:
+        """int64 (batch, length): where the position's sequence begins, after any left padding."""
+        index = torch.arange(self.length, device=self.device).expand(self.batch, self.length)
+        first = torch.zeros_like(index)
+        if self.number is not None:
+            first = torch.where(run_starts(self.number), index, 0).cummax(-1).values
+        if self.real is not None:
+            padding = (self.real.cumsum(-1) == 0).sum(-1, keepdim=True)
+            first = torch.maximum(first, padding)
+        return first
+
+
+def read_sequences(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    batch: int,
+    length: int,
+    device: torch.device,
+) -> Sequences:
+    """The sequences that a user's arguments describe.
+
+    Args:
+        attention_mask: (batch, length), 1 where real and 0 where padding, of any dtype.
+        position_ids: (batch, length) or (1, length), int; see `starts`.
+        cu_seq_lens: (sequences + 1,), int: 0, then where each sequence of the one row ends.
+        batch: rows.
+        length: tokens per row.
+        device: where the model's input is.
+
+    Raises:
+        AttentionMaskError: another shape, type or content.
+    """
+    real = None if attention_mask is None else _read_mask(attention_mask, batch, length, device)
+    number = None
+    if cu_seq_lens is not None:
+        number = _read_boundaries(cu_seq_lens, batch, length, device)
+    elif position_ids is not None:
+        text = _read_positions(position_ids, batch, length)
+        if text is not None and length > 1:
+            text = text.to(device).expand(batch, length)
+            if is_graph_captured() or bool((torch.diff(text, dim=-1) != 1).any()):
+                number = starts(text, real).cumsum(-1)
+    return Sequences(batch, length, device, real, number)
+
+
+def _read_mask(mask: Any, batch: int, length: int, device: torch.device) -> Tensor | None:
+    if not isinstance(mask, Tensor):
+        raise AttentionMaskError(f"attention_mask must be a tensor or None, got {type(mask).__name__}")
+    if tuple(mask.shape) != (batch, length):
+        raise AttentionMaskError(
+            f"attention_mask of shape {tuple(mask.shape)} for input of {batch} x {length} tokens: give ({batch}, {length}) with 1 "
+            f"for real tokens and 0 for padding, or a ready 4D mask ({batch}, 1, {length}, {length}), or None"
+        )
+    mask = mask.to(device)
+    real = mask.to(torch.bool)
+    if is_graph_captured():
+        return real
+    is_binary = torch.ones((), dtype=torch.bool, device=device) if mask.dtype == torch.bool else (mask == real).all()
+    is_binary, all_real = torch.stack([is_binary, real.all()]).tolist()
+    if not is_binary:
+        raise AttentionMaskError(
+            "attention_mask holds other values than 1 (real) and 0 (padding). Numbers of packed sequences, such as 1 1 2 2, are "
+            "not taken here: give 0 and 1, and position_ids that start again at 0 with each sequence. An additive mask is "
+            f"given as a 4D mask ({batch}, 1, {length}, {length})"
+        )
+    return None if all_real else real
+
+
+def _read_positions(positions: Any, batch: int, length: int) -> Tensor | None:
+    """The positions of the text; None for those of other kinds of input."""
+    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+        what = getattr(positions, "dtype", type(positions).__name__)
+        raise AttentionMaskError(f"position_ids must be a tensor of integers or None, got {what}")
+    # (3 or 4, batch, length) are multimodal rotary positions; of these, only a group of four starts with text positions.
+    text = positions[0] if positions.dim() == 3 and positions.shape[0] == 4 else positions
+    if text.dim() == 1 and text.shape[0] == length:
+        return text[None]
+    if text.dim() != 2:
+        return None
+    if text.shape[0] not in (1, batch) or text.shape[1] != length:
+        raise AttentionMaskError(
+            f"position_ids of shape {tuple(text.shape)} for input of {batch} x {length} tokens: give ({batch}, {length}) or "
+            f"(1, {length})"
+        )
+    return text
+
+
+def _read_boundaries(boundaries: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    if not isinstance(boundaries, Tensor) or boundaries.is_floating_point() or boundaries.dim() != 1:
+        what = f"{boundaries.dtype} {tuple(boundaries.shape)}" if isinstance(boundaries, Tensor) else type(boundaries).__name__
+        raise AttentionMaskError(f"cu_seq_lens_q must be a 1D tensor of integers, got {what}")
+    boundaries = boundaries.to(device=device, dtype=torch.int64)
+    if not is_graph_captured():
+        ends = boundaries.tolist()
+        if batch != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(a >= b for a, b in zip(ends, ends[1:])):
+            raise AttentionMaskError(
+                f"cu_seq_lens_q {ends} for input of {batch} x {length} tokens: give one row, and boundaries that rise from 0 to "
+                f"{length}"
+            )
+    index = torch.arange(length, device=device)
+    return torch.searchsorted(boundaries, index, right=True).expand(batch, length)

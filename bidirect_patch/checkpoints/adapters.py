@@ -1,0 +1,69 @@
+"""PEFT adapters: the mark that one was trained bidirectionally, and weights whose names are those of another wrapper.
+
+An adapter has no config.json (with one beside it, transformers takes the folder for a whole model), so its
+adapter_config.json gets the flag, where PEFT keeps what it knows of the base model: `"auto_mapping": {"is_causal": false}`.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_MARK = "_bidirect_patch_bidirectional"  # on the PEFT config of an adapter that belongs to bidirectional attention
+
+
+def mark(adapter: Any) -> None:
+    """Have every file that this PEFT config is saved to say `is_causal: false`."""
+    setattr(adapter, _MARK, True)
+
+
+@contextmanager
+def marked(adapters: Iterable[Any]) -> Iterator[None]:
+    """Have what is saved within the block say so."""
+    new = [adapter for adapter in adapters if not hasattr(adapter, _MARK)]
+    for adapter in new:
+        mark(adapter)
+    try:
+        yield
+    finally:
+        for adapter in new:
+            vars(adapter).pop(_MARK, None)
+
+
+def save_adapter_config(wrapped: Any, adapter: Any, args: Any, kwargs: Any) -> Any:
+    """`PeftConfigMixin.save_pretrained`, which every way to save an adapter calls before anything is uploaded."""
+    if hasattr(adapter, _MARK):
+        known = kwargs.get("auto_mapping_dict") or getattr(adapter, "auto_mapping", None) or {}
+        kwargs = {**kwargs, "auto_mapping_dict": {**known, "is_causal": False}}
+    return wrapped(*args, **kwargs)
+
+
+def fit_adapter_keys(model: Any, where: Any, name: str, **hub: Any) -> Any:
+    """Load an adapter's weights again if they did not arrive, under the names that they have here; what PEFT says of that.
+
+    LLM2Vec's are for a bare `LlamaModel` (`base_model.model.layers...`); a `*ForCausalLM` has one `model.` more.
+
+    Args:
+        model: the PEFT model.
+        where: folder or hub name of the adapter.
+        name: the adapter's name in `model`.
+        hub: revision, cache_dir, token, subfolder.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    prefix = "base_model.model."
+    now = get_peft_model_state_dict(model, adapter_name=name)
+    here = {key.removeprefix(prefix): key for key in now}
+    given = load_peft_weights(os.fspath(where), device="cpu", **hub)
+    fitted = {}
+    for key, weight in given.items():
+        bare = key.removeprefix(prefix)
+        alike = (k for k in here if k == bare or k.endswith(f".{bare}") or bare.endswith(f".{k}"))
+        fitted[here.get(next(alike, ""), key)] = weight
+    if all(key in now and torch.equal(now[key].cpu(), weight.to(now[key].dtype)) for key, weight in fitted.items()):
+        return None
+    how = {"low_cpu_mem_usage": True} if any(p.is_meta for p in model.parameters()) else {}
+    return set_peft_model_state_dict(model, fitted, adapter_name=name, **how)

@@ -1,0 +1,71 @@
+"""What a checkpoint or adapter on disk says: whether it belongs to bidirectional attention."""
+
+import json
+import os
+import re
+from typing import Any
+
+from ..errors import UnsupportedModelError
+from ..model.config import parts
+from ..model.find import decoders
+from ..verify.state import attends_both_ways
+
+HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder")
+# The classes that LLM2Vec's adapters and full models name, and no flag. A miss: what LLM2Vec wrote opens causal. A wrong match:
+# a warning, or with bidirect_patch.auto a bidirectional model, of a class that has such a name.
+_LLM2VEC_CLASS = re.compile(
+    r"Bi(Model|ForMNTP)$|^(Llama|Mistral|Gemma|Qwen2)EncoderModel$|llm2vec|LLM2Vec|modeling_\w+_encoder"
+)
+
+
+def says_bidirectional(name_or_path: Any, **hub: Any) -> bool:
+    """Whether a checkpoint or adapter says `is_causal: false` in its config, or names one of LLM2Vec's bidirectional classes.
+
+    Args:
+        name_or_path: folder or hub name. Without a config, the answer is False.
+        hub: revision, cache_dir, token, subfolder, local_files_only, as `from_pretrained` takes them.
+    """
+    hub = {name: value for name, value in hub.items() if name in (*HUB_OPTIONS, "local_files_only")}
+    return any(
+        _config_says_so(_read(name_or_path, file_name, hub)) for file_name in ("adapter_config.json", "config.json")
+    )
+
+
+def loaded_bidirectional(model: Any) -> bool:
+    """Whether the config that a model was loaded with says so, and the model holds a decoder of which that can be true."""
+    says_so = any(getattr(part, "is_causal", True) is False for part in parts(model.config))
+    says_so = says_so or any(map(_LLM2VEC_CLASS.search, getattr(model.config, "architectures", None) or ()))
+    return says_so and holds_decoder(model)
+
+
+def holds_decoder(model: Any) -> bool:
+    """Whether there is a decoder in `model`; else it is an encoder, of which `is_causal: false` is true as it is."""
+    try:
+        return bool(decoders(model))
+    except UnsupportedModelError:
+        return False
+
+
+def is_bidirectional_now(model: Any) -> bool:
+    """Whether every decoder in `model` attends in both directions; False where there is none."""
+    return holds_decoder(model) and all(map(attends_both_ways, decoders(model)))
+
+
+def _config_says_so(config: dict[str, Any]) -> bool:
+    inner = [config, *(value for value in config.values() if isinstance(value, dict))]
+    classes = [str(v) for key in ("auto_mapping", "auto_map") for v in (config.get(key) or {}).values()]
+    classes += map(str, config.get("architectures") or ())
+    return any(part.get("is_causal") is False for part in inner) or any(map(_LLM2VEC_CLASS.search, classes))
+
+
+def _read(name_or_path: Any, file_name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(os.fspath(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is None:
+            return {}
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -1,0 +1,81 @@
+"""Verification at the first forward, of what could not run when it was patched: weights on meta, a kernel of another device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..attention.plan import bidirectional_plans
+from ..attention.sequences import is_graph_captured
+from ..errors import UnsupportedModelError
+from ..model.find import Decoder, decoders
+from ..swap import modes
+from ..swap.apply import apply
+from ..swap.classes import Swapped, set_forward
+from ..swap.plan import Plan, settings_of
+from .verify import verify, verify_itself
+
+_under_way: set[int] = set()  # models whose verification runs now, which calls their forward; of the thread that has the lock
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a patched model was seen to be bidirectional."""
+
+    is_done: bool
+
+
+class Unverified(Swapped):
+    """A patched model that could not run when it was patched: it verifies itself before its first forward."""
+
+    rank = 5
+
+    @classmethod
+    def build(cls, below: type, original: type) -> None:
+        """See `Swapped.build`."""
+
+        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            settings = settings_of(self, Verification)
+            if settings is None or settings.is_done or is_graph_captured():
+                return inner(self, *args, **kwargs)
+            with modes.lock:  # another thread waits, rather than get an output that nothing was seen of
+                is_seen = id(self) in _under_way or verify_now(self)
+            result = inner(self, *args, **kwargs)
+            if not is_seen:  # not before: where the model doesn't run either, its own error says more
+                raise UnsupportedModelError(
+                    f"{original.__name__} runs, but neither a small random model of it nor itself could be run on random tokens, so "
+                    "that nothing shows whether each layer is bidirectional. allow_partial=True takes it on trust"
+                )
+            return result
+
+        set_forward(cls, forward, below, Unverified)
+
+
+def unverified_plan(decoder: Decoder) -> tuple[nn.Module, Plan]:
+    """The plan that has a decoder verified at its first forward."""
+    return decoder.outermost, Plan(Unverified, Verification(False))
+
+
+def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
+    """Verify a patched, unverified model, with the handling that turns out right; False if nothing could be seen yet.
+
+    Raises:
+        UnsupportedModelError: a layer was seen to stay causal.
+    """
+    settings = settings_of(model, Verification)
+    if settings is None or settings.is_done:  # another thread did so meanwhile
+        return True
+    _under_way.add(id(model))
+    try:
+        is_seen = True
+        for decoder in (d for d in decoders(model) if d.outermost is model):
+            handling = verify(decoder, even_on_meta=True) if even_on_meta else None
+            if handling is None:
+                is_seen = verify_itself(decoder) and is_seen
+            else:
+                apply(bidirectional_plans(decoder, handling))
+        if is_seen:
+            apply([(model, Plan(Unverified, Verification(True)))])
+        return is_seen
+    finally:
+        _under_way.discard(id(model))

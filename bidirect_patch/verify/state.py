@@ -1,0 +1,47 @@
+"""Whether a model is bidirectional now, read from every module that decides it."""
+
+from torch import nn
+
+from ..attention.attention_forward import BidirectionalAttention
+from ..attention.model_forward import BidirectionalModel
+from ..model.find import Decoder
+from ..swap.classes import Swapped, has_mixin
+from ..swap.instance_forward import calls_the_patch
+from ..swap.plan import record_of
+from .verify import is_natively_bidirectional
+
+
+def is_patched(decoder: Decoder) -> bool:
+    """Whether every model that makes the mask and every attention module has the patch, and a call of each runs it."""
+    return all(_has(module, BidirectionalModel) for module in decoder.mask_makers) and all(
+        _has(attention.module, BidirectionalAttention) for attention in decoder.attentions
+    )
+
+
+def has_any_patch(decoder: Decoder) -> bool:
+    """Whether any module of the decoder has a part of the patch."""
+    return any(record_of(module) is not None for module in decoder_modules(decoder))
+
+
+def decoder_modules(decoder: Decoder) -> list[nn.Module]:
+    """Every module that the patch may change for a decoder."""
+    parts = [part for attention in decoder.attentions for part in attention.module.modules()]
+    return [*decoder.mask_makers, *parts]
+
+
+def attends_both_ways(decoder: Decoder) -> bool:
+    """Whether every layer of the decoder attends in both directions, by the patch or by its config."""
+    return not decoder.unsupported_layers and (is_patched(decoder) or _is_native(decoder))
+
+
+def holds_bidirectional(model: nn.Module) -> bool:
+    """Whether a decoder in `model` is bidirectional by the patch."""
+    return any(has_mixin(module, BidirectionalModel) for module in model.modules())
+
+
+def _is_native(decoder: Decoder) -> bool:
+    return not has_any_patch(decoder) and is_natively_bidirectional(decoder)
+
+
+def _has(module: nn.Module, mixin: type[Swapped]) -> bool:
+    return has_mixin(module, mixin) and calls_the_patch(module)
