@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention.sequences import starts
 from ..errors import CollatorError
 from .features import Row, join, read_rows, without_padding
 from .tokens import check_tokenizer, find_mask_token_id, largest_id, pad_token_id, special_ids
@@ -256,17 +257,6 @@ def _document_starts(rows: list[Row], lengths: np.ndarray, real: Tensor) -> Tens
         return first
     positions = torch.from_numpy(join(rows, "position_ids", lengths, None))
     return first | starts(positions[None], real[None])[0]
-
-
-def starts(positions: Tensor, real: Tensor | None) -> Tensor:
-    # TODO: a temporary copy, until attention/sequences.py is there to import it from.
-    index = torch.arange(positions.shape[1]).expand_as(positions)
-    if real is None:
-        real = torch.ones_like(positions, dtype=torch.bool)
-    before = torch.where(real, index, -1).cummax(-1).values.roll(1, -1)
-    before[:, 0] = -1
-    falls = positions <= positions.gather(-1, before.clamp(min=0))
-    return falls & (before >= 0) & real
 
 
 def _check_shares(mlm_probability: Any, mask_replace_prob: Any, random_replace_prob: Any) -> None:

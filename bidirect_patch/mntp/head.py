@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention.labels import warn_if_labels_leak
-from ..attention.model_forward import BidirectionalModel, named_arguments
+from ..attention.model_forward import named_arguments
 from ..errors import HeadError
 from ..model.facts import parameter_names
-from ..patch import disable_bidirectional, enable_bidirectional
+from ..patch import enable_bidirectional
 from ..swap.apply import apply, prepare
 from ..swap.classes import Swapped, has_mixin, set_forward
-from ..swap.plan import Plan, settings_of
+from ..swap.plan import Plan, record_of, settings_of
 from .causal_lm import build_around, check_causal, find_causal, vocabulary_size
 from .evaluation import EVAL_LOGITS, EvalLogits, KeptLogits
 from .inputs import check_sequences, check_targets, checked_labels
@@ -80,13 +80,12 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
     check_causal(causal)
     plans = [(causal, Plan(MNTPHead, HeadSettings(eval_logits)))]
     prepare(plans)  # raises what `apply` would, before anything is changed
-    was_causal = not any(has_mixin(module, BidirectionalModel) for module in model.modules())
+    before = _patch_of(model)
     enable_bidirectional(model)
     try:
         apply(plans)  # prepared again: enabling may have changed the same instance
     except BaseException:
-        if was_causal:
-            disable_bidirectional(model)
+        apply(remove=_patch_of(model) - before)
         raise
     return model
 
@@ -108,6 +107,12 @@ def remove_mntp_head(model: Model) -> Model:
     """
     apply(remove=[(module, MNTPHead) for module in model.modules() if has_mixin(module, MNTPHead)])
     return model
+
+
+def _patch_of(model: nn.Module) -> set[tuple[nn.Module, type[Swapped]]]:
+    """Each module with a patch, and each mixin that it has."""
+    records = [(module, record_of(module)) for module in model.modules()]
+    return {(module, plan.mixin) for module, record in records if record is not None for plan in record.plans}
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class _Once(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # torch says *Any
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         _check_once(ctx)
         return grad
 
@@ -162,7 +162,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch says *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place: with a large vocabulary, one more copy of the head's gradient would be the peak.
         _check_once(ctx)
         return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None

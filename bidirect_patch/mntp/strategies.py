@@ -17,9 +17,10 @@ from ..attention.sequences import is_graph_captured
 from ..errors import HeadError
 from ..model.config import text_config
 from ..swap.classes import original
+from ..swap.view import view
 from . import loss as linear_loss
 from .causal_lm import decoder_slot, head_slot
-from .views import RunOnce, StandIn, view
+from .views import RunOnce, StandIn
 
 try:
     from transformers.loss.loss_utils import ForCausalLMLoss as _stock_loss

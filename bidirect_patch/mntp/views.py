@@ -1,4 +1,4 @@
-"""A model with other objects in place of some submodules, without a change to the model itself."""
+"""Objects that stand in the place of a submodule in a view of a model; see `swap.view`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,15 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def view(model: nn.Module, replaced: dict[str, Any]) -> Any:
-    """A shallow copy of `model` in which the submodules named in `replaced` are other objects."""
-    copied = object.__new__(type(model))
-    copied.__dict__ = {**model.__dict__, "_modules": {**model._modules, **replaced}}
-    return copied
-
-
 class StandIn:
-    """Stands in a submodule's place in a view: calls go to `call`, all else to the submodule."""
+    """Stands in a submodule's place: calls go to `call`, all else to the submodule."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.module, self.call = module, call
@@ -28,7 +21,7 @@ class StandIn:
 
 
 class RunOnce:
-    """Stands in the backbone's place in a view: the first call runs the backbone, and later calls return the same output."""
+    """Stands in the backbone's place: the first call runs the backbone, and later calls return the same output."""
 
     def __init__(self, module: nn.Module, outputs: list[Any]) -> None:
         self.module, self.outputs = module, outputs
