@@ -154,11 +154,7 @@ def _per_item(total: Tensor, items: Any, targets: Tensor) -> Tensor:
     """A sum over `targets`, divided as the stock loss divides it; 0 where nothing is scored, here or in the whole step."""
     if isinstance(items, Tensor):
         return total / torch.where(items == 0, 1, items).to(total.device)
-    if items is not None:
-        return total / (items or 1)
-    if is_graph_captured():  # a recording would keep the number of this batch
-        return total / torch.ones_like(targets).sum().clamp(min=1)
-    return total / max(targets.numel(), 1)
+    return total / (max(targets.numel(), 1) if items is None else items or 1)
 
 
 def _has_own_loss(model: Any) -> bool:
