@@ -34,11 +34,11 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _install_peft(module: Any) -> None:
-    wrapt.wrap_function_wrapper(module.PeftModel, "load_adapter", _load_adapter)
+    hooks.put(module.PeftModel, "load_adapter", _load_adapter)
 
 
 hooks.install()
 hooks.warns = False
-wrapt.wrap_function_wrapper(PreTrainedModel, "from_pretrained", _load_model)
-wrapt.wrap_function_wrapper(PreTrainedModel, "load_adapter", _load_adapter)
+hooks.put(PreTrainedModel, "from_pretrained", _load_model)
+hooks.put(PreTrainedModel, "load_adapter", _load_adapter)
 wrapt.register_post_import_hook(_install_peft, "peft.peft_model")

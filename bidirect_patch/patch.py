@@ -17,6 +17,7 @@ from .model.find import Decoder, decoders
 from .swap import modes
 from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, has_mixin, is_sharded
+from .swap.instance_forward import calls_the_patch
 from .swap.plan import Plan, record_of
 from .verify.late import Unverified, unverified_plan, verify_now
 from .verify.state import attends_both_ways, decoder_modules, has_any_patch, is_patched
@@ -233,6 +234,7 @@ def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None
         return
     _check_supported(changing, allow_partial)
     _check_not_sharded(model)
+    _check_forwards(changing)
     handlings = [verify(decoder) for decoder in changing]
     hooks.install()
     add: list[tuple[nn.Module, Plan]] = []
@@ -304,6 +306,16 @@ def _check_not_sharded(model: nn.Module) -> None:
             raise OrderError(
                 f"{f'{name} ({type(module).__name__})' if name else type(module).__name__} is already sharded by FSDP: call "
                 "enable_bidirectional(model) first, then shard"
+            )
+
+
+def _check_forwards(found: Iterable[Decoder]) -> None:
+    for module in (module for decoder in found for module in decoder_modules(decoder)):
+        if record_of(module) is not None and not calls_the_patch(module):
+            forward = module.__dict__.get("forward")
+            raise OrderError(
+                f"{type(module).__name__}.forward was replaced on the instance by {getattr(forward, '__qualname__', forward)}, and "
+                "nothing shows that this calls the patched forward: take it off, or call disable_bidirectional first"
             )
 
 

@@ -100,6 +100,34 @@ def flash_double(monkeypatch):
 
 
 @pytest.fixture
+def auto(monkeypatch):
+    """What `import bidirect_patch.auto` does, for one test."""
+    loading_enables(monkeypatch, True)
+
+
+@pytest.fixture
+def only_warns(monkeypatch):
+    """This package in use, without `import bidirect_patch.auto`."""
+    loading_enables(monkeypatch, False)
+
+
+def loading_enables(monkeypatch, enables):
+    """Say for one test whether loading enables what belongs to bidirectional attention, or warns of it."""
+    from bidirect_patch import auto
+    from bidirect_patch.checkpoints import hooks
+
+    monkeypatch.setattr(auto, "enables", enables)
+    monkeypatch.setattr(hooks, "warns", not enables)
+
+
+@pytest.fixture(autouse=True)
+def loading_is_as_in_a_fresh_process(monkeypatch):
+    """Tests share a process, in which one of them may have imported `bidirect_patch.auto`."""
+    if "bidirect_patch.auto" in sys.modules:
+        loading_enables(monkeypatch, False)
+
+
+@pytest.fixture
 def make_model(request):
     """`tiny_model`, with the FlashAttention double put in place where the backend needs it.
 

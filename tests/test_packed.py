@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bidirect_patch.attention import masks
+from bidirect_patch.attention.ready_mask import make_mask, pick
+from bidirect_patch.attention.sequences import read_sequences
+from bidirect_patch.attention.versions import READY_MASKS_ARE_INVERTED
 from bidirect_patch.attention import packed_sdpa as packed
 from bidirect_patch import enable_bidirectional
-from bidirect_patch.model.find import Reach
+from bidirect_patch.model.span import Span
 
 from .conftest import FAMILIES, tiny_model
 
@@ -24,7 +26,7 @@ def by_document(monkeypatch):
     calls, attention = [], packed._attention
 
     def spy(query, key, value, attn_mask=None, *args, **kwargs):
-        calls.append(tuple(attn_mask.documents.lengths))
+        calls.append(tuple(attn_mask.sequences.lengths))
         return attention(query, key, value, attn_mask, *args, **kwargs)
 
     monkeypatch.setattr(packed, "_attention", spy)
@@ -48,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_each_document_alone(by_document, fam
         model.train().gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()
     found = hidden(model, IDS, position_ids=POSITIONS)
-    if not masks.ONES_AND_ZEROS:  # there some families make another mask of ours, and it is no faster
+    if not READY_MASKS_ARE_INVERTED:  # there some families make another mask of ours, and it is no faster
         assert by_document == [LENGTHS] * model.config.num_hidden_layers
     torch.testing.assert_close(found, alone, **CLOSE)
     (found * weight).sum().backward()
@@ -56,12 +58,12 @@ def test_outputs_and_gradients_are_those_of_each_document_alone(by_document, fam
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("reach", [Reach(), Reach(window=3), Reach(chunk=4), Reach(chunk=4, window=2)], ids=str)
-def test_one_call_gives_what_the_plain_mask_gives(by_document, reach):
-    layout = masks.read_layout(None, POSITIONS, None, *IDS.shape, IDS.device)
-    mask = masks.pick(masks.ready_mask(layout, (reach,), "sdpa", torch.float32), 0, 1, False)
+@pytest.mark.parametrize("span", [Span(), Span(window=3), Span(chunk=4), Span(chunk=4, window=2)], ids=str)
+def test_one_call_gives_what_the_plain_mask_gives(by_document, span):
+    sequences = read_sequences(None, POSITIONS, None, *IDS.shape, IDS.device)
+    mask = pick(make_mask(sequences, (span,), "sdpa", torch.float32), 0, 1, False)
     assert isinstance(mask, packed.PackedMask)
-    plain = masks.pick(masks.ready_mask(layout, (reach,), "eager", torch.float32), 0, 1, False)
+    plain = pick(make_mask(sequences, (span,), "eager", torch.float32), 0, 1, False)
     assert type(plain) is torch.Tensor
     q, k, v = torch.randn(3, 1, 2, IDS.shape[1], 8, generator=torch.Generator().manual_seed(1))
     want = scaled_dot_product_attention(q, k, v, plain, scale=0.3)
@@ -73,8 +75,8 @@ def test_one_call_gives_what_the_plain_mask_gives(by_document, reach):
 
 def test_to_anything_else_it_is_the_plain_mask(by_document):
     """Fewer queries than keys, two rows that share the mask, arithmetic: what models do to masks."""
-    layout = masks.read_layout(None, POSITIONS, None, *IDS.shape, IDS.device)
-    mask = masks.pick(masks.ready_mask(layout, (Reach(),), "sdpa", torch.float32), 0, 1, False)
+    sequences = read_sequences(None, POSITIONS, None, *IDS.shape, IDS.device)
+    mask = pick(make_mask(sequences, (Span(),), "sdpa", torch.float32), 0, 1, False)
     plain = mask.as_subclass(torch.Tensor)
     q, k, v = torch.randn(3, 2, 2, IDS.shape[1], 8, generator=torch.Generator().manual_seed(1))
     assert type(mask[:, :, 2:4]) is type(mask[0]) is torch.Tensor
@@ -84,6 +86,6 @@ def test_to_anything_else_it_is_the_plain_mask(by_document):
 
 
 def test_a_row_too_short_to_gain_is_one_call():
-    layout = masks.read_layout(None, POSITIONS, None, *IDS.shape, IDS.device)
-    mask = masks.pick(masks.ready_mask(layout, (Reach(),), "sdpa", torch.float32), 0, 1, False)
+    sequences = read_sequences(None, POSITIONS, None, *IDS.shape, IDS.device)
+    mask = pick(make_mask(sequences, (Span(),), "sdpa", torch.float32), 0, 1, False)
     assert type(mask) is torch.Tensor

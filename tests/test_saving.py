@@ -14,9 +14,8 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from bidirect_patch.checkpoints import hooks
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
-from bidirect_patch.checkpoints.save import says_bidirectional
+from bidirect_patch.checkpoints.load import says_bidirectional
 
 from .conftest import TRANSFORMERS, lacks_add_adapter, tiny_config, tiny_model
 
@@ -47,20 +46,6 @@ def config_of(folder):
 
 def same(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture
-def auto(monkeypatch):
-    """What `import bidirect_patch.auto` does, for one test."""
-    hooks.install(enable_bidirectional, is_bidirectional)
-    monkeypatch.setattr(hooks, "enables", True)
-
-
-@pytest.fixture
-def only_warns(monkeypatch):
-    """This package in use, without `import bidirect_patch.auto`."""
-    hooks.install(enable_bidirectional, is_bidirectional)
-    monkeypatch.setattr(hooks, "enables", False)
 
 
 # Checkpoints

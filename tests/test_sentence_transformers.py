@@ -43,18 +43,16 @@ def test_saved_and_loaded_it_encodes_the_same(encoder, tmp_path):
     torch.testing.assert_close(torch.tensor(opened.encode(TEXTS)), torch.tensor(want), rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_on_it_saves_and_loads(encoder, tmp_path, monkeypatch):
+def test_an_adapter_on_it_saves_and_loads(encoder, tmp_path, auto):
     peft = pytest.importorskip("peft")
     if reason := lacks_add_adapter():
         pytest.skip(reason)
-    from bidirect_patch.checkpoints import hooks
 
     torch.manual_seed(0)
     enable_bidirectional(encoder)
     encoder.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     want = encoder.encode(TEXTS)
     encoder.save_pretrained(str(tmp_path))
-    monkeypatch.setattr(hooks, "enables", True)
     opened = st.SentenceTransformer(str(tmp_path), device="cpu")
     assert is_bidirectional(opened)
     torch.testing.assert_close(torch.tensor(opened.encode(TEXTS)), torch.tensor(want), rtol=1e-4, atol=1e-5)

@@ -36,14 +36,26 @@ class BidirectionalModel(Swapped):
     @classmethod
     def build(cls, below: type, original: type) -> None:
         """See `Swapped.build`."""
-        names = parameter_names(original)
+        names, mask_name = parameter_names(original), mask_parameter(original)
+
+        def arguments(model: Any, settings: ModelSettings, kwargs: dict[str, Any]) -> dict[str, Any]:
+            _check_cache(kwargs)
+            if "use_cache" in names:
+                kwargs["use_cache"] = False
+            kwargs.pop("is_causal", None)  # transformers 5.2 and newer put it above the modules' own flag
+            inputs = given_input(kwargs)
+            if isinstance(inputs, Tensor) and mask_name is not None:  # else the model reports missing input itself
+                mask = _mask(model, settings, kwargs.get(mask_name), inputs, kwargs)
+                if mask is not _KEEP:
+                    kwargs[mask_name] = mask
+            return kwargs
 
         def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
             kwargs = named_arguments(original, names, args, kwargs)
             if is_graph_captured():  # a lock has no meaning in a graph
                 settings = settings_of(self, ModelSettings)
                 assert settings is not None  # the class is this one
-                kwargs = _arguments(self, original, settings, kwargs)
+                kwargs = arguments(self, settings, kwargs)
                 before = trust.enter_recorded()
                 try:
                     return inner(self, **kwargs)
@@ -54,7 +66,7 @@ class BidirectionalModel(Swapped):
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
                 with trust.patched_forward():
-                    return inner(self, **_arguments(self, original, settings, kwargs))
+                    return inner(self, **arguments(self, settings, kwargs))
 
         set_forward(cls, forward, below, BidirectionalModel)
         _step_aside(cls, original)
@@ -103,24 +115,13 @@ def named_arguments(cls: type, names: tuple[str, ...], args: tuple[Any, ...], kw
     return {**by_place, **kwargs}
 
 
-def _arguments(model: Any, original: type, settings: ModelSettings, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with which the model's own forward is bidirectional."""
+def _check_cache(kwargs: dict[str, Any]) -> None:
     given = next((name for name in CACHES if kwargs.get(name) is not None), None)
     if given:
         raise CacheError(
             f"{given} was passed to a bidirectional model: a KV cache only has a meaning while attention is causal. Leave it out "
             "(prefix tuning can't), or run causally inside `with bidirectional(model, enabled=False):`"
         )
-    if "use_cache" in parameter_names(original):
-        kwargs["use_cache"] = False
-    kwargs.pop("is_causal", None)  # transformers 5.2 and newer put it above the modules' own flag
-    name, inputs = mask_parameter(original), given_input(kwargs)
-    if not isinstance(inputs, Tensor) or name is None:
-        return kwargs  # the model reports missing input itself
-    mask = _mask(model, settings, kwargs.get(name), inputs, kwargs)
-    if mask is not _KEEP:
-        kwargs[name] = mask
-    return kwargs
 
 
 _KEEP: Any = object()

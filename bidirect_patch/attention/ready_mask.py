@@ -115,20 +115,20 @@ def users_mask(
 
 
 def _check(mask: Tensor, batch: int, length: int, heads: int, backend: Backend) -> None:
-    if backend == "flash":
-        raise AttentionMaskError(
-            "FlashAttention takes no ready 4D attention_mask: give the 2D mask, and position_ids for packed sequences, or use "
-            "attn_implementation='sdpa'"
-        )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise AttentionMaskError(
-            f"a ready 4D attention_mask of dtype {mask.dtype}: give bool, True where visible, or floating point, which is added "
-            "to the scores (0 where visible)"
-        )
     rows, channels, queries, keys = mask.shape
     if rows not in (1, batch) or channels not in (1, heads) or queries not in (1, length) or keys != length:
         raise AttentionMaskError(
             f"a ready 4D attention_mask of shape {tuple(mask.shape)} for input of {batch} x {length} tokens: give "
             f"({batch}, 1, {length}, {length}), with {heads} instead of the 1 for one mask per head, or the 2D mask "
             f"({batch}, {length})"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise AttentionMaskError(
+            f"a ready 4D attention_mask of dtype {mask.dtype}: give bool, True where visible, or floating point, which is added "
+            "to the scores (0 where visible)"
+        )
+    if backend == "flash":
+        raise AttentionMaskError(
+            f"FlashAttention takes no ready 4D attention_mask, and got one of shape {tuple(mask.shape)}: give the 2D mask, and "
+            "position_ids for packed sequences, or use attn_implementation='sdpa'"
         )

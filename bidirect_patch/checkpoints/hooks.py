@@ -4,6 +4,7 @@ Each is put once on the class, with wrapt. It looks at the instance that it is g
 the stock way.
 """
 
+import inspect
 import warnings
 from typing import Any
 
@@ -16,30 +17,42 @@ from .load import HUB_OPTIONS, holds_decoder, is_bidirectional_now, loaded_bidir
 from .save import save_causal, save_model
 
 warns = True  # whether loading warns of what belongs to bidirectional attention; bidirect_patch.auto enables it instead
-_installed = False
+_put: list[tuple[Any, str, Any]] = []  # class, method, what was there before
 
 
 def install() -> None:
     """Put every hook in place, once. Those on PEFT wait until PEFT is imported."""
-    global _installed
-    if _installed:
+    if _put:
         return
-    _installed = True
     from transformers import GenerationMixin, PreTrainedModel
 
     for name in ("generate", "generate_batch"):
         if hasattr(GenerationMixin, name):
-            wrapt.wrap_function_wrapper(GenerationMixin, name, _generate)
-    wrapt.wrap_function_wrapper(PreTrainedModel, "save_pretrained", _save_model)
-    wrapt.wrap_function_wrapper(PreTrainedModel, "from_pretrained", _load_model)
-    wrapt.wrap_function_wrapper(PreTrainedModel, "load_adapter", _load_adapter)
+            put(GenerationMixin, name, _generate)
+    put(PreTrainedModel, "save_pretrained", _save_model)
+    put(PreTrainedModel, "from_pretrained", _load_model)
+    put(PreTrainedModel, "load_adapter", _load_adapter)
     wrapt.register_post_import_hook(_install_peft, "peft.peft_model")
 
 
+def put(cls: Any, name: str, wrapper: Any) -> None:
+    """Put a wrapt wrapper on a method of a class, on top of what is there."""
+    _put.append((cls, name, inspect.getattr_static(cls, name)))
+    wrapt.wrap_function_wrapper(cls, name, wrapper)
+
+
+def uninstall() -> None:
+    """Take every hook off again, the last one first. Wrappers of others that were put on top since go with them."""
+    while _put:
+        cls, name, before = _put.pop()
+        setattr(cls, name, before)
+
+
 def _install_peft(module: Any) -> None:
-    wrapt.wrap_function_wrapper(module.PeftConfig, "save_pretrained", save_adapter_config)
-    wrapt.wrap_function_wrapper(module.PeftModel, "save_pretrained", _save_adapter)
-    wrapt.wrap_function_wrapper(module.PeftModel, "load_adapter", _load_adapter)  # from_pretrained calls it too
+    if _put:
+        put(module.PeftConfig, "save_pretrained", save_adapter_config)
+        put(module.PeftModel, "save_pretrained", _save_adapter)
+        put(module.PeftModel, "load_adapter", _load_adapter)  # from_pretrained calls it too
 
 
 def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
