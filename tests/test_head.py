@@ -660,11 +660,15 @@ def test_a_head_that_fails_after_enabling_changes_nothing(was_bidirectional, mon
 
 def in_autocast(model, dtype):
     """What accelerate's `prepare` puts on a model; for bfloat16, the thing itself."""
-    if dtype == torch.bfloat16:
-        Accelerator = pytest.importorskip("accelerate").Accelerator
-        return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, device_placement=False)
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import convert_outputs_to_fp32
 
+    if dtype == torch.bfloat16:
+        AcceleratorState._reset_state(True)  # which is one per process, and of a Trainer before
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, device_placement=False)
+        AcceleratorState._reset_state(True)
+        return prepared
     forward = torch.autocast("cpu", dtype)(model.forward.__func__)
     model.forward = types.MethodType(convert_outputs_to_fp32(forward), model)
     return model
