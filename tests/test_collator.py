@@ -166,6 +166,97 @@ def test_packed_rows_keep_the_first_token_of_each_document(tokenizer):
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 0, 0]]
 
 
+def test_a_document_starts_where_positions_do_not_rise(tokenizer):
+    """The rule of the attention mask: a gap in the positions is no boundary, and a repeated position is one."""
+    gap = {"input_ids": [9, 10, 11, 12], "position_ids": [0, 1, 5, 6]}
+    repeated = {"input_ids": [9, 10, 11, 12], "position_ids": [0, 1, 1, 2]}
+    fallen = {"input_ids": [9, 10, 11, 12], "position_ids": [7, 8, 3, 4]}
+    batch = everything_hidden(tokenizer)([gap, repeated, fallen])
+    assert batch["labels"].tolist() == [[-100, 10, 11, 12], [-100, 10, -100, 12], [-100, 10, -100, 12]]
+    batch = everything_hidden(tokenizer, padding_free=True)([gap, repeated])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
+
+
+def test_padding_between_real_tokens_starts_no_document(tokenizer):
+    holed = {"input_ids": [9, EOS, 10, 11], "attention_mask": [1, 0, 1, 1]}
+    assert everything_hidden(tokenizer)([holed])["labels"].tolist() == [[-100, -100, 10, 11]]
+    counted = {**holed, "position_ids": [0, 0, 1, 2]}
+    assert everything_hidden(tokenizer)([counted])["labels"].tolist() == [[-100, -100, 10, 11]]
+
+
+def repeatable(tokenizer, seed=0, **settings):
+    return MNTPCollator(tokenizer, seed=seed, repeatable=True, **settings)
+
+
+def test_repeatable_masks_depend_on_the_seed_and_the_text_alone(tokenizer):
+    features = texts(30, 50, 40)
+    whole = repeatable(tokenizer)(features)
+    again = repeatable(tokenizer)
+    for order in ([2, 0, 1], [1], [0, 2], [2, 2]):
+        batch = again([features[i] for i in order])
+        for row, i in zip(range(len(order)), order):
+            length = len(features[i]["input_ids"])
+            for key in ("input_ids", "labels"):
+                assert torch.equal(batch[key][row, :length], whole[key][i, :length])
+    assert not torch.equal(whole["labels"], repeatable(tokenizer, seed=1)(features)["labels"])
+    assert not torch.equal(whole["labels"][1, :30] == -100, whole["labels"][0, :30] == -100)
+
+
+def test_repeatable_masks_do_not_depend_on_padding(tokenizer):
+    feature, pad = texts(30)[0], [EOS] * 5
+    plain = repeatable(tokenizer)([feature])
+    left = {"input_ids": pad + feature["input_ids"], "attention_mask": [0] * 5 + [1] * 30}
+    padded = repeatable(tokenizer)([left])
+    assert torch.equal(padded["labels"][:, 5:], plain["labels"]) and (plain["labels"] != -100).any()
+    assert torch.equal(repeatable(tokenizer, padding_free=True)([left])["input_ids"], plain["input_ids"])
+
+
+def test_repeatable_needs_a_seed(tokenizer):
+    with pytest.raises(CollatorError, match="give a seed"):
+        MNTPCollator(tokenizer, repeatable=True)
+
+
+class Backend:
+    """What MistralCommonBackend has: no mask token, and a method for `added_tokens_decoder` that raises."""
+
+    unk_token, unk_token_id, eos_token_id = "<unk>", 0, EOS
+    all_special_ids = [0, BOS, EOS]
+
+    def __init__(self):
+        self.words = make_tokenizer().get_vocab()
+
+    def __len__(self):
+        return len(self.words)
+
+    def added_tokens_decoder(self):
+        raise NotImplementedError
+
+    def convert_tokens_to_ids(self, token):
+        return self.words.get(token, 0)
+
+    def encode(self, text, add_special_tokens=True):
+        return [self.convert_tokens_to_ids(word) for word in text.split()]
+
+
+def test_a_tokenizer_may_lack_what_transformers_ones_have():
+    batch = everything_hidden(Backend())([{"input_ids": [BOS, 9, 10, EOS]}, [9, 10]])
+    assert batch["labels"].tolist() == [[-100, 9, 10, -100], [-100, 10, -100, -100]]
+    assert batch["input_ids"].tolist() == [[BOS, UNDERSCORE, UNDERSCORE, EOS], [9, UNDERSCORE, EOS, EOS]]
+    with pytest.raises(MaskTokenError, match="gives 0"):
+        MNTPCollator(Backend(), mask_token="nowhere")
+    with pytest.raises(CollatorError, match="feature 0 has the id 900"):
+        MNTPCollator(Backend())([[900]])
+
+
+def test_ids_beyond_the_number_of_entries_are_right_where_the_vocabulary_has_them():
+    vocabulary = {"<unk>": 0, "_": 1, "a": 2, "far": 70}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert everything_hidden(tokenizer)([[2, 70]])["labels"].tolist() == [[-100, 70]]
+    with pytest.raises(CollatorError, match="feature 1 has the id 71; the largest id of the tokenizer is 70"):
+        MNTPCollator(tokenizer)([[2], [2, 71]])
+
+
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.int32)])
 def test_features_of_any_kind_give_the_same_batch(tokenizer, make):
     features = [{"input_ids": make(f["input_ids"]), "length": 1, "labels": make(f["input_ids"])} for f in texts(7, 4)]
@@ -306,6 +397,7 @@ def test_mask_token_must_be_text(tokenizer, token):
         ({"return_flash_attn_kwargs": True}, "needs padding_free=True"),
         ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
         ({"seed": 1.5}, "got 1.5"),
+        ({"pad_to_multiple_of": 10**18}, f"at most 16777216; got {10**18}"),
     ],
 )
 def test_settings_are_checked(tokenizer, settings, said):
@@ -331,6 +423,21 @@ def test_the_tokenizer_is_checked(given):
         ([{"input_ids": [4]}, {"input_ids": [[4, 5]]}], "input_ids of feature 1 .* shape \\(1, 2\\)"),
         ([{"input_ids": [0.5]}], "float64"),
         ([{"input_ids": [[4], [5, 6]]}], "can't be read as numbers"),
+        (None, "one feature per text; got None"),
+        (7, "one feature per text; got 7"),
+        ({"input_ids": [[4, 5]]}, "got one dict for all"),
+        (transformers.BatchEncoding({"input_ids": [[4, 5]]}), "got one BatchEncoding for all"),
+        ("text", "got one str for all"),
+        ([4, 5], "shape \\(\\)"),
+        ([torch.tensor([4.0, 5.0], requires_grad=True)], "feature 0 .* got shape \\(2,\\), float32"),
+        ([torch.tensor([4.0], dtype=torch.bfloat16)], "can't be read as numbers"),
+        ([[4, 5], [4, -1]], "feature 1 has the id -1; ids must be at least 0"),
+        ([[True, False]], "bool"),
+        ([[2**63]], f"must fit in int64; got {2**63}"),
+        ([np.array([2**64 - 1], dtype=np.uint64)], f"got {2**64 - 1}"),
+        ([[2**70]], "object"),
+        ([[4], [4, 504]], "feature 1 has the id 504; the largest id of the tokenizer is 503"),
+        ([[], [4], [504]], "feature 2 has the id 504"),
     ],
 )
 def test_features_are_checked(tokenizer, features, said):

@@ -7,7 +7,10 @@ import io
 import os
 import subprocess
 import sys
+import types
+import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,14 +19,17 @@ from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
+from bidirect_patch import apply_mntp_head, disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.errors import AttentionMaskError, HeadError, LabelLeakWarning, UnsupportedModelError
+from bidirect_patch.mntp import head as mntp_head
 from bidirect_patch.mntp import loss as linear_loss
-from bidirect_patch import apply_mntp_head, enable_bidirectional, is_bidirectional
-from bidirect_patch.errors import AttentionMaskError, HeadError, UnsupportedModelError
-from bidirect_patch.mntp.head import remove_mntp_head
+from bidirect_patch.mntp.head import MNTPHead, remove_mntp_head
+from bidirect_patch.mntp.metrics import mntp_metrics
+from bidirect_patch.swap.classes import has_mixin
 
 from .conftest import FAMILIES, SIZES, TRANSFORMERS, tiny_config, tiny_model
 
-VOCAB = SIZES["vocab_size"]
+VOCAB, MASK = SIZES["vocab_size"], 2
 LOSS_KWARGS = TRANSFORMERS >= Version("4.47")  # forward hands loss arguments on to the loss
 
 
@@ -36,7 +42,7 @@ def batch(share=0.4, shape=(3, 17), seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, shape, generator=generator)
     scored = torch.rand(shape, generator=generator) < share
-    return dict(input_ids=ids, labels=torch.where(scored, ids, -100))
+    return dict(input_ids=torch.where(scored, MASK, ids), labels=torch.where(scored, ids, -100))
 
 
 def pair(model, **kwargs):
@@ -613,10 +619,95 @@ def test_the_way_back_and_copies():
         with torch.no_grad():
             twin.lm_head.weight.mul_(2)
         assert not torch.equal(twin(**batch()).loss, model(**batch()).loss)
-        assert type(remove_mntp_head(twin)) is original and type(model) is not original
+        assert not has_mixin(remove_mntp_head(twin), MNTPHead) and has_mixin(model, MNTPHead)
+        assert is_bidirectional(twin) and type(disable_bidirectional(twin)) is original
     assert remove_mntp_head(remove_mntp_head(model)) is model
+    assert is_bidirectional(model) and not has_mixin(model, MNTPHead)
+    assert disable_bidirectional(model) is model
     assert type(model) is original and model.__dict__ == state
-    assert is_bidirectional(model)
+
+
+def test_the_attention_may_go_back_before_the_head():
+    model = tiny_model().train()
+    state, original = dict(model.__dict__), type(model)
+    causal = copy.deepcopy(model)(**batch()).loss
+    apply_mntp_head(model)
+    assert "MNTP head" in repr(model)
+    disable_bidirectional(model)
+    assert has_mixin(model, MNTPHead) and model(**batch()).logits is None
+    torch.testing.assert_close(model(**batch()).loss, causal)
+    assert type(remove_mntp_head(model)) is original and model.__dict__ == state
+
+
+@pytest.mark.parametrize("was_bidirectional", [True, False])
+def test_a_head_that_fails_after_enabling_changes_nothing(was_bidirectional, monkeypatch):
+    model = tiny_model()
+    if was_bidirectional:
+        enable_bidirectional(model)
+    classes, put = [type(module) for module in model.modules()], mntp_head.apply
+
+    def fails(add=(), remove=()):
+        put(remove=remove)
+        if add:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(mntp_head, "apply", fails)
+    with pytest.raises(KeyboardInterrupt):
+        apply_mntp_head(model)
+    assert is_bidirectional(model) == was_bidirectional
+    assert [type(module) for module in model.modules()] == classes
+
+
+def in_autocast(model, dtype):
+    """What accelerate's `prepare` puts on a model; for bfloat16, the thing itself."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if dtype == torch.bfloat16:
+        AcceleratorState._reset_state(True)  # which is one per process, and of a Trainer before
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, device_placement=False)
+        AcceleratorState._reset_state(True)
+        return prepared
+    forward = torch.autocast("cpu", dtype)(model.forward.__func__)
+    model.forward = types.MethodType(convert_outputs_to_fp32(forward), model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_head_may_come_after_mixed_precision_and_go_before_it(dtype, chunks, monkeypatch):
+    in_chunks, total = [], linear_loss.total
+    monkeypatch.setattr(linear_loss, "total", lambda *given: in_chunks.append(1) or total(*given))
+    stock, ours = (in_autocast(m, dtype) for m in (enable_bidirectional(tiny_model().train()), tiny_model().train()))
+    wrapper = ours.forward
+    apply_mntp_head(ours)
+    scale = 2.0**10  # as a GradScaler does in float16, where a gradient taken before it would vanish
+    for m in (stock, ours):
+        loss = m(**batch()).loss
+        assert loss.dtype == torch.float32
+        (loss * scale).backward()
+    assert bool(in_chunks) == (dtype != torch.float16)
+    assert ours(**batch()).logits is None
+    for a, b in zip(ours.parameters(), stock.parameters()):
+        torch.testing.assert_close(a.grad / scale, b.grad / scale, rtol=0.05, atol=0.02)
+    remove_mntp_head(ours)
+    assert ours(**batch()).logits is not None
+    disable_bidirectional(ours)
+    assert ours.forward == wrapper and type(ours) is transformers.LlamaForCausalLM
+
+
+def test_the_product_of_the_head_is_in_the_dtype_of_the_wrapper(chunks):
+    ours = apply_mntp_head(in_autocast(tiny_model().train(), torch.bfloat16))
+    early = in_autocast(apply_mntp_head(tiny_model().train()), torch.bfloat16)
+    losses = [m(**batch()).loss for m in (ours, early)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+
+
+def test_the_head_goes_after_a_trainer_with_mixed_precision(tmp_path):
+    model = apply_mntp_head(tiny_model())
+    trainer(model, tmp_path, max_steps=1, bf16=True).train()
+    remove_mntp_head(model)
+    assert not has_mixin(model, MNTPHead) and model(**batch()).logits is not None
 
 
 def test_a_second_backward_is_refused_not_wrong():
@@ -704,3 +795,113 @@ def test_a_head_that_is_sliced_instead_of_called_is_refused():
     assert not is_bidirectional(model)
     model.config.pretraining_tp = 1
     apply_mntp_head(model)
+
+
+@pytest.mark.parametrize("wrong, said", [(VOCAB, f"the id {VOCAB}: give ids from 0 below {VOCAB}"), (-1, "the id -1")])
+@pytest.mark.parametrize("plain", [True, False])
+def test_labels_that_are_no_ids_are_refused(plain, wrong, said):
+    model, inputs = apply_mntp_head(tiny_model().train()), batch()
+    if not plain:
+        model.lm_head.register_forward_hook(lambda *a: None)
+    inputs["labels"][0, 0] = wrong  # nothing predicts it
+    model(**inputs)
+    inputs["labels"][1, 3] = wrong
+    with pytest.raises(HeadError, match=said):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("shape", [(51,), (3, 17, 1)], ids=str)
+def test_labels_of_other_dimensions_are_refused(shape):
+    inputs = batch()
+    model = apply_mntp_head(tiny_model().train())
+    with pytest.raises(HeadError, match="labels"):
+        model(input_ids=inputs["input_ids"], labels=inputs["labels"].reshape(shape))
+    with pytest.raises(HeadError, match="labels must have the shape"):
+        model(labels=inputs["labels"].reshape(shape))
+
+
+def test_arguments_by_place_are_those_of_the_stock_forward():
+    model, inputs = apply_mntp_head(tiny_model().train()), batch()
+    mask = torch.ones_like(inputs["input_ids"])
+    names = [name for name in inspect.signature(transformers.LlamaForCausalLM.forward).parameters if name != "self"]
+    given = {**inputs, "attention_mask": mask}
+    places = [given.get(name) for name in names[: names.index("labels") + 1]]
+    assert torch.equal(model(*places).loss, model(**given).loss)
+    with pytest.raises(TypeError, match="input_ids"):
+        model(inputs["input_ids"], input_ids=inputs["input_ids"])
+    with pytest.raises(TypeError, match="positional"):
+        model(inputs["input_ids"], *[None] * 40)
+
+
+def test_labels_that_leak_are_told_of():
+    inputs = batch()
+    model = apply_mntp_head(tiny_model().train())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LabelLeakWarning)
+        model(**inputs)
+        model(input_ids=inputs["labels"].clamp(min=0), attention_mask=None)
+    leaking = apply_mntp_head(tiny_model().train())
+    with pytest.warns(LabelLeakWarning, match="copy"):
+        leaking(input_ids=inputs["input_ids"], labels=inputs["input_ids"])
+
+
+def test_a_trace_gives_the_loss_of_other_batches():
+    model = apply_mntp_head(tiny_model().train())
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, labels):
+            return self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(Loss(), tuple(batch(seed=0).values()), check_trace=False)
+    for share, seed in ((0.4, 0), (0.4, 1), (0.1, 2)):
+        inputs = batch(share, seed=seed)
+        losses = model(**inputs).loss, traced(*inputs.values())
+        torch.testing.assert_close(*losses)
+        grads = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in losses]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("form", ["full", "argmax", "scores"])
+def test_metrics_of_every_form(form):
+    model = apply_mntp_head(tiny_model(), eval_logits=form)
+    inputs = batch()
+    with torch.no_grad():
+        out = model(**inputs)
+        expected = enable_bidirectional(tiny_model())(input_ids=inputs["input_ids"]).logits[:, :-1]
+    targets = inputs["labels"][:, 1:]
+    scored = targets != -100
+    wider = [(0, 0), (0, 2), *[(0, 0)] * (out.logits.ndim - 2)]  # as the Trainer pads one batch to another's length
+    predictions = np.pad(out.logits.numpy(), wider, constant_values=-100)
+    labels = np.pad(inputs["labels"].numpy(), wider[:2], constant_values=-100)
+    found = mntp_metrics(transformers.EvalPrediction(predictions, labels))
+    right = (expected.argmax(-1) == targets)[scored]
+    assert found["accuracy"] == pytest.approx(right.float().mean().item()) and found["masked_tokens"] == int(scored.sum())
+    assert ("loss" in found) == (form == "scores")
+    if form == "scores":
+        assert found["loss"] == pytest.approx(F.cross_entropy(expected[scored], targets[scored]).item(), rel=1e-5)
+
+
+def test_metrics_of_nothing_and_of_other_shapes():
+    labels = torch.full((2, 5), -100).numpy()
+    of_nothing = mntp_metrics(transformers.EvalPrediction(labels, labels))
+    assert of_nothing["masked_tokens"] == 0 and of_nothing["accuracy"] != of_nothing["accuracy"]
+    for wrong in (labels[0], labels[:, :4], labels[:1]):
+        with pytest.raises(HeadError, match="predictions of shape"):
+            mntp_metrics(transformers.EvalPrediction(wrong, labels))
+
+
+def test_a_trainer_reports_the_mean_over_all_masked_tokens(tmp_path, monkeypatch):
+    shares = {i: 0.1 + 0.1 * i for i in range(8)}
+    monkeypatch.setattr(Data, "__getitem__", lambda self, i: {k: v[0] for k, v in batch(shares[i], (1, 17), i).items()})
+    model = apply_mntp_head(tiny_model(), eval_logits="scores")
+    found = trainer(model, tmp_path, compute_metrics=mntp_metrics).evaluate()
+    whole = {k: torch.stack([Data()[i][k] for i in range(8)]) for k in Data()[0]}
+    assert found["eval_masked_tokens"] == (whole["labels"][:, 1:] != -100).sum()
+    with torch.no_grad():
+        assert found["eval_loss"] == pytest.approx(model(**whole).loss.item(), rel=1e-5)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bidirect_patch.mntp import loss as linear_loss
 from bidirect_patch import apply_mntp_head, enable_bidirectional
 from bidirect_patch.errors import HeadError, UnsupportedModelError
+from bidirect_patch.mntp import loss as linear_loss
 
 from . import zoo
 from .conftest import some_slow
@@ -33,6 +33,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("model_type", some_slow(zoo.buildable_types(), lambda name: name not in UNLIKE_LLAMA))
+@pytest.mark.filterwarnings("ignore::bidirect_patch.errors.LabelLeakWarning")  # a loss is a loss
 @pytest.mark.skipif(zoo.RELEASE > zoo.NEWEST, reason=f"the zoo knows the types of {zoo.NEWEST} and older releases")
 def test_the_loss_is_the_shifted_cross_entropy(model_type, monkeypatch):
     monkeypatch.setattr(linear_loss, "CHUNK_BYTES", 4 * 128 * 3)

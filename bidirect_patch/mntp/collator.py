@@ -1,51 +1,70 @@
 """Masked next token prediction batches.
 
 MNTP (BehnamGhader et al., "LLM2Vec", 2024, https://arxiv.org/abs/2404.05961) hides some tokens of a text and asks a
-decoder that sees both sides to name them. Labels sit at the hidden token's own position; the stock causal loss shifts
-by one, so position i is predicted from the output at i - 1, as the decoder was trained to do. The first token of a
-document has nothing before it and is never chosen.
+decoder that sees both sides to predict them. Labels stand at the hidden token's own position. The stock causal loss shifts
+by one, so the output at position i - 1 predicts position i, as in the decoder's pretraining. The first token of a
+document has no position before it and is never chosen.
 
     ids     <s>   the   cat    sat   down
     input   <s>   the   _      sat   down
-    labels  -100  -100  cat    -100  -100        "cat" is read off the output at "the"
+    labels  -100  -100  cat    -100  -100        the output at "the" predicts "cat"
 """
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..errors import CollatorError, MaskTokenError
+from ..attention.sequences import starts
+from ..errors import CollatorError
+from .features import Row, join, read_rows, without_padding
+from .tokens import check_tokenizer, find_mask_token_id, largest_id, pad_token_id, special_ids
 
 IGNORED = -100  # the label that the loss skips
+LONGEST_PADDING = 2**24  # no model reads longer rows; an accident such as a tokenizer's model_max_length of 10**30 is
 
 
 class MNTPCollator:
     """Turn tokenized texts into MNTP batches: pad, choose tokens to predict, hide them.
 
-    Each token that may be chosen is chosen with `mlm_probability`. Of the chosen, `mask_replace_prob` become the mask
-    token, `random_replace_prob` a random token of the vocabulary that is not special, and the rest stay: BERT's
-    80/10/10 by default. Never chosen: the first token of a sequence or document, special tokens, padding.
+    Each token that may be chosen is chosen with `mlm_probability`. Of the chosen tokens, a share of `mask_replace_prob` becomes
+    the mask token, a share of `random_replace_prob` becomes a random token that is not special, and the rest stays. The
+    defaults are BERT's 80/10/10 (Devlin et al., 2018, https://arxiv.org/abs/1810.04805). Never chosen: the first token of a
+    sequence or document, special tokens, padding.
 
     Args:
-        tokenizer: any transformers tokenizer, with or without a mask or pad token; it is read and never changed.
+        tokenizer: any transformers tokenizer, with or without a mask or pad token. It is read and never changed.
         mlm_probability: share of tokens to predict, in (0, 1].
-        mask_token: what hides a token; default the tokenizer's own mask token, else `_`. Must be exactly one id.
+        mask_token: the token that hides another one. Default: the tokenizer's own mask token, else `_`. It must be exactly
+            one id.
         mask_replace_prob: share of the chosen tokens that become the mask token, in [0, 1].
-        random_replace_prob: share of the chosen tokens that become a random one, in [0, 1].
-        pad_to_multiple_of: round the padded length up to a multiple of this.
-        padding_free: put all texts into one row and pad nothing; documents are told apart by `position_ids`.
+        random_replace_prob: share of the chosen tokens that become a random token, in [0, 1].
+        pad_to_multiple_of: round the padded length up to a multiple of this number.
+        padding_free: put all texts into one row without padding. `position_ids` tell the documents apart.
         return_flash_attn_kwargs: with `padding_free`, add the document boundaries in the form that FlashAttention
             takes, as `DataCollatorWithFlattening` does.
         seed: draw from a generator of this collator's own, so that two collators with one seed give the same batches
-            in the same order. Each dataloader worker draws its own stream, and fresh workers start it anew. Without a
-            seed torch's global generator is used.
+            in the same order. Each dataloader worker draws its own stream, and new workers start it again. Without a
+            seed, torch's global generator is used.
+        repeatable: with a seed, the masks of a text depend on the seed and the text alone, whatever the batch, its order or
+            its padding. Use it for evaluation: every evaluation then scores the same tokens.
 
     Raises:
-        MaskTokenError: the mask token isn't exactly one id of the tokenizer.
-        CollatorError: a setting out of range.
+        MaskTokenError: the mask token is not exactly one id of the tokenizer.
+        CollatorError: a setting is out of range.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import bidirect_patch, transformers
+        >>> folder = Path(bidirect_patch.__file__).parent / "demo_model"
+        >>> tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        >>> collator = bidirect_patch.MNTPCollator(tokenizer, mlm_probability=1.0, mask_replace_prob=1.0, random_replace_prob=0.0)
+        >>> collator([{"input_ids": [7, 8, 9]}, {"input_ids": [7, 8]}])["labels"].tolist()
+        [[-100, 8, 9], [-100, 8, -100]]
     """
 
     def __init__(
@@ -60,31 +79,12 @@ class MNTPCollator:
         padding_free: bool = False,
         return_flash_attn_kwargs: bool = False,
         seed: int | None = None,
+        repeatable: bool = False,
     ) -> None:
-        _require_share("mlm_probability", mlm_probability)
-        if mlm_probability == 0:
-            raise CollatorError("mlm_probability must be above 0, or nothing is ever predicted; got 0.")
-        _require_share("mask_replace_prob", mask_replace_prob)
-        _require_share("random_replace_prob", random_replace_prob)
-        if mask_replace_prob + random_replace_prob > 1 + 1e-9:
-            raise CollatorError(
-                f"mask_replace_prob + random_replace_prob must not exceed 1; got {mask_replace_prob} + "
-                f"{random_replace_prob}."
-            )
-        if pad_to_multiple_of is not None:
-            _require_integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
-            if padding_free:
-                raise CollatorError(
-                    "padding_free pads nothing, so pad_to_multiple_of has no meaning; give one of them."
-                )
-        if return_flash_attn_kwargs and not padding_free:
-            raise CollatorError("return_flash_attn_kwargs describes packed rows; it needs padding_free=True.")
-        if seed is not None:
-            _require_integer("seed", seed, least=0)
-
-        if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-            raise CollatorError(f"tokenizer must be a transformers tokenizer; got {tokenizer!r}.")
-
+        _check_shares(mlm_probability, mask_replace_prob, random_replace_prob)
+        _check_layout(pad_to_multiple_of, padding_free, return_flash_attn_kwargs)
+        _check_seed(seed, repeatable)
+        check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.mlm_probability = mlm_probability
         self.mask_replace_prob = mask_replace_prob
@@ -93,57 +93,66 @@ class MNTPCollator:
         self.padding_free = padding_free
         self.return_flash_attn_kwargs = return_flash_attn_kwargs
         self.seed = seed
+        self.repeatable = repeatable
         self.mask_token_id = find_mask_token_id(tokenizer, mask_token)
-        # Llama-3's <|eot_id|> and kin are special without being one of the tokenizer's named special tokens.
-        added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-        special = {*tokenizer.all_special_ids, *(i for i, token in added if getattr(token, "special", False))}
-        self._special_ids = np.array(sorted(special), dtype=np.int64)
-        ordinary = np.setdiff1d(np.arange(len(tokenizer)), self._special_ids)
-        self._replacements = torch.from_numpy(ordinary if ordinary.size else np.arange(len(tokenizer)))
+        self._special_ids = special_ids(tokenizer)
+        self._size = len(tokenizer)  # a slow tokenizer counts it again each time
+        everything = np.arange(self._size)
+        ordinary = np.setdiff1d(everything, self._special_ids)
+        self._replacements = torch.from_numpy(ordinary if ordinary.size else everything)
         self._stream: tuple[int | None, torch.Generator] | None = None
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         """Make one batch.
 
         Args:
-            features: a mapping per text with `input_ids`, and if wanted `attention_mask` (0 is padding),
-                `special_tokens_mask` (1 is never chosen) and `position_ids` (a row packed of several documents, each
-                starting where they stop counting up by one); or the ids alone. Lists, arrays or tensors of shape
-                (length,). Other keys, labels among them, are dropped. `Trainer` hands on what the model's forward takes
-                alone: `remove_unused_columns=False` keeps `special_tokens_mask`.
+            features: one mapping per text with `input_ids`. It may have `attention_mask` (0 is padding), `special_tokens_mask`
+                (1 is never chosen) and `position_ids` (for a row packed of several documents: a document starts where they
+                do not rise). Or the ids alone. Lists, arrays or tensors of integers, (length,). Other keys, labels
+                among them, are dropped. `Trainer` passes on only what the model's forward takes:
+                `remove_unused_columns=False` keeps `special_tokens_mask`.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels` of shape (batch, length), int64, padded on the tokenizer's
-            `padding_side`, labels -100 where nothing is scored; `position_ids` too if the features had them.
-            With `padding_free`: `input_ids`, `labels` and `position_ids` of shape (1, total), positions counting from
-            0 in each document; with `return_flash_attn_kwargs` also `cu_seq_lens_q` and `cu_seq_lens_k` of shape
+            `input_ids`, `attention_mask` and `labels`, each (batch, length), int64, padded on the tokenizer's
+            `padding_side`, labels -100 where nothing is scored. `position_ids` too if the features had them.
+            With `padding_free`: `input_ids`, `labels` and `position_ids`, each (1, total), int64, positions counted from
+            0 in each document. With `return_flash_attn_kwargs` also `cu_seq_lens_q` and `cu_seq_lens_k`,
             (documents + 1,), int32, and the integers `max_length_q` and `max_length_k`.
 
         Raises:
-            CollatorError: features that hold no tokens, or whose parts differ in length.
+            CollatorError: features without tokens, with parts of different lengths, or with ids that the tokenizer does not have.
         """
-        rows = [_read_row(feature, index) for index, feature in enumerate(features)]
+        rows = read_rows(features)
         if self.padding_free:
-            rows = [_without_padding(row) for row in rows]
+            rows = [without_padding(row) for row in rows]
         lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
         if not lengths.sum():
             raise CollatorError(f"There is nothing to collate: {len(rows)} features with no token in them.")
-        # All work is done on one line of tokens, (total,); padding is only how it is laid out in the end.
+        # All work is done on one line of tokens, (total,). Padding is only a layout, made at the end.
         ids = np.concatenate([row["input_ids"] for row in rows])
-        real = _join(rows, "attention_mask", lengths, 1) != 0
-        row_of = np.repeat(np.arange(len(rows)), lengths)
-        starts = _document_starts(row_of, real, _join(rows, "position_ids", lengths, None))
-
-        eligible = real & ~starts & ~np.isin(ids, self._special_ids)
+        self._check_ids(ids, lengths)
+        real = torch.from_numpy(join(rows, "attention_mask", lengths, 1) != 0)
+        first = _document_starts(rows, lengths, real)
+        eligible = real & ~first & ~torch.from_numpy(np.isin(ids, self._special_ids))
         if any("special_tokens_mask" in row for row in rows):
-            eligible &= _join(rows, "special_tokens_mask", lengths, 0) == 0
-        tokens, labels = self._hide(torch.from_numpy(ids), torch.from_numpy(eligible), self.draws(rows))
+            eligible &= torch.from_numpy(join(rows, "special_tokens_mask", lengths, 0) == 0)
+        tokens, labels = self._hide(torch.from_numpy(ids), eligible, self.draws(rows))
         if self.padding_free:
-            return self._in_one_row(tokens, labels, starts)
-        return self._padded(tokens, labels, torch.from_numpy(real), rows, lengths)
+            return self._in_one_row(tokens, labels, first.numpy())
+        return self._padded(tokens, labels, real, rows, lengths)
 
-    def draws(self, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
-        """(3, total) uniform numbers for the tokens of a batch: whether to choose it, what hides it, by which token."""
+    def draws(self, rows: list[Row]) -> Tensor:
+        """Uniform numbers for the tokens of a batch: whether to choose each, what hides it, by which token.
+
+        Args:
+            rows: the texts, each a dict of int64 arrays (length,) with `input_ids`.
+
+        Returns:
+            (3, total), float32, in [0, 1).
+        """
+        if self.repeatable:
+            assert self.seed is not None  # checked when the collator was made
+            return torch.cat([text_draws(row, self.seed) for row in rows], 1)
         return torch.rand(3, sum(len(row["input_ids"]) for row in rows), generator=self._generator())
 
     def _generator(self) -> torch.Generator | None:
@@ -156,10 +165,21 @@ class MNTPCollator:
             self._stream = key, seeded(self.seed, *([] if key is None else [key]))
         return self._stream[1]
 
-    def _hide(
-        self, ids: torch.Tensor, eligible: torch.Tensor, draws: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(total,) ids and who may be chosen -> (total,) ids with some hidden, and labels."""
+    def _check_ids(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        if ids.min() < 0:
+            wrong, rule = ids < 0, "ids must be at least 0"
+        elif ids.max() >= self._size:
+            largest = largest_id(self.tokenizer)
+            wrong, rule = ids > largest, f"the largest id of the tokenizer is {largest}: use the tokenizer that made the ids"
+        else:
+            return
+        if wrong.any():
+            at = int(wrong.argmax())
+            index = int(np.searchsorted(lengths.cumsum(), at, side="right"))
+            raise CollatorError(f"input_ids of feature {index} has the id {ids[at]}; {rule}.")
+
+    def _hide(self, ids: Tensor, eligible: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and which of them may be chosen, (total,) -> ids with some hidden, and labels, both (total,)."""
         chosen = ((draws[0] < self.mlm_probability) & eligible).nonzero().squeeze(1)
         labels = torch.full_like(ids, IGNORED)
         labels[chosen] = ids[chosen]
@@ -171,10 +191,10 @@ class MNTPCollator:
         hidden[swapped] = self._replacements[picks]
         return hidden, labels
 
-    def _in_one_row(self, tokens: torch.Tensor, labels: torch.Tensor, starts: np.ndarray) -> dict[str, Any]:
-        bounds = np.append(np.flatnonzero(starts), len(starts))
+    def _in_one_row(self, tokens: Tensor, labels: Tensor, first: np.ndarray) -> dict[str, Any]:
+        bounds = np.append(np.flatnonzero(first), len(first))
         document_lengths = np.diff(bounds)
-        positions = np.arange(len(starts)) - np.repeat(bounds[:-1], document_lengths)
+        positions = np.arange(len(first)) - np.repeat(bounds[:-1], document_lengths)
         batch: dict[str, Any] = {"input_ids": tokens[None], "labels": labels[None]}
         batch["position_ids"] = torch.from_numpy(positions)[None]
         if self.return_flash_attn_kwargs:
@@ -185,126 +205,88 @@ class MNTPCollator:
         return batch
 
     def _padded(
-        self,
-        tokens: torch.Tensor,
-        labels: torch.Tensor,
-        real: torch.Tensor,
-        rows: list[dict[str, np.ndarray]],
-        lengths: np.ndarray,
-    ) -> dict[str, torch.Tensor]:
-        multiple = self.pad_to_multiple_of or 1
+        self, tokens: Tensor, labels: Tensor, real: Tensor, rows: list[Row], lengths: np.ndarray
+    ) -> dict[str, Tensor]:
+        multiple = int(self.pad_to_multiple_of or 1)
         width = -(-int(lengths.max()) // multiple) * multiple
         columns = np.arange(width)
-        if self.tokenizer.padding_side == "left":
+        if getattr(self.tokenizer, "padding_side", "right") == "left":
             taken = torch.from_numpy(columns >= width - lengths[:, None])  # (batch, width)
         else:
             taken = torch.from_numpy(columns < lengths[:, None])
 
-        def lay_out(values: torch.Tensor, fill: int) -> torch.Tensor:
+        def lay_out(values: Tensor, fill: int) -> Tensor:
             laid = torch.full(taken.shape, fill, dtype=torch.int64)
             laid[taken] = values.to(torch.int64)
             return laid
 
         batch = {
-            "input_ids": lay_out(tokens, self._pad_token_id()),
+            "input_ids": lay_out(tokens, pad_token_id(self.tokenizer)),
             "attention_mask": lay_out(real, 0),
             "labels": lay_out(labels, IGNORED),
         }
         if any("position_ids" in row for row in rows):
-            # A row that came without positions beside rows that have them is one document.
-            given = [row.get("position_ids", np.arange(len(row["input_ids"]))) for row in rows]
-            batch["position_ids"] = lay_out(torch.from_numpy(np.concatenate(given)), 0)
+            # A row without positions beside rows with positions is one document.
+            batch["position_ids"] = lay_out(torch.from_numpy(join(rows, "position_ids", lengths, None)), 0)
         return batch
-
-    def _pad_token_id(self) -> int:
-        """Any id will do where attention_mask is 0; it only has to be one the embedding has."""
-        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token_id is not None:
-                return token_id
-        return 0
-
-
-def find_mask_token_id(tokenizer: Any, mask_token: str | None = None) -> int:
-    """The one id of `mask_token`, by default the tokenizer's own mask token, else `_`.
-
-    A vocabulary entry of that very spelling is taken first, as LLM2Vec does, else what encoding the string gives.
-
-    Raises:
-        MaskTokenError: it is several ids, or none.
-    """
-    if mask_token is None:
-        mask_token = tokenizer.mask_token if tokenizer.mask_token is not None else "_"
-    if not isinstance(mask_token, str) or not mask_token:
-        raise MaskTokenError(f"mask_token must be a non-empty string; got {mask_token!r}.")
-    unknown = tokenizer.unk_token_id if mask_token != tokenizer.unk_token else None
-    token_id = tokenizer.convert_tokens_to_ids(mask_token)
-    if token_id is not None and token_id != unknown:
-        return token_id
-    ids = [i for i in tokenizer.encode(mask_token, add_special_tokens=False) if i != unknown]
-    if len(ids) != 1:
-        raise MaskTokenError(
-            f"The mask token must be exactly one id of the tokenizer; {mask_token!r} gives {len(ids)}"
-            f"{f' ({ids})' if ids else ''}. Give a mask token that is in its vocabulary."
-        )
-    return ids[0]
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator seeded by all of `numbers`, each a non-negative integer; none of them washes out another."""
+    """A CPU generator whose stream depends on each of `numbers`, which are integers of at least 0."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def _read_row(feature: Any, index: int) -> dict[str, np.ndarray]:
-    """One text as arrays of shape (length,), int64."""
-    if not isinstance(feature, Mapping):
-        feature = {"input_ids": feature}
-    if feature.get("input_ids") is None:
-        held = [key for key, value in feature.items() if value is not None]
-        raise CollatorError(f"Feature {index} has no input_ids, only {held}. Tokenize the texts first.")
-    row = {}
-    for key in ("input_ids", "attention_mask", "special_tokens_mask", "position_ids"):
-        if feature.get(key) is None:
-            continue
-        try:
-            value = np.asarray(feature[key])
-        except (TypeError, ValueError) as error:
-            raise CollatorError(f"{key} of feature {index} can't be read as numbers: {error}.") from error
-        if value.ndim != 1 or (value.size and value.dtype.kind not in "iub"):
-            raise CollatorError(
-                f"{key} of feature {index} must be a row of integers, shape (length,); got shape {value.shape}, "
-                f"{value.dtype}."
-            )
-        row[key] = value.astype(np.int64, copy=False)
-        if len(row[key]) != len(row["input_ids"]):
-            raise CollatorError(
-                f"Feature {index} has {len(row['input_ids'])} input_ids and {len(row[key])} of {key}; they must match."
-            )
-    return row
+def text_draws(row: Row, *numbers: int) -> Tensor:
+    """Uniform numbers for the tokens of one text that depend on `numbers` and on its real tokens alone, (3, length), float32."""
+    ids = row["input_ids"]
+    real = row.get("attention_mask", np.ones_like(ids)) != 0
+    draws = torch.zeros(3, len(ids))
+    generator = seeded(*numbers, zlib.crc32(ids[real].tobytes()))
+    draws[:, torch.from_numpy(real)] = torch.rand(3, int(real.sum()), generator=generator)
+    return draws
 
 
-def _join(rows: list[dict[str, np.ndarray]], key: str, lengths: np.ndarray, default: int | None) -> np.ndarray:
-    """One key of all rows on one line, (total,); where a row lacks it `default`, or counting up if that is None."""
-    return np.concatenate(
-        [
-            row[key] if key in row else np.arange(length) if default is None else np.full(length, default)
-            for row, length in zip(rows, lengths)
-        ]
-    )
+def _document_starts(rows: list[Row], lengths: np.ndarray, real: Tensor) -> Tensor:
+    """(total,), bool: True at the first real token of each row, and where a new document starts in it."""
+    row_of = torch.from_numpy(np.repeat(np.arange(len(rows)), lengths))
+    at = real.nonzero().squeeze(1)
+    first = torch.zeros_like(real)
+    first[at] = torch.diff(row_of[at], prepend=row_of.new_tensor([-1])) != 0
+    if not any("position_ids" in row for row in rows):
+        return first
+    positions = torch.from_numpy(join(rows, "position_ids", lengths, None))
+    return first | starts(positions[None], real[None])[0]
 
 
-def _without_padding(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    real = row.pop("attention_mask", None)
-    return row if real is None else {key: value[real != 0] for key, value in row.items()}
+def _check_shares(mlm_probability: Any, mask_replace_prob: Any, random_replace_prob: Any) -> None:
+    _require_share("mlm_probability", mlm_probability)
+    if mlm_probability == 0:
+        raise CollatorError("mlm_probability must be above 0, or nothing is ever predicted; got 0.")
+    _require_share("mask_replace_prob", mask_replace_prob)
+    _require_share("random_replace_prob", random_replace_prob)
+    if mask_replace_prob + random_replace_prob > 1 + 1e-9:
+        raise CollatorError(
+            f"mask_replace_prob + random_replace_prob must not exceed 1; got {mask_replace_prob} + {random_replace_prob}."
+        )
 
 
-def _document_starts(row_of: np.ndarray, real: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """(total,) True at the first real token of each row, and where positions stop counting up by one."""
-    at = np.flatnonzero(real)
-    starts = np.zeros(len(real), dtype=bool)
-    starts[at] = np.diff(row_of[at], prepend=-1) != 0
-    starts[at] |= np.diff(positions[at], prepend=-1) != 1
-    return starts
+def _check_layout(pad_to_multiple_of: Any, padding_free: bool, return_flash_attn_kwargs: bool) -> None:
+    if pad_to_multiple_of is not None:
+        _require_integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
+        if pad_to_multiple_of > LONGEST_PADDING:
+            raise CollatorError(f"pad_to_multiple_of must be at most {LONGEST_PADDING}; got {pad_to_multiple_of}.")
+        if padding_free:
+            raise CollatorError("padding_free pads nothing, so pad_to_multiple_of has no meaning; give one of them.")
+    if return_flash_attn_kwargs and not padding_free:
+        raise CollatorError("return_flash_attn_kwargs describes packed rows; it needs padding_free=True.")
+
+
+def _check_seed(seed: Any, repeatable: bool) -> None:
+    if seed is not None:
+        _require_integer("seed", seed, least=0)
+    elif repeatable:
+        raise CollatorError("repeatable=True draws the masks from the seed and the text; give a seed too.")
 
 
 def _require_share(name: str, value: Any) -> None:
