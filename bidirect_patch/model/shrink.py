@@ -40,22 +40,21 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
         >>> small.hidden_size, small.num_attention_heads, small.num_hidden_layers
         (64, 4, 2)
     """
-    _check_sizes(config)
     small = copy.deepcopy(config)
     _shrink(small, None)
     return small
 
 
-# The least value of a field that makes sense. A tower of another modality may have no layers.
+# The least value of a field that makes sense. A head_dim of 0 means that none is given; GLM-5 has it by default.
 _LEAST = {
     "hidden_size": 1,
-    "head_dim": 1,
+    "head_dim": 0,
+    "qk_rope_head_dim": 0,
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "num_hidden_layers": 1,
     "intermediate_size": 0,
     "vocab_size": 1,
-    "max_position_embeddings": 1,
 }
 
 
@@ -87,12 +86,8 @@ def _scale_of(config: PretrainedConfig, outer: _Scale | None) -> _Scale | None:
         heads = max(1, width // 64)
     rope_dim = getattr(config, "qk_rope_head_dim", None)
     given = getattr(config, "head_dim", None)
-    dim = rope_dim if _is_int(rope_dim) and rope_dim else given if _is_int(given) else Fraction(width, heads)
-    if dim <= 0:
-        raise UnsupportedModelError(
-            f"{type(config).__name__} has heads of size {dim} at hidden_size = {width}; both have to be at least 1"
-        )
-    return _Scale(Fraction(min(HEADS, heads), heads), min(Fraction(1), HEAD_DIM / Fraction(dim)))
+    dim = next((Fraction(size) for size in (rope_dim, given) if _is_int(size) and size), Fraction(width, heads))
+    return _Scale(Fraction(min(HEADS, heads), heads), min(Fraction(1), HEAD_DIM / dim))
 
 
 Limit = Callable[[int], int]
@@ -167,6 +162,7 @@ def _shrink(config: PretrainedConfig, outer: _Scale | None) -> None:
     # Since 5.17, transformers lets a layer differ from the config. A field that differs can't be read while that is so.
     mixed = fields.pop("_heterogeneity_spec", None)
     overrides = dict(mixed.per_layer_overrides) if mixed else {}
+    _check_sizes(config)
     scale = _scale_of(config, outer)
     settled, kept = _thin_out(config, overrides)
     for name, value in list(fields.items()):

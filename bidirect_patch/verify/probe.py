@@ -220,22 +220,31 @@ class _LayerHooks:
     def read(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if not self.given:
             return
-        rows = self.given.pop()
+        self.given.pop()
         outputs = output_rows(output, self.recorder.grid)
         if outputs is None:
             return
         matrix, noise = by_perturbation(outputs.detach())
-        if rows.requires_grad and outputs.requires_grad:
-            matrix = matrix | by_gradient(outputs, self.recorder.inputs)
+        matrix = matrix | self.gradient(outputs)
         finite = bool(torch.isfinite(outputs).all())
         seen = LayerCall(self.name, type(module).__name__, matrix.cpu(), finite, outputs.detach().clone(), noise)
         seen.causal_parts, self.causal_parts = self.causal_parts, []
         self.recorder.calls.append(seen)
 
+    def gradient(self, outputs: Tensor) -> Tensor:
+        """Return the dependence matrix by gradient; all False where the outputs have no gradient."""
+        if self.recorder.gradients and outputs.requires_grad:
+            return by_gradient(outputs, self.recorder.inputs)
+        return torch.zeros(self.recorder.grid.length, self.recorder.grid.length, dtype=torch.bool, device=outputs.device)
+
     def reader_of(self, part: str) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
         def read_part(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             outputs = output_rows(output, self.recorder.grid) if self.given else None
-            if outputs is not None and verdict_of(by_perturbation(outputs.detach())[0]) == CAUSAL:
+            if outputs is None:
+                return
+            matrix, _ = by_perturbation(outputs.detach())
+            # The gradient costs a backward for each module, so it is asked only about those that look causal.
+            if verdict_of(matrix) == CAUSAL and verdict_of(matrix | self.gradient(outputs)) == CAUSAL:
                 self.causal_parts.append(part)
 
         return read_part
