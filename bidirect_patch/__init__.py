@@ -36,8 +36,9 @@ def _install_hooks(_: object) -> None:
 register_post_import_hook(_install_hooks, "peft.peft_model")
 
 if TYPE_CHECKING:
-    from .mntp.collator import MNTPCollator as MNTPCollator
+    from .architectures import supported_architectures as supported_architectures
     from .errors import BidirectPatchError as BidirectPatchError
+    from .mntp.collator import MNTPCollator as MNTPCollator
     from .mntp.head import apply_mntp_head as apply_mntp_head
     from .patch import bidirectional as bidirectional
     from .patch import disable_bidirectional as disable_bidirectional
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from .verify.report import AttentionReport as AttentionReport
     from .verify.report import assert_bidirectional as assert_bidirectional
     from .verify.report import attention_report as attention_report
-    from .architectures import supported_architectures as supported_architectures
 
 
 def __getattr__(name):

@@ -9,8 +9,8 @@ from torch import nn
 
 from .attention.handling import possible_handlings
 from .attention.labels import ModelWithLoss
-from .attention.plan import all_mixins, bidirectional_plans, causal_block_plans, loss_plans
 from .attention.model_forward import CausalBlock
+from .attention.plan import all_mixins, bidirectional_plans, causal_block_plans, loss_plans
 from .checkpoints import hooks
 from .errors import OrderError, UnsupportedModelError
 from .model.find import Decoder, decoders
@@ -314,15 +314,15 @@ def _check_forwards(found: Iterable[Decoder]) -> None:
         if record_of(module) is not None and not calls_the_patch(module):
             forward = module.__dict__.get("forward")
             raise OrderError(
-                f"{type(module).__name__}.forward was replaced on the instance by {getattr(forward, '__qualname__', forward)}, and "
-                "nothing shows that this calls the patched forward: take it off, or call disable_bidirectional first"
+                f"{type(module).__name__}.forward was replaced on the instance by {getattr(forward, '__qualname__', forward)}, "
+                "and nothing shows that this calls the patched forward: take it off, or call disable_bidirectional first"
             )
 
 
 def _check_not_native(decoder: Decoder) -> None:
     if _state(decoder) is not State.CAUSAL_BLOCK and is_natively_bidirectional(decoder):
         raise OrderError(
-            f"{type(decoder.module).__name__} is bidirectional by its config, so that undoing the patch would not make it causal: "
-            "load it with is_causal=True (Gemma: use_bidirectional_attention=False), or use a causal block, `with "
+            f"{type(decoder.module).__name__} is bidirectional by its config, so that undoing the patch would not make it "
+            "causal: load it with is_causal=True (Gemma: use_bidirectional_attention=False), or use a causal block, `with "
             "bidirectional(model, enabled=False):`"
         )

@@ -32,8 +32,9 @@ def test_a_config_alone(folder, capsys):
     assert after.count("bidirectional  ") == 2 and "on sdpa: bidirectional" in after
 
 
-def test_backend_and_length(folder, capsys):
-    assert cli.main(["check", folder, "--attn-implementation", "eager", "--length", "5"]) == 0
+@pytest.mark.parametrize("flags", [["--attn-implementation", "eager"], ["--attn_implementation=eager"]])
+def test_backend_and_length(folder, capsys, flags):
+    assert cli.main(["check", folder, *flags, "--length", "5"]) == 0
     out = capsys.readouterr().out
     assert "on eager" in out and "-4 .. +4" in out
 
@@ -82,6 +83,12 @@ def test_a_layer_that_sees_less_than_before_is_a_failure(folder, capsys, monkeyp
     assert cli.main(["check", folder]) == 1
     out = capsys.readouterr().out
     assert "looked back 6 positions and now reaches -2 .. +2" in out
+
+
+def test_a_value_keeps_its_hyphens(capsys):
+    assert cli.main(["check", "no/such-folder", "--attn-implementation=not-there"]) == 2
+    assert "'no/such-folder'" in capsys.readouterr().err
+    assert cli.underscored("--attn-implementation=not-there") == "--attn_implementation=not-there"
 
 
 @pytest.mark.parametrize(

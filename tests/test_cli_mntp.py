@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bidirect_patch.checkpoints.save import says_bidirectional
 from bidirect_patch.cli import main
 from bidirect_patch.errors import ConfigError
-from bidirect_patch.checkpoints.save import says_bidirectional
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -233,10 +234,10 @@ def test_an_overwriting_run_is_not_resumed_from_the_run_before(settings):
 
 
 def test_masks_do_not_depend_on_the_batch(settings):
-    from bidirect_patch.cli.training import ResumableCollator
+    from bidirect_patch.cli.mntp.collator import RepeatableCollator
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
-    collator = ResumableCollator(tokenizer, seed=7)
+    collator = RepeatableCollator(tokenizer, seed=7)
 
     def masked(size):
         made = batches(settings, collator, 32, size)
@@ -277,7 +278,7 @@ def test_an_interrupted_run_can_be_resumed(settings, kill, code):
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
-    from bidirect_patch.cli.saving import last_whole_checkpoint
+    from bidirect_patch.cli.mntp.checkpoints import last_whole_checkpoint
 
     reached = int(last_whole_checkpoint(str(folder)).rpartition("-")[2])
     assert run(settings | {"stop_after_n_steps": reached + 1}) == 0
@@ -293,7 +294,7 @@ def batches(settings, collator, lengths, size=8):
 
 def test_evaluation_is_the_mean_over_all_masked_tokens(settings):
     """Against stock transformers: logits of every position, shifted and averaged by hand, on batches of uneven size."""
-    from bidirect_patch.cli.training import ResumableCollator
+    from bidirect_patch.cli.mntp.collator import RepeatableCollator
 
     settings |= {"do_eval": True, "line_by_line": True, "seed": 7}
     assert run(settings) == 0
@@ -301,7 +302,7 @@ def test_evaluation_is_the_mean_over_all_masked_tokens(settings):
     tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
     stock = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"]).eval()
     losses, right = [], []
-    for batch in batches(settings, ResumableCollator(tokenizer, mlm_probability=0.2, seed=7), 32):
+    for batch in batches(settings, RepeatableCollator(tokenizer, mlm_probability=0.2, seed=7), 32):
         labels = batch.pop("labels")[:, 1:]
         with torch.no_grad():
             logits = stock(**batch).logits[:, :-1][labels != -100]
@@ -352,8 +353,8 @@ def test_texts_of_any_kind_train_to_the_same_weights(place, settings, tmp_path, 
 
 
 def test_chunks_are_the_text_cut_every_so_many_tokens(settings):
-    from bidirect_patch.cli import data
-    from bidirect_patch.cli.arguments import parse
+    from bidirect_patch.cli.mntp import data
+    from bidirect_patch.cli.mntp.settings import parse
 
     settings |= {"do_train": True, "max_seq_length": 50}
     path = Path(settings["output_dir"]).with_suffix(".json")
@@ -570,11 +571,11 @@ def test_a_folder_that_holds_something_else_is_left_alone(capsys, settings):
     assert [entry.name for entry in folder.iterdir()] == ["notes.txt"]
 
 
-# ---- settings: files, flags, and names of other eras ----
+# ---- settings: files, flags, and names of other releases ----
 
 
 def test_flags_win_over_the_file_and_types_are_the_same_either_way(settings):
-    from bidirect_patch.cli.arguments import parse
+    from bidirect_patch.cli.mntp.settings import parse
 
     path = Path(settings["output_dir"]).with_suffix(".json")
     path.write_text(json.dumps(settings | {"do_train": True, "label_names": ["labels"], "max_steps": None}))
@@ -593,7 +594,7 @@ def test_deepspeeds_settings_reach_trainers_arguments_as_they_are(settings, monk
     import accelerate.utils
     from transformers.integrations import deepspeed
 
-    from bidirect_patch.cli.arguments import parse
+    from bidirect_patch.cli.mntp.settings import parse
 
     handed = []
 
@@ -635,10 +636,10 @@ def test_deepspeeds_settings_reach_trainers_arguments_as_they_are(settings, monk
         ({"nonsense": 1}, set(), {"nonsense": 1}),
     ],
 )
-def test_names_of_other_eras_keep_their_meaning(given, known, expected):
-    from bidirect_patch.cli.eras import to_this_era
+def test_names_of_other_releases_keep_their_meaning(given, known, expected):
+    from bidirect_patch.cli.versions import translate_settings
 
-    assert to_this_era(given, known) == expected
+    assert translate_settings(given, known) == expected
 
 
 @pytest.mark.parametrize(
@@ -651,18 +652,18 @@ def test_names_of_other_eras_keep_their_meaning(given, known, expected):
     ],
 )
 def test_a_meaning_that_would_be_lost_is_an_error(given, known, said):
-    from bidirect_patch.cli.eras import to_this_era
+    from bidirect_patch.cli.versions import translate_settings
 
     with pytest.raises(ConfigError, match=said):
-        to_this_era(given, known)
+        translate_settings(given, known)
 
 
 def test_every_setting_that_older_trainers_knew_is_accounted_for():
     """Names that TrainingArguments had in 4.39.3 and this transformers lacks: each has a rule."""
     from dataclasses import fields
 
-    from bidirect_patch.cli import eras
-    from bidirect_patch.cli.arguments import KINDS
+    from bidirect_patch.cli.mntp.settings import KINDS
+    from bidirect_patch.cli.versions import translate_settings
 
     known = {field.name for kind in KINDS for field in fields(kind)}
     old = """adafactor dispatch_batches evaluation_strategy fp16_backend fp16_opt_level fsdp_min_num_params
@@ -673,7 +674,7 @@ def test_every_setting_that_older_trainers_knew_is_accounted_for():
     use_legacy_prediction_loop use_mps_device warmup_ratio"""
     for name in set(old.split()) - known:
         try:
-            assert name not in eras.to_this_era({name: "given"}, known)
+            assert name not in translate_settings({name: "given"}, known)
         except ConfigError:
             pass
 
@@ -693,3 +694,23 @@ def test_the_command_line(capsys, argv, code, said):
     assert main(argv) == code
     out, err = capsys.readouterr()
     assert said in (out if code == 0 else err)
+
+
+@pytest.mark.parametrize("command", ["check", "demo", "mntp", "simcse"])
+def test_help_spells_each_flag_once(capsys, command):
+    if command == "simcse":
+        pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    options = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert any("_" in line for line in options)
+    assert not [line for line in options if re.search("--[a-z_]+-[a-z]", line)]
+
+
+def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["mntp", "--do_train"]) == 2
+    assert capsys.readouterr().err == (
+        "bidirect-patch: error: training needs peft: pip install 'bidirect-patch[train]'\n"
+    )

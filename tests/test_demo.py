@@ -133,6 +133,7 @@ def test_another_model(tmp_path, capsys):
         (["--seed", "-1"], "--seed"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--gguf-file", "x.gguf"], "--model"),
+        (["--gguf_file", "x.gguf"], "--model"),
         (["--modle", "x"], "--modle"),
         (["x.json"], "x.json"),
         (["--output-dir", "{full}"], "isn't an empty folder"),

@@ -1,16 +1,21 @@
 """The report against layers whose dependencies are known by construction, and against tokens changed by hand."""
 
 import copy
+import doctest
 import re
+from unittest import mock
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bidirect_patch import enable_bidirectional
-from bidirect_patch.errors import BidirectPatchError, StillCausalError, UnsupportedModelError
+from bidirect_patch.errors import BidirectPatchError, ConfigError, StillCausalError, UnsupportedModelError
+from bidirect_patch.model.tiny import tiny_like
+from bidirect_patch.verify import report
 from bidirect_patch.verify.report import assert_bidirectional, attention_report
 
 from .conftest import BACKENDS, FAMILIES, TRANSFORMERS, tiny_model
@@ -242,6 +247,25 @@ def test_a_causal_part_beside_attention_is_named():
     assert not report.is_bidirectional and "only looks back: conv" in str(report)
 
 
+class Sharp(Layer):
+    """Attention whose weights but the first are too small to move the output, and beside it the plain states."""
+
+    def __init__(self, small):
+        super().__init__(FULL.clone())
+        self.mix.weights[:, 1:] = small
+        self.plain = Mix(FULL)
+
+    def forward(self, states, mask=None, documents=1):
+        return states + self.mix(states, mask, documents) + self.plain(states, mask, documents)
+
+
+def test_a_part_with_very_small_weights_does_not_look_causal():
+    (layer,) = attention_report(Toy(Sharp(1e-8)).eval()).layers
+    assert layer.verdict == "bidirectional" and layer.causal_parts == ()
+    (layer,) = attention_report(Toy(Sharp(0)).eval()).layers
+    assert layer.verdict == "partial" and layer.causal_parts == ("mix",)
+
+
 class SharedValues(nn.Module):
     """Mixes what an earlier layer saw, as layers that share keys and values do; its own input goes straight through."""
 
@@ -352,6 +376,21 @@ def test_each_backend_before_and_after(make_model, backend):
     assert [layer.name for layer in after.layers] == ["model.layers.0", "model.layers.1"]
 
 
+@pytest.mark.parametrize("heads", [(8, 2), (2, 1)])
+def test_doge_whose_dynamic_mask_is_learned(heads):
+    """Its mask keeps the best `keep_window_size` keys; and it makes some weights too small to move the output."""
+    if not hasattr(transformers, "DogeConfig"):
+        pytest.skip(f"transformers {TRANSFORMERS} has no Doge")
+    width = dict(hidden_size=32, intermediate_size=128) if heads[0] == 2 else {}
+    config = transformers.DogeConfig(num_attention_heads=heads[0], num_key_value_heads=heads[1], **width)
+    seed_for_real = torch.manual_seed
+    for seed in range(10):
+        with mock.patch.object(torch, "manual_seed", lambda _, seed=seed: seed_for_real(seed)):
+            model = tiny_like(config, "eager")
+        assert {layer.verdict for layer in attention_report(model).layers} == {"causal"}
+        assert attention_report(enable_bidirectional(model)).is_bidirectional
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     model = tiny_model("llama", "eager").to(dtype)
@@ -368,7 +407,7 @@ def test_an_uneven_window_is_told_from_the_mirror_image():
     assert attention_report(toy(band(2, 2), FULL)).narrower_than(causal) == []  # a window one too long before
     narrower = attention_report(toy(band(1, 1), band(5, 5)))
     assert [layer.name for layer in narrower.narrower_than(causal)] == ["stack.0", "stack.1"]
-    with pytest.raises(ValueError, match="can't be compared"):
+    with pytest.raises(ConfigError, match="can't be compared"):
         wider.unlike_mirror_of(attention_report(toy(FULL)))
 
 
@@ -502,10 +541,17 @@ def test_errors_say_what_was_given():
         attention_report("a name")
     with pytest.raises(UnsupportedModelError, match="Linear holds no transformers model"):
         attention_report(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="at least 3"):
-        attention_report(toy(FULL), length=2)
+    for length in (2, 0, -1, 129, True, 7.0, "7", None):
+        with pytest.raises(ValueError, match=f"at least 3 .*not {length!r}$") as caught:
+            attention_report(toy(FULL), length=length)
+        assert isinstance(caught.value, BidirectPatchError)
     with pytest.raises(UnsupportedModelError, match="meta device.*bidirect-patch check"):
         attention_report(toy(FULL).to("meta"))
     with pytest.raises(UnsupportedModelError, match="no decoder layer of Toy"):
         attention_report(Toy().eval())
     assert issubclass(UnsupportedModelError, BidirectPatchError)
+
+
+def test_examples():
+    found = doctest.testmod(report)
+    assert found.failed == 0 < found.attempted

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,18 @@ def test_bad_settings_are_one_line(settings, capsys, wrong, says):
     assert run(settings | wrong) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("bidirect-patch: error:") and says in error
+
+
+def test_a_package_that_is_missing_is_named(settings, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert run(settings) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "bidirect-patch: error: simcse needs sentence_transformers: pip install 'bidirect-patch[simcse]'\n"
+    )
+
+
+def test_an_output_folder_that_is_a_file(settings, capsys):
+    Path(settings["output_dir"]).write_text("mine")
+    assert run(settings) == 2
+    assert "is a file: give a folder" in capsys.readouterr().err

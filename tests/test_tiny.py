@@ -1,6 +1,8 @@
 """Small models from configs of the sizes that are published: they build, run, and keep each kind of layer."""
 
 import copy
+import doctest
+import time
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from bidirect_patch.errors import UnsupportedModelError
-from bidirect_patch.verify.report import attention_report
+from bidirect_patch.model import shrink as shrink_module
+from bidirect_patch.model import tiny, wrappers
 from bidirect_patch.model.tiny import shrink, tiny_like
+from bidirect_patch.verify.report import attention_report
 
 from .conftest import TRANSFORMERS, tiny_model
 
@@ -304,3 +308,60 @@ def test_a_config_that_does_not_build_is_refused():
         tiny_like(config)
     with pytest.raises(UnsupportedModelError, match="Linear holds no transformers model"):
         tiny_like(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", 0),
+        ("hidden_size", -64),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", -4),
+        ("num_key_value_heads", 0),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", -1),
+        ("head_dim", -16),
+        ("intermediate_size", -1),
+        ("vocab_size", 0),
+    ],
+)
+def test_a_size_that_is_zero_or_negative_is_named(name, value):
+    config = published("SmolLM2-135M")
+    setattr(config, name, value)
+    for build in (shrink, tiny_like):
+        with pytest.raises(UnsupportedModelError, match=f"^LlamaConfig has {name} = {value}; "):
+            build(config)
+
+
+LAYERS = {
+    "pattern": dict(sliding_window_pattern=6),
+    "period and index": dict(decoder_sparse_step=3, mlp_only_layers=[2, 4999], first_k_dense_replace=3),
+    "last": dict(num_kv_shared_layers=15),
+    "repeated list": dict(layer_types=["a", "b", "a", "c"], no_rope_layers=[]),
+    "repeated lists": dict(layer_types=["a", "b", "c"], mlp_layer_types=["x", "y", "y", "y", "y"]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_first_layer_of_each_kind_is_kept(name):
+    config = transformers.PretrainedConfig()
+    for field, value in (LAYERS[name] | {"num_hidden_layers": 5000}).items():
+        setattr(config, field, copy.deepcopy(value))
+    layers = shrink_module._read_layers(config, {4000: "other"})
+    first = {layers.kind(layer): layer for layer in reversed(range(5000))}
+    assert layers.first_of_each_kind() == sorted(first.values())
+    assert len(layers._candidates()) < 200  # not one after the other
+
+
+def test_ten_million_layers_are_shrunk_at_once():
+    config = published("SmolLM2-135M")
+    config.num_hidden_layers = 10**7
+    start = time.perf_counter()
+    assert shrink(config).num_hidden_layers == 2
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("module", [shrink_module, tiny, wrappers])
+def test_examples(module):
+    found = doctest.testmod(module)
+    assert found.failed == 0 < found.attempted

@@ -85,7 +85,7 @@ class _Call:
             mask, new = self._flash(settings, mask)
         elif mask is not None:
             mask = _own_mask(settings, mask, backend)
-        elif backend == "sdpa" and not settings.handling.sees_all_without_mask:  # it takes None for causal
+        elif backend == "sdpa" and backend not in settings.omits_mask_on:  # it takes None for causal
             hidden = self._hidden(args, kwargs)
             mask = hidden.new_zeros(()).expand(hidden.shape[0], 1, hidden.shape[1], hidden.shape[1])
         bias = self.given(args, kwargs, self.bias_name)

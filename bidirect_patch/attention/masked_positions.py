@@ -26,7 +26,7 @@ class MaskedPositions(Tensor):
         return masked
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's protocol
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
             if not isinstance(out, Tensor) or type(args[0]) is type(args[-1]) and len(args) == 2:

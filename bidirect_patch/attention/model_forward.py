@@ -107,7 +107,8 @@ def named_arguments(cls: type, names: tuple[str, ...], args: tuple[Any, ...], kw
         ArgumentError: an argument too many, or one that is given twice, as for the stock forward.
     """
     if len(args) > len(names):
-        raise ArgumentError(f"{cls.__name__}.forward takes {len(names)} positional arguments ({', '.join(names)}), not {len(args)}")
+        taken = f"{len(names)} positional arguments ({', '.join(names)})"
+        raise ArgumentError(f"{cls.__name__}.forward takes {taken}, not {len(args)}")
     by_place = dict(zip(names, args))
     for name in by_place:
         if name in kwargs:
@@ -136,9 +137,8 @@ def _mask(model: Any, settings: ModelSettings, mask: Any, inputs: Tensor, kwargs
         heads = getattr(config, "num_attention_heads", 1)
         if settings.has_outer_maker and _is_from_outside(mask, len(settings.spans), heads):
             return _KEEP
-        return users_mask(
-            mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, handling.inverted and handling.kind == "ready"
-        )
+        inverted = handling.inverted and handling.kind == "ready"
+        return users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, inverted)
     sequences = read_sequences(
         mask, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), batch, length, inputs.device
     )
@@ -146,8 +146,8 @@ def _mask(model: Any, settings: ModelSettings, mask: Any, inputs: Tensor, kwargs
         return _KEEP
     if handling.kind == "own":
         raise AttentionMaskError(
-            f"packed sequences (position_ids that start again) can't be told apart by {type(model).__name__}, whose own mask code "
-            "takes nothing but a 2D mask: pass one sequence per row, with padding"
+            f"packed sequences (position_ids that start again) can't be told apart by {type(model).__name__}, whose own mask "
+            "code takes nothing but a 2D mask: pass one sequence per row, with padding"
         )
     return make_mask(sequences, settings.spans, backend_of(config), dtype, handling.inverted)
 

@@ -30,7 +30,7 @@ class PackedMasks(Tensor):
     """A mask (1, spans, length, length) that knows the sequences of its row; see `pick`."""
 
     by_span: list[Lengths | None]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed of it is a plain tensor
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # what is computed of it is a plain tensor
 
 
 class PackedMask(Tensor):
@@ -46,7 +46,7 @@ class PackedMask(Tensor):
         return packed
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's protocol
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func is scaled_dot_product_attention:

@@ -60,8 +60,8 @@ def causal_block_plans(model: nn.Module, decoder: Decoder) -> Iterator[tuple[nn.
     if says_bidirectional(config):
         if decoder.builders or config is not text_config(config) or getattr(config, "is_causal", True) is not False:
             raise OrderError(
-                f"{type(decoder.module).__name__} is bidirectional by its config, which also decides how its layers are built or is "
-                "read by the model around it, so that no block can make it causal: load it with is_causal=True (Gemma: "
+                f"{type(decoder.module).__name__} is bidirectional by its config, which also decides how its layers are built or "
+                "is read by the model around it, so that no block can make it causal: load it with is_causal=True (Gemma: "
                 "use_bidirectional_attention=False) in its text config, then enable_bidirectional"
             )
         views = {"config": ConfigView(config, is_causal=True)}

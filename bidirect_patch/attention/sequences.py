@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from ..errors import AttentionMaskError
 from ..model.span import Span
@@ -19,7 +20,7 @@ def is_graph_captured() -> bool:
 
     What a tensor holds must then not decide which way the code takes.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or is_tracing()
 
 
 def in_window(query: Any, key: Any, window: int) -> Any:
@@ -78,7 +79,7 @@ class Sequences:
         """Whether every position sees every other in layers of all these spans."""
         if self.real is not None or self.number is not None:
             return False
-        if torch.jit.is_tracing():  # a trace also runs at other lengths
+        if is_tracing():  # a trace also runs at other lengths
             return not any(any(limit is not None for limit in span) for span in spans)
         return not any(span.hides_within(self.length) for span in spans)
 
@@ -154,8 +155,8 @@ def _read_mask(mask: Any, batch: int, length: int, device: torch.device) -> Tens
         raise AttentionMaskError(f"attention_mask must be a tensor or None, got {type(mask).__name__}")
     if tuple(mask.shape) != (batch, length):
         raise AttentionMaskError(
-            f"attention_mask of shape {tuple(mask.shape)} for input of {batch} x {length} tokens: give ({batch}, {length}) with 1 "
-            f"for real tokens and 0 for padding, or a ready 4D mask ({batch}, 1, {length}, {length}), or None"
+            f"attention_mask of shape {tuple(mask.shape)} for input of {batch} x {length} tokens: give ({batch}, {length}) with "
+            f"1 for real tokens and 0 for padding, or a ready 4D mask ({batch}, 1, {length}, {length}), or None"
         )
     mask = mask.to(device)
     real = mask.to(torch.bool)

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from ..attention.model_forward import BidirectionalModel
 from ..model.find import decoders
 from ..swap.classes import has_mixin
 from ..swap.view import view
-from ..attention.model_forward import BidirectionalModel
 from .adapters import marked
 
 

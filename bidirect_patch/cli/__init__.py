@@ -1,19 +1,22 @@
-"""The command: `bidirect-patch COMMAND ...`, also as `python -m bidirect_patch COMMAND ...`.
+"""The command line: `bidirect-patch COMMAND ...`, or `python -m bidirect_patch COMMAND ...`.
 
-Each command is a module here with `run(argv) -> exit code`, imported when it is asked for.
+Each command is a module or a package in this folder with a function `run(argv) -> exit code`. It is imported when it is
+asked for.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import BidirectPatchError, ConfigError
+from ..errors import BackendError, BidirectPatchError, ConfigError
 
 COMMANDS = {
-    "demo": "show the whole way on a small model, with no network",
+    "demo": "show every step on a small model, with no network",
     "check": "prove layer by layer what a model attends to",
     "mntp": "train a model for masked next token prediction",
     "simcse": "train it further with SimCSE or on supervised pairs",
@@ -23,7 +26,14 @@ USAGE += "\nbidirect-patch COMMAND --help tells more.\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for bad input (one line on stderr) or 130 when interrupted."""
+    """Run a command.
+
+    Args:
+        argv: The command and its arguments. By default those of the process.
+
+    Returns:
+        The exit code: that of the command, 2 for bad input (with one line on stderr), 130 when interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _dispatch(argv)
@@ -36,15 +46,50 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong on one line, where argparse prints the usage first."""
+    """A parser that knows each flag by one name, with underscores, and that reports an error on one line."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an argument without the names that only spell another of its names with hyphens."""
+        kept = [name for name in names if name == underscored(name) or underscored(name) not in names]
+        return super().add_argument(*kept, **options)
+
+    def read(self, argv: list[str]) -> argparse.Namespace:
+        """Parse arguments whose flags are spelled with underscores or with hyphens."""
+        return self.parse_args([underscored(word) for word in argv])
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError, where argparse would print the usage and exit."""
         raise ConfigError(f"{message}; `{self.prog} --help` tells more")
 
 
+def underscored(word: str) -> str:
+    """Spell a flag with underscores: `--some-flag=a-b` becomes `--some_flag=a-b`. Other words stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line, or its kind if it has none."""
+    """Return the message of an error on one line, or the name of its class if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def extra_needed(extra: str, subject: str) -> Iterator[None]:
+    """Name the package that a failed import lacks, and how to install it.
+
+    Args:
+        extra: The extra of this package that brings what is imported in the `with` block.
+        subject: Who needs it, as the subject of the message.
+
+    Raises:
+        BackendError: An import in the `with` block failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise BackendError(f"{subject} needs {error.name}: pip install 'bidirect-patch[{extra}]'") from error
 
 
 def _dispatch(argv: list[str]) -> int:

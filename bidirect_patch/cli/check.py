@@ -6,21 +6,29 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..errors import BackendError, ConfigError, StillCausalError, UnsupportedModelError
+from ..errors import StillCausalError, UnsupportedModelError
+from ..model.tiny import tiny_like
 from ..patch import bidirectional
 from ..verify.report import LONGEST, attention_report
-from ..model.tiny import tiny_like
 from . import Parser, one_line
+from .loading import loading
+from .versions import DTYPE_ARGUMENT
 
 
 def run(argv: list[str]) -> int:
-    """Print the two tables; 0 if every layer became bidirectional and sees as far back as before, else 1.
+    """Print one table for the model as it is, and one for the bidirectional model.
 
-    A model that is refused by name counts as 1. Bad input (no such model or backend, a config that no small model can
-    be built from) raises a BidirectPatchError.
+    Returns:
+        0 if every layer became bidirectional and sees as far back as before, else 1. It is 1 too for a model that the
+        patch refuses.
+
+    Raises:
+        BackendError: The attention backend is not installed.
+        ConfigError: There is no such model, or the flags are wrong.
+        UnsupportedModelError: No small model can be built from the config.
     """
-    settings = _parser().parse_args(argv)
-    model = _weights(settings) if settings.weights else _small(settings)
+    settings = _parser().read(argv)
+    model = _load_weights(settings) if settings.weights else _make_small(settings)
     before = attention_report(model, length=settings.length)
     print(f"as it is:\n{before}\n")
     try:
@@ -36,7 +44,7 @@ def run(argv: list[str]) -> int:
     return 0 if after.is_bidirectional and not after.narrower_than(before) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="bidirect-patch check",
         description="Show layer by layer which positions depend on which, before and after enable_bidirectional. The "
@@ -46,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="NAME_OR_PATH", help="a model on the hub, or a folder with a config.json")
     parser.add_argument("--weights", action="store_true", help="load the real model and run that")
     parser.add_argument(
-        "--attn-implementation", help="the backend: eager, sdpa, flash_attention_2, flex_attention, ..."
+        "--attn_implementation", help="the backend: eager, sdpa, flash_attention_2, flex_attention, ..."
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the model comes with")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model comes with")
     parser.add_argument("--length", type=_length, default=7, help="tokens in the short random text (default 7)")
     return parser
 
@@ -59,21 +67,17 @@ def _length(text: str) -> int:
     return int(text)
 
 
-def _small(settings: argparse.Namespace) -> nn.Module:
-    config = _loaded(AutoConfig, settings)
+def _make_small(settings: argparse.Namespace) -> nn.Module:
+    config = _load(AutoConfig, settings)
     return tiny_like(config, settings.attn_implementation, settings.trust_remote_code)
 
 
-def _weights(settings: argparse.Namespace) -> nn.Module:
+def _load_weights(settings: argparse.Namespace) -> nn.Module:
     backend = settings.attn_implementation
     options = {"attn_implementation": backend} if backend else {}
-    return _loaded(AutoModelForCausalLM, settings, torch_dtype="auto", **options).eval()
+    return _load(AutoModelForCausalLM, settings, **{DTYPE_ARGUMENT: "auto"}, **options).eval()
 
 
-def _loaded(auto_class: Any, settings: argparse.Namespace, **options: Any) -> Any:
-    try:
+def _load(auto_class: Any, settings: argparse.Namespace, **options: Any) -> Any:
+    with loading(repr(settings.model), failure="no model could be read from"):
         return auto_class.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code, **options)
-    except ImportError as error:
-        raise BackendError(f"{settings.model} needs what isn't installed: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"no model could be read from {settings.model!r}: {error}") from error

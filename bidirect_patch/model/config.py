@@ -23,7 +23,7 @@ def backend_of(config: Any) -> Backend:
     name = str(getattr(config, "_attn_implementation", None) or "eager")
     for kind in ("flash", "flex", "sdpa"):
         if kind in name:
-            return kind  # type: ignore[return-value]  # one of the three
+            return kind
     return "eager"
 
 

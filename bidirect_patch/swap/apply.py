@@ -5,7 +5,7 @@ its end, where Python handles no signal and switches no thread. So a module is n
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, starmap
 from typing import Any
@@ -26,7 +26,7 @@ class Change:
     cls: type
     attributes: dict[str, Any]  # to set on the instance
     dropped: tuple[str, ...]  # to take off the instance
-    buffers: dict[str, Tensor | None]
+    buffers: Mapping[str, Tensor | None]
 
 
 def apply(
@@ -88,7 +88,7 @@ def _change(module: nn.Module, plans: tuple[Plan, ...]) -> Change:
         cls = subclass(original(type(module)), mixins)
         forward = rebound(module, cls)
     attributes = {name: value for plan in plans for name, value in plan.attributes.items()} | forward.attributes
-    buffers = {name: value for plan in plans for name, value in plan.buffers.items()}
+    buffers: dict[str, Tensor | None] = {name: value for plan in plans for name, value in plan.buffers.items()}
     if not plans:  # the very object that was there before, if there was one
         attributes = {name: value for name, value in attributes.items() if name not in record.attributes}
     there = {name: module.__dict__[name] for name in attributes if name in module.__dict__ and name not in record.names}

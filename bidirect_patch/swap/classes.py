@@ -9,6 +9,7 @@ import copyreg
 import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 RECORD = "_bidirect_patch"  # the one key in an instance's __dict__ under which all that we know of it is kept
@@ -75,7 +76,8 @@ def set_forward(cls: Any, forward: Callable[..., Any], below: type, mixin: type[
     """Make `forward` the forward of a dynamic class, for instances that still have `mixin`.
 
     Another tool may keep the function beyond the patch (accelerate's mixed precision does). The function then calls the
-    code below it. It has no `__wrapped__`: tools that follow that name would go around the patch.
+    code below it. Tools that follow `__wrapped__` to its end, to take a wrapper off, find the same function again, and not
+    one that goes around the patch.
 
     Args:
         forward: called as `forward(below, self, *args, **kwargs)`, where `below` is the forward function to hand on to.
@@ -91,16 +93,22 @@ def set_forward(cls: Any, forward: Callable[..., Any], below: type, mixin: type[
         return forward(inner, self, *args, **kwargs)
 
     stock = below.forward  # type: ignore[attr-defined]
-    method.__name__, method.__qualname__, method.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
-    method.__module__ = stock.__module__
-    method.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]  # Trainer picks columns by it
-    setattr(method, _OURS, cls)
+    signature = inspect.signature(stock)  # Trainer picks columns by it
+    twin = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
+    for function in (method, twin):
+        function.__name__, function.__qualname__, function.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
+        function.__module__ = stock.__module__
+        function.__signature__ = signature  # type: ignore[attr-defined]  # inspect reads it
+        setattr(function, _OURS, cls)
+    method.__wrapped__ = twin  # type: ignore[attr-defined]
     cls.forward = method
 
 
 def class_of_forward(function: Any) -> type | None:
     """The dynamic class that a forward function of ours belongs to; None for a function that is not ours."""
-    return getattr(function, _OURS, None)
+    cls = getattr(function, _OURS, None)  # functools.wraps copies attributes, so a wrapper may have it too
+    ours = cls.__dict__.get("forward") if cls is not None else None
+    return cls if ours is not None and function in (ours, ours.__wrapped__) else None
 
 
 def original(cls: type) -> type:

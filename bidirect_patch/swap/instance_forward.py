@@ -64,7 +64,8 @@ def rebound(module: nn.Module, cls: Any) -> Rebound:
     forward = module.__dict__.get(name)
     if forward is None:
         return Rebound()
-    mixins, reached = _mixins(cls), _leads_to(module, forward)
+    mixins = _mixins(cls)
+    reached: Any = _leads_to(module, forward)
     function = getattr(forward, "__func__", None)
     stock: Any = original(type(module))
     if function is not None and (class_of_forward(function) or function in _chain(stock.forward)):

@@ -74,8 +74,8 @@ def check(decoder: nn.Module, mode: bool, current: bool) -> None:
     if any(wanted != mode for wanted in others.values()) or (busy and mode != current):
         words = {True: "bidirectional", False: "causal"}
         raise ModeConflictError(
-            f"this thread or task wants {type(decoder).__name__} {words[mode]} while another uses it {words[not mode]}: one model "
-            "object has one mode at a time. Give each its own copy (copy.deepcopy), or wait"
+            f"this thread or task wants {type(decoder).__name__} {words[mode]} while another uses it {words[not mode]}: one "
+            "model object has one mode at a time. Give each its own copy (copy.deepcopy), or wait"
         )
 
 

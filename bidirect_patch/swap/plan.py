@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from .classes import RECORD, Swapped, original
 
 
-
 @dataclass(frozen=True)
 class Plan:
     """All that one mixin brings to one module."""
@@ -27,7 +26,7 @@ class Record:
     plans: tuple[Plan, ...] = ()
     names: frozenset[str] = frozenset()  # instance attributes that the patch set
     attributes: Mapping[str, Any] = field(default_factory=dict)  # instance attributes that it replaced, as they were before
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)  # buffers that it replaced, as they were before
+    buffers: Mapping[str, Tensor | None] = field(default_factory=dict)  # buffers that it replaced, as they were before
     wrappers: Mapping[type, Any] = field(default_factory=dict)  # other tools' functions around a class's forward, by that class
 
 
@@ -73,6 +72,6 @@ def buffers_before_patch(module: nn.Module) -> dict[str, Tensor | None]:
     return {name: _moved(record.buffers[name], now) if name in record.buffers else now for name, now in module._buffers.items()}
 
 
-def _moved(buffer: Tensor, now: Tensor | None) -> Tensor:
+def _moved(buffer: Tensor | None, now: Tensor | None) -> Tensor | None:
     # The model may have moved since. A buffer that has not moved is the same object as before.
-    return buffer if now is None else buffer.to(now.device, now.dtype)
+    return buffer if buffer is None or now is None else buffer.to(now.device, now.dtype)

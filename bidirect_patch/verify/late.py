@@ -43,8 +43,8 @@ class Unverified(Swapped):
             result = inner(self, *args, **kwargs)
             if not is_seen:  # not before: where the model doesn't run either, its own error says more
                 raise UnsupportedModelError(
-                    f"{original.__name__} runs, but neither a small random model of it nor itself could be run on random tokens, so "
-                    "that nothing shows whether each layer is bidirectional. allow_partial=True takes it on trust"
+                    f"{original.__name__} runs, but neither a small random model of it nor itself could be run on random "
+                    "tokens, so that nothing shows whether each layer is bidirectional. allow_partial=True takes it on trust"
                 )
             return result
 

@@ -1,0 +1,25 @@
+"""`bidirect-patch mntp`: masked next token prediction, after transformers' run_mlm.py and LLM2Vec's run_mntp.py."""
+
+from .. import extra_needed
+
+
+def run(argv: list[str]) -> int:
+    """Train and evaluate as `[CONFIG.json] [--name value ...]` says.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        BackendError: A package that training needs is not installed.
+        ConfigError: A setting, a file or a model cannot be used.
+    """
+    with extra_needed("train", subject="training"):
+        import accelerate  # noqa: F401  (transformers' Trainer needs it)
+        import datasets  # noqa: F401
+        import peft  # noqa: F401
+    # Imported here: these modules need the packages above.
+    from .settings import parse
+    from .training import train
+
+    train(parse(argv))
+    return 0

@@ -1,0 +1,65 @@
+"""The collator of the mntp command, whose masks can be repeated."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...mntp.collator import MNTPCollator, seeded
+from .data import PASS, sequence_length
+from .settings import DataArguments, MNTPArguments
+
+
+class RepeatableCollator(MNTPCollator):
+    """A collator whose masks of a text depend on nothing but the seed, the epoch and the tokens of the text.
+
+    Therefore a resumed run masks as an uninterrupted run does, whatever batches either of them had prepared ahead. Every
+    evaluation scores the same tokens. Masks depend neither on the rest of the batch nor on the number of processes.
+    """
+
+    epoch = 0
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        self._epochs = [f.get(PASS, self.epoch) if isinstance(f, Mapping) else self.epoch for f in features]
+        return super().__call__(features)
+
+    def draws(self, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
+        """Draw as MNTPCollator does, but from a generator of its own for each text."""
+        texts = [row["input_ids"] for row in rows]
+        generators = (
+            seeded(self.seed or 0, epoch, zlib.crc32(ids.tobytes())) for epoch, ids in zip(self._epochs, texts)
+        )
+        return torch.cat([torch.rand(3, len(ids), generator=g) for ids, g in zip(texts, generators)], 1)
+
+
+def make_collator(
+    tokenizer: Any, data: DataArguments, mntp: MNTPArguments, *, padding_free: bool, seed: int
+) -> RepeatableCollator:
+    """Make a collator as the settings describe it.
+
+    Args:
+        tokenizer: The tokenizer of the texts.
+        data: Decides how long sequences are and how they are padded.
+        mntp: Decides what is masked and how.
+        padding_free: Pack each batch into one row, whatever `data` says.
+        seed: The seed of the masks.
+
+    Raises:
+        MaskTokenError: The mask token is not exactly one id of the tokenizer.
+    """
+    mask_token = mntp.mask_token
+    if mask_token is None and tokenizer.mask_token is None:
+        mask_token = {"blank": "_", "eos": tokenizer.eos_token, "mask": "<mask>"}[mntp.mask_token_type]
+    always = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0}
+    shares: dict[str, Any] = always if mntp.data_collator_type == "all_mask" else {}
+    return RepeatableCollator(
+        tokenizer,
+        mlm_probability=mntp.mlm_probability,
+        mask_token=mask_token,
+        pad_to_multiple_of=sequence_length(tokenizer, data) if data.pad_to_max_length else None,
+        padding_free=padding_free,
+        seed=seed,
+        **shares,
+    )

@@ -1,0 +1,202 @@
+"""Texts from files or from the hub, as sequences of token ids."""
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import chain, count
+from typing import Any, Literal
+
+import datasets
+from torch.utils.data import IterableDataset
+
+from ...errors import ConfigError
+from ..datafiles import READERS, reading
+from .settings import DataArguments, MNTPTrainingArguments, ModelArguments
+
+Split = Literal["train", "validation"]
+Batch = dict[str, list[Any]]  # the columns of some examples
+
+LONGEST = 1024  # tokens per sequence, where neither the settings nor the tokenizer have a lower limit
+PASS = "pass"  # the key of a streamed sequence that says how often the stream has started over
+
+
+def load_sequences(
+    tokenizer: Any, model: ModelArguments, data: DataArguments, training: MNTPTrainingArguments
+) -> dict[Split, Any]:
+    """Load and tokenize the texts to train and to evaluate on.
+
+    Returns:
+        Data sets of `input_ids`: `train` with `do_train`, `validation` with `do_eval`.
+
+    Raises:
+        ConfigError: The texts cannot be read, or there are not enough of them.
+    """
+    texts = load_texts(model, data, training)
+    return {split: tokenize(texts[split], split, tokenizer, data, training) for split in _splits_in_use(training)}
+
+
+def load_texts(model: ModelArguments, data: DataArguments, training: MNTPTrainingArguments) -> dict[Split, Any]:
+    """Load the texts: `train` with `do_train`, `validation` with `do_eval`.
+
+    Where no texts for validation are given, they are held out of those for training.
+
+    Raises:
+        ConfigError: A file or a data set cannot be read, or it lacks a split.
+    """
+    source, given = _source(model, data)
+    texts: dict[Split, Any] = {}
+    if training.do_eval and "validation" not in given:
+        if data.streaming:
+            texts = _hold_out_of_stream(_load(source, "train", model, streaming=True), data)
+        else:
+            texts = _hold_out(_load(source, "train", model), data)
+    for split in _splits_in_use(training):
+        if split in texts:
+            continue
+        if split not in given:
+            raise ConfigError(f"{data.dataset_name} has no {split} split; it has {', '.join(sorted(given))}")
+        texts[split] = _load(source, split, model, streaming=data.streaming)
+    return texts
+
+
+def tokenize(texts: Any, split: Split, tokenizer: Any, data: DataArguments, training: MNTPTrainingArguments) -> Any:
+    """Turn the texts of one split into sequences: one for each line, or chunks of `max_seq_length` tokens.
+
+    Returns:
+        A data set of `input_ids`. A stream to train on starts over at its end.
+
+    Raises:
+        ConfigError: There is no text, or not enough for one sequence.
+    """
+    length = sequence_length(tokenizer, data)
+    source = data.dataset_name or getattr(data, f"{split}_file") or data.train_file
+    first = next(iter(texts), None)
+    if first is None:
+        raise ConfigError(f"there is no text for {split} in {source}")
+    column = "text" if "text" in first else next(iter(first))
+    to_ids = _tokenizing(tokenizer, column, str(source))
+    options: dict[str, Any] = {"batched": True, "remove_columns": list(first)}
+    if not data.streaming:
+        options |= {"num_proc": data.preprocessing_num_workers, "load_from_cache_file": not data.overwrite_cache}
+        options["desc"] = f"Tokenizing {split}"
+    with training.main_process_first(desc="tokenizing"):
+        sequences = texts.map(_lines(to_ids, length) if data.line_by_line else _chunks(to_ids, length), **options)
+    limit = data.max_train_samples if split == "train" else data.max_eval_samples
+    if limit is not None:
+        sequences = sequences.take(limit) if data.streaming else sequences.select(range(min(limit, len(sequences))))
+    if next(iter(sequences), None) is None:
+        too_short = f"less than one chunk of max_seq_length={length} tokens"
+        lacking = "no line of two tokens or more" if data.line_by_line else too_short
+        raise ConfigError(f"the text for {split} in {source} holds {lacking}")
+    return EndlessStream(sequences) if data.streaming and split == "train" else sequences
+
+
+class EndlessStream(IterableDataset):
+    """A stream that starts over at its end.
+
+    It is one epoch without an end, so that a resumed run finds every step again.
+    """
+
+    def __init__(self, sequences: Any) -> None:
+        self.sequences = sequences
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in count():
+            for sequence in self.sequences:
+                yield {**sequence, PASS: number}
+
+
+def sequence_length(tokenizer: Any, data: DataArguments) -> int:
+    """Return the largest number of tokens per sequence."""
+    return min(data.max_seq_length or LONGEST, tokenizer.model_max_length)
+
+
+def _splits_in_use(training: MNTPTrainingArguments) -> list[Split]:
+    splits: list[Split] = []
+    if training.do_train:
+        splits.append("train")
+    if training.do_eval:
+        splits.append("validation")
+    return splits
+
+
+# `datasets` hashes the functions that it maps, to find them in its cache. It hashes the code of nested functions alone.
+
+
+def _tokenizing(tokenizer: Any, column: str, source: str) -> Callable[..., list[list[int]]]:
+    def to_ids(batch: Batch, **options: Any) -> list[list[int]]:
+        wrong = next((text for text in batch[column] if not isinstance(text, (str, type(None)))), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"{source} has no column of text: {column!r} holds {type(wrong).__name__} {str(wrong)[:40]!r}"
+            )
+        kept = [text for text in batch[column] if text and not text.isspace()]
+        return tokenizer(kept, return_attention_mask=False, verbose=False, **options)["input_ids"] if kept else []
+
+    return to_ids
+
+
+def _lines(to_ids: Callable[..., list[list[int]]], length: int) -> Callable[[Batch], Batch]:
+    def lines(batch: Batch) -> Batch:
+        sequences = to_ids(batch, truncation=True, max_length=length)
+        return {"input_ids": [s for s in sequences if len(s) > 1]}  # the first token is never predicted
+
+    return lines
+
+
+def _chunks(to_ids: Callable[..., list[list[int]]], length: int) -> Callable[[Batch], Batch]:
+    def chunks(batch: Batch) -> Batch:
+        line = list(chain.from_iterable(to_ids(batch)))
+        return {"input_ids": [line[i : i + length] for i in range(0, len(line) - length + 1, length)]}
+
+    return chunks
+
+
+def _source(model: ModelArguments, data: DataArguments) -> tuple[dict[str, Any], set[str]]:
+    """Return the arguments of `load_dataset` for the texts, and the splits that are given."""
+    if data.dataset_name:
+        with reading(data.dataset_name):
+            splits = datasets.get_dataset_split_names(data.dataset_name, data.dataset_config_name, token=model.token)
+        return {"path": data.dataset_name, "name": data.dataset_config_name}, set(splits)
+    named = {"train": data.train_file, "validation": data.validation_file}
+    files = {split: path for split, path in named.items() if path}
+    return {"path": _reader(files), "data_files": files}, set(files)
+
+
+def _reader(files: dict[str, str]) -> str:
+    for path in files.values():
+        if not os.path.isfile(path):
+            raise ConfigError(f"no such file: {path}")
+        if not os.path.getsize(path):
+            raise ConfigError(f"there is no text in {path}: the file is empty")
+    endings = {os.path.splitext(path)[1][1:].lower() for path in files.values()}
+    readers = {READERS.get(ending, "") for ending in endings}
+    if len(readers) != 1 or "" in readers:
+        raise ConfigError(
+            f"files must end in {', '.join('.' + ending for ending in READERS)}, and both alike; got "
+            f"{' and '.join(files.values())}"
+        )
+    return readers.pop()
+
+
+def _load(source: dict[str, Any], split: Split, model: ModelArguments, streaming: bool = False) -> Any:
+    what = " and ".join(source["data_files"].values()) if "data_files" in source else source["path"]
+    options = {"split": split, "cache_dir": model.cache_dir, "token": model.token, "streaming": streaming}
+    with reading(what):
+        return datasets.load_dataset(**source, **options)
+
+
+def _hold_out(train: Any, data: DataArguments) -> dict[Split, Any]:
+    end = round(len(train) * data.validation_split_percentage / 100)
+    if end in (0, len(train)):
+        share = f"validation_split_percentage={data.validation_split_percentage}"
+        raise ConfigError(f"too few texts ({len(train)}) to hold out {share} of them for do_eval: give validation_file")
+    return {"validation": train.select(range(end)), "train": train.select(range(end, len(train)))}
+
+
+def _hold_out_of_stream(train: Any, data: DataArguments) -> dict[Split, Any]:
+    if data.max_eval_samples is None:
+        raise ConfigError(
+            "a stream has no percentage to hold out for do_eval: give validation_file, or max_eval_samples to take "
+            "that many texts off its beginning"
+        )
+    return {"validation": train.take(data.max_eval_samples), "train": train.skip(data.max_eval_samples)}

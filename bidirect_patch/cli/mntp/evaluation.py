@@ -1,0 +1,81 @@
+"""Loss and accuracy over masked tokens, and the report of a run's evaluations."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import EvalPrediction, PreTrainedModel
+
+from ...mntp.collator import IGNORED
+from ...patch import bidirectional
+
+
+def masked_token_sums(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Reduce a batch to what its evaluation needs.
+
+    Args:
+        scores: (batch, length, 2), float32. What the head returns as "scores": at position i the token that is
+            predicted for position i + 1, and the loss of that prediction.
+        labels: (batch, length), int64, -100 where nothing is scored.
+
+    Returns:
+        (batch, 3), float32. For each row the loss in nats, the number of correct tokens, the number of scored tokens.
+    """
+    targets = labels[:, 1:]
+    scored = targets != IGNORED
+    predicted, losses = scores[:, :-1].unbind(-1)
+    correct = (predicted == targets) & scored
+    return torch.stack([(losses * scored).sum(1), correct.sum(1), scored.sum(1)], 1).float()
+
+
+def summarize(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the mean loss and the accuracy over all scored tokens, from the sums of every row."""
+    loss, correct, scored = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
+    count = scored or math.nan  # no tokens have no mean
+    return {"loss": loss / count, "accuracy": correct / count, "masked_tokens": int(scored)}
+
+
+class Report:
+    """The evaluations of a run: a table, and the file all_results.json.
+
+    Args:
+        trainer: The trainer that makes the evaluations and writes the file.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.lines = [f"{'':28}{'loss':>8}{'accuracy':>10}"]
+
+    def add(self, prefix: str, label: str, metrics: dict[str, float]) -> None:
+        """Add one evaluation.
+
+        Args:
+            prefix: The prefix of its metrics' names.
+            label: Its name in the table.
+            metrics: Its metrics.
+        """
+        loss, accuracy = metrics[f"{prefix}_loss"], metrics[f"{prefix}_accuracy"]
+        self.lines.append(f"{label:28}{loss:8.3f}{accuracy:10.1%}")
+        self.trainer.save_metrics(prefix, metrics)
+
+    def show(self) -> None:
+        """Print the table, in the main process, if there is an evaluation in it."""
+        if len(self.lines) > 1 and self.trainer.is_world_process_zero():
+            print("masked next token prediction", *self.lines, sep="\n", flush=True)
+
+
+def evaluate_baselines(trainer: Any, model: PreTrainedModel, report: Report) -> None:
+    """Evaluate before the first step: the causal model that was given, then the same weights bidirectional.
+
+    Under FSDP and DeepSpeed this does nothing, because they can evaluate only after they have trained.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    with bidirectional(model, enabled=False):
+        report.add("causal", "causal, before training", trainer.evaluate(metric_key_prefix="causal"))
+    report.add("before", "bidirectional, untrained", trainer.evaluate(metric_key_prefix="before"))
+    report.show()
+    # accelerate takes a model that it prepared for evaluation for one that is ready to be trained. It would leave that
+    # model without DDP, and each rank would train alone, on its own gradients.
+    model.__dict__.pop("_is_accelerate_prepared", None)

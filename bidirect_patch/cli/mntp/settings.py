@@ -1,0 +1,134 @@
+"""The settings of `bidirect-patch mntp`.
+
+The names and defaults are those of LLM2Vec's run_mntp.py and of transformers' TrainingArguments.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from transformers import TrainingArguments
+
+from ...errors import ConfigError
+from ..settings import CommonModelArguments, check_counts, check_given, check_lora, check_output_dir, parse_settings
+
+
+@dataclass
+class ModelArguments(CommonModelArguments):
+    """Which model and tokenizer, how they are loaded, and the adapter to train."""
+
+    gguf_file: str | None = field(default=None, metadata={"help": "Load this GGUF file of the model's folder."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it isn't the model's own."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token for private models and data sets."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use the tokenizers library."})
+    low_cpu_mem_usage: bool = field(default=False, metadata={"help": "Load without a second copy of the weights."})
+
+
+@dataclass
+class DataArguments:
+    """Which texts are used, and how they become sequences."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the hub, or a folder of files."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "Text (.txt), JSON lines (.json, .jsonl) or .csv."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    validation_split_percentage: int = field(
+        default=5,
+        metadata={"help": "Percentage of the training texts to evaluate on, if no texts for validation are given."},
+    )
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens per sequence. Default: the tokenizer's limit, at most 1024."}
+    )
+    line_by_line: bool = field(
+        default=False, metadata={"help": "Each line is a sequence of its own, instead of chunks of one long text."}
+    )
+    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad to max_seq_length, not to the longest."})
+    padding_free: bool = field(default=False, metadata={"help": "Pack each batch into one row without padding."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many sequences at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many at most."})
+    streaming: bool = field(default=False, metadata={"help": "Read the texts while the model trains."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again even if it was done before."})
+
+
+@dataclass
+class MNTPArguments:
+    """How tokens are masked, and when training stops."""
+
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict, in (0, 1]."})
+    mask_token_type: Literal["blank", "eos", "mask"] = field(
+        default="blank",
+        metadata={"help": "What hides a token if the tokenizer has no mask token: _, its end token, or <mask>."},
+    )
+    mask_token: str | None = field(default=None, metadata={"help": "Hide tokens with this one instead."})
+    data_collator_type: Literal["default", "all_mask"] = field(
+        default="default", metadata={"help": "Mask, random token or unchanged 80/10/10; or always the mask."}
+    )
+    stop_after_n_steps: int = field(default=10000, metadata={"help": "Stop here, wherever the schedule is."})
+    eval_baselines: bool = field(
+        default=True,
+        metadata={"help": "With do_eval, evaluate both models before the first step (not under FSDP or DeepSpeed)."},
+    )
+
+
+@dataclass
+class MNTPTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments, with what the newest release no longer has."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where checkpoints and the result are written."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew even if output_dir holds something, instead of resuming from it."}
+    )
+
+
+KINDS = (ModelArguments, DataArguments, MNTPArguments, MNTPTrainingArguments)
+
+
+class Settings(NamedTuple):
+    """All settings of the command."""
+
+    model: ModelArguments
+    data: DataArguments
+    mntp: MNTPArguments
+    training: MNTPTrainingArguments
+
+
+def parse(argv: list[str]) -> Settings:
+    """Read and check `[CONFIG.json] [--name value ...]`.
+
+    Raises:
+        ConfigError: A file or a setting cannot be used. The message names it.
+    """
+    parsed, output_dir = parse_settings(KINDS, "mntp", argv)
+    settings = Settings(*parsed)
+    training = settings.training
+    if not (training.do_train or training.do_eval):
+        raise ConfigError("nothing to do: give do_train, do_eval or both")
+    check_given("model_name_or_path", settings.model.model_name_or_path, "a folder or hub name of a causal model")
+    check_output_dir(output_dir, "a folder for checkpoints and the result")
+    _check_data(settings.data, training.do_train, training.do_eval)
+    check_lora(settings.model)
+    if not 0 < settings.mntp.mlm_probability <= 1:
+        raise ConfigError(f"mlm_probability must be in (0, 1]; got {settings.mntp.mlm_probability}")
+    check_counts(settings.mntp, "stop_after_n_steps")
+    return settings
+
+
+def _check_data(data: DataArguments, do_train: bool, do_eval: bool) -> None:
+    if data.dataset_name and (data.train_file or data.validation_file):
+        raise ConfigError("give dataset_name or files, not both")
+    if do_train and not (data.dataset_name or data.train_file):
+        raise ConfigError("do_train needs dataset_name or train_file")
+    if do_eval and not (data.dataset_name or data.train_file or data.validation_file):
+        raise ConfigError("do_eval needs dataset_name, train_file or validation_file")
+    if not 0 < data.validation_split_percentage < 100:
+        raise ConfigError(f"validation_split_percentage must be from 1 to 99; got {data.validation_split_percentage}")
+    if data.max_seq_length is not None and data.max_seq_length < 2:
+        raise ConfigError(
+            f"max_seq_length must be at least 2, since no first token is predicted; got {data.max_seq_length}"
+        )
+    check_counts(data, "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
+    if data.pad_to_max_length and data.padding_free:
+        raise ConfigError("pad_to_max_length and padding_free contradict each other; give one of them")

@@ -1,0 +1,215 @@
+"""The settings of a training command, from one JSON file, from flags, or from both. A flag wins over the file.
+
+Here is what both trainers share: reading the settings into dataclasses, and the checks.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, NoReturn
+
+from transformers import HfArgumentParser
+
+from ..errors import ConfigError
+from . import Parser, one_line, underscored
+from .versions import translate_settings
+
+
+@dataclass
+class CommonModelArguments:
+    """The model, how it is loaded, and the adapter to train. The names and defaults are those of LLM2Vec's scripts."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or hub name of a causal model."})
+    torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="float32", metadata={"help": "The type that the weights are loaded in."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2 or another name that transformers knows."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapter; 0 trains all weights instead."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+
+
+class _SettingsParser(HfArgumentParser, Parser):
+    """transformers' parser of dataclasses, with flags and errors as this package's other parsers have them."""
+
+    def __init__(self, kinds: Sequence[Any], command: str) -> None:
+        usage = "%(prog)s [CONFIG.json] [--name value ...]"
+        HfArgumentParser.__init__(self, kinds, prog=f"bidirect-patch {command}", usage=usage)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse_settings(kinds: Sequence[Any], command: str, argv: list[str]) -> tuple[tuple[Any, ...], str | None]:
+    """Read `[CONFIG.json] [--name value ...]`.
+
+    Args:
+        kinds: The dataclasses that hold the settings. The last one is a subclass of TrainingArguments.
+        command: The name of the command.
+        argv: Its arguments.
+
+    Returns:
+        An instance of each dataclass; and the `output_dir` that was given, which is None where TrainingArguments makes
+        one up.
+
+    Raises:
+        ConfigError: A file or a setting cannot be used. The message names it.
+    """
+    parser = _SettingsParser(kinds, command)
+    if "-h" in argv or "--help" in argv:
+        parser.parse_args(["--help"])
+    settings: dict[str, Any] = {}
+    if argv and not argv[0].startswith("-"):
+        settings = read_json(argv[0])
+        argv = argv[1:]
+    settings |= _read_flags(argv)
+    types = {f.name: f.type for kind in kinds for f in fields(kind) if f.init}
+    settings = translate_settings(settings, set(types))
+    _check_names(settings, types)
+    values = _convert(parser, settings, kinds, types)
+    if values["gradient_checkpointing"] and not values["gradient_checkpointing_kwargs"]:
+        # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.
+        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    _check_training_numbers(values)
+    with transformers_errors():
+        parsed = parser.parse_dict(values)
+    for part in parsed:
+        _check_dictionaries(part)
+    return parsed, values["output_dir"]
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read the settings in a JSON file. Those that are null are left out.
+
+    Raises:
+        ConfigError: There is no such file, or it does not hold one JSON object.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f"no settings file {path!r}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold one JSON object of settings; it holds a {type(settings).__name__}")
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+@contextmanager
+def transformers_errors() -> Iterator[None]:
+    """Raise ConfigError for what transformers raises in the `with` block.
+
+    It raises these classes for settings that contradict each other, and for packages that do not fit together.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def check_given(name: str, value: str | None, what: str) -> None:
+    """Raise ConfigError if a setting is missing; `what` says what it is."""
+    if not value:
+        raise ConfigError(f"{name} is missing: {what}")
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Raise ConfigError if one of the named settings is given and below 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1; got {value}")
+
+
+def check_dropout(settings: Any, *names: str) -> None:
+    """Raise ConfigError if one of the named settings is given and not in [0, 1)."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{name} must be in [0, 1); got {value}")
+
+
+def check_lora(settings: CommonModelArguments) -> None:
+    """Raise ConfigError if no LoRA adapter can have these settings."""
+    check_dropout(settings, "lora_dropout")
+    if settings.lora_r < 0:
+        raise ConfigError(f"lora_r must be 0 or more; got {settings.lora_r}")
+
+
+def check_output_dir(path: str | None, what: str) -> None:
+    """Raise ConfigError if no folder is given, or if a file has its name; `what` says what the folder is for."""
+    check_given("output_dir", path, what)
+    if path and os.path.exists(path) and not os.path.isdir(path):
+        raise ConfigError(f"output_dir {path} is a file: give a folder")
+
+
+def _read_flags(argv: list[str]) -> dict[str, Any]:
+    """Read `--name value`, `--name=value`, `--name` and `--no_name`. Several values of one flag make a list."""
+    settings: dict[str, Any] = {}
+    name = None
+    needs_value = False
+    for word in argv:
+        if word.startswith("--"):
+            name, given, value = underscored(word)[2:].partition("=")
+            if name.startswith("no_") and name != "no_cuda" and not given:
+                name, given, value = name[3:], "=", "False"
+            settings[name] = value if given else "True"
+            needs_value = not given
+        elif name is None:
+            raise ConfigError(f"expected a settings file ending in .json, or --name value; got {word!r}")
+        elif needs_value:
+            settings[name], needs_value = word, False
+        else:
+            earlier = settings[name] if isinstance(settings[name], list) else [settings[name]]
+            settings[name] = [*earlier, word]
+    return settings
+
+
+def _check_names(settings: dict[str, Any], types: dict[str, Any]) -> None:
+    for name in settings:
+        if name not in types:
+            near = get_close_matches(name, types, 1)
+            raise ConfigError(f"unknown key {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+
+
+def _convert(
+    parser: _SettingsParser, settings: dict[str, Any], kinds: Sequence[Any], types: dict[str, Any]
+) -> dict[str, Any]:
+    """Convert settings to the types of their fields, and add the defaults of the others.
+
+    A value that a flag can express is parsed as a flag. So a value from a file is checked and converted in the same way.
+    """
+    structured = {name: value for name, value in settings.items() if isinstance(value, (dict, list))}
+    ours = {f.name for kind in kinds[:-1] for f in fields(kind)}
+    for name, value in structured.items():
+        kind = str(types[name]).lower()
+        if name in ours or (re.search("int|float|bool", kind) and not re.search("dict|list", kind)):
+            raise ConfigError(f"{name} is one value; got {value!r}")
+    flags = [f"--{name}={value}" for name, value in settings.items() if name not in structured and value is not None]
+    return vars(parser.parse_args(flags)) | structured
+
+
+def _check_training_numbers(values: dict[str, Any]) -> None:
+    """Check the numbers that transformers accepts although training then fails later, or trains nothing."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values[name] < 1:
+            raise ConfigError(f"{name} must be at least 1; got {values[name]}")
+    for name in ("learning_rate", "weight_decay", "seed"):
+        if not 0 <= values[name] < math.inf:
+            raise ConfigError(f"{name} must be 0 or more; got {values[name]}")
+    if not 0 < values["num_train_epochs"] < math.inf and values["max_steps"] <= 0:
+        raise ConfigError(f"num_train_epochs must be above 0; got {values['num_train_epochs']}")
+
+
+def _check_dictionaries(part: Any) -> None:
+    for f in fields(part):
+        value = getattr(part, f.name, None)
+        if f.name.endswith("_kwargs") and not isinstance(value, (dict, type(None))):
+            raise ConfigError(f"{f.name} takes a dictionary; got {value!r}")

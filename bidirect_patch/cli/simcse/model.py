@@ -1,0 +1,80 @@
+"""The encoder that is trained."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
+
+from ...errors import ConfigError
+from ...patch import disable_bidirectional, enable_bidirectional
+from ..loading import loading
+from ..lora import with_lora
+from ..versions import DTYPE_ARGUMENT
+from .settings import DROPOUT, EncoderArguments, PoolingMode
+
+# The name of a pooling mode in LLM2Vec -> its name in sentence-transformers.
+POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmean", "eos_token": "lasttoken"}
+
+
+def load_encoder(settings: EncoderArguments) -> Any:
+    """Load the model as a SentenceTransformer, with a new LoRA adapter.
+
+    The adapter of the step before is merged into the model first. The model is bidirectional unless the settings say
+    otherwise.
+
+    Raises:
+        BackendError: The attention backend is not installed.
+        ConfigError: There is no such model or adapter.
+        UnsupportedModelError: The model cannot be made bidirectional.
+    """
+    what = " under ".join(p for p in (settings.peft_model_name_or_path, settings.model_name_or_path) if p)
+    with loading(what):
+        module = _load_module(settings)
+        model = module.model
+        enable_bidirectional(model)  # an adapter that was trained on a bidirectional model is loaded onto one
+        if settings.peft_model_name_or_path:
+            model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
+    if not settings.bidirectional:
+        disable_bidirectional(model)
+    module.model = model = with_lora(model, settings)
+    if module.tokenizer.pad_token is None:
+        module.tokenizer.pad_token = module.tokenizer.eos_token
+    pooling = Pooling(model.config.hidden_size, pooling_mode=POOLING[settings.pooling_mode])
+    return SentenceTransformer(modules=[module, pooling])
+
+
+def check_views_differ(model: Any, text: str) -> None:
+    """Encode a text twice in training mode.
+
+    Raises:
+        ConfigError: Both encodings are equal, so that there is nothing to learn from.
+    """
+    training = model.training
+    model.train()
+    try:
+        with torch.no_grad():
+            features = model.preprocess([text])
+            features = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in features.items()}
+            one, two = (model(dict(features))["sentence_embedding"] for _ in range(2))
+    finally:
+        model.train(training)
+    if torch.equal(one, two):
+        raise ConfigError(
+            "with the dropout given, two encodings of one text are equal, and SimCSE has nothing to tell apart: give "
+            f"simcse_dropout above 0 ({DROPOUT} in LLM2Vec), or pairs. If it was given, {type(model[0].model).__name__} "
+            "takes no attention_dropout from its config"
+        )
+
+
+def _load_module(settings: EncoderArguments) -> Any:
+    config: dict[str, Any] = {"attention_dropout": settings.simcse_dropout}
+    if not settings.bidirectional:
+        config["is_causal"] = True  # whatever the checkpoint says
+    return Transformer(
+        settings.model_name_or_path,
+        model_kwargs={DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation},
+        config_kwargs=config,
+        max_seq_length=settings.max_seq_length,
+    )

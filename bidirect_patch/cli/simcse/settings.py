@@ -1,0 +1,116 @@
+"""The settings of `bidirect-patch simcse`.
+
+The names and defaults are those of LLM2Vec's run_simcse.py and run_supervised.py.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from ...errors import ConfigError
+from ..settings import (
+    CommonModelArguments,
+    check_counts,
+    check_dropout,
+    check_given,
+    check_lora,
+    check_output_dir,
+    parse_settings,
+)
+
+DROPOUT = 0.3  # the default of simcse_dropout for single texts, as in LLM2Vec
+
+PoolingMode = Literal["mean", "weighted_mean", "eos_token"]
+
+
+@dataclass
+class EncoderArguments(CommonModelArguments):
+    """The model, the adapter to merge into it, the adapter to train, and the loss."""
+
+    peft_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Its adapter of the step before (MNTP), merged into it first."}
+    )
+    bidirectional: bool = field(default=True, metadata={"help": "Train with bidirectional attention."})
+    max_seq_length: int | None = field(default=None, metadata={"help": "Tokens per text that are read."})
+    pooling_mode: PoolingMode = field(default="mean", metadata={"help": "How token vectors become one."})
+    simcse_dropout: float | None = field(
+        default=None, metadata={"help": f"Dropout of attention while training; {DROPOUT} for single texts, else none."}
+    )
+    loss_class: Literal["HardNegativeNLLLoss"] = field(
+        default="HardNegativeNLLLoss", metadata={"help": "Cross-entropy over cosines with the batch's positives."}
+    )
+    loss_scale: float = field(default=20.0, metadata={"help": "Factor on the cosines."})
+    stop_after_n_steps: int | None = field(default=None, metadata={"help": "Stop here, wherever the schedule is."})
+    experiment_id: str | None = field(default=None, metadata={"help": "A label of your own."})
+
+
+@dataclass
+class TextArguments:
+    """The texts, pairs or triplets."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Wiki1M, E5 or a label of your own."})
+    dataset_file_path: str | None = field(
+        default=None, metadata={"help": "Lines of text (.txt), .jsonl or .csv of columns, or a folder of such files."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many at most."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the data's cache is kept."})
+
+
+@dataclass
+class SimCSETrainingArguments(SentenceTransformerTrainingArguments):
+    """sentence-transformers' training arguments, with what transformers' newest release no longer has."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where the result is written."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write to output_dir even if it holds something."}
+    )
+
+
+KINDS = (EncoderArguments, TextArguments, SimCSETrainingArguments)
+
+
+class Settings(NamedTuple):
+    """All settings of the command."""
+
+    encoder: EncoderArguments
+    texts: TextArguments
+    training: SimCSETrainingArguments
+
+
+def parse(argv: list[str]) -> Settings:
+    """Read and check `[CONFIG.json] [--name value ...]`.
+
+    Raises:
+        ConfigError: A file or a setting cannot be used. The message names it.
+    """
+    parsed, output_dir = parse_settings(KINDS, "simcse", argv)
+    settings = Settings(*parsed)
+    encoder = settings.encoder
+    check_given("model_name_or_path", encoder.model_name_or_path, "a folder or hub name of a model")
+    check_output_dir(output_dir, "a folder for the result")
+    check_given(
+        "dataset_file_path",
+        settings.texts.dataset_file_path,
+        "a file of texts, pairs or triplets, or a folder of such files",
+    )
+    _check_training(settings.training)
+    check_dropout(encoder, "simcse_dropout")
+    check_lora(encoder)
+    check_counts(encoder, "max_seq_length", "stop_after_n_steps")
+    if encoder.loss_scale <= 0:
+        raise ConfigError(f"loss_scale must be above 0; got {encoder.loss_scale}")
+    return settings
+
+
+def _check_training(training: SimCSETrainingArguments) -> None:
+    if not training.do_train:
+        raise ConfigError("nothing to do: give do_train")
+    if training.do_eval:
+        raise ConfigError("simcse only trains: take do_eval and eval_strategy out, and evaluate what it writes")
+    if training.resume_from_checkpoint:
+        raise ConfigError("checkpoints of simcse are merged models, to be opened and not resumed from: start anew")
+    folder = str(training.output_dir)
+    if os.path.isdir(folder) and os.listdir(folder) and not training.overwrite_output_dir:
+        raise ConfigError(f"output_dir {folder} isn't empty: give overwrite_output_dir, or another folder")

@@ -1,0 +1,25 @@
+"""sentence-transformers' trainer for contrastive training."""
+
+from typing import Any
+
+from sentence_transformers import SentenceTransformerTrainer
+
+from ..callbacks import StopAfter
+from .saving import save_merged
+
+
+class SimCSETrainer(SentenceTransformerTrainer):
+    """A trainer whose checkpoints are whole models.
+
+    Args:
+        stop_after_n_steps: The last step, wherever the schedule of the learning rate is. None means no limit.
+        **kwargs: The other arguments of SentenceTransformerTrainer.
+    """
+
+    def __init__(self, *, stop_after_n_steps: int | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_callback(StopAfter(stop_after_n_steps))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:  # newer releases of transformers call this in every process
+            save_merged(self.model, output_dir or self.args.output_dir)
