@@ -32,7 +32,7 @@ class ModelWithLoss(Swapped):
                 warn_if_labels_leak(self, args[0] if args else kwargs.get("input_ids"), labels)
             return inner(self, *args, **kwargs)
 
-        set_forward(cls, forward, below, ModelWithLoss)
+        set_forward(cls, forward, below)
 
 
 def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:

@@ -135,7 +135,7 @@ class MNTPHead(Swapped):
                 return inner(self, **kwargs)
             return _scored_forward(self, inner, self.training if skip_logits is None else skip_logits, **kwargs)
 
-        set_forward(cls, forward, below, MNTPHead)
+        set_forward(cls, forward, below)
 
 
 def _scored_forward(

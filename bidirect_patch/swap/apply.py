@@ -97,7 +97,7 @@ def _change(module: nn.Module, plans: tuple[Plan, ...]) -> Change:
         names = frozenset(attributes)
         kept = {name: value for name, value in before.items() if name in names or name == "forward"}
         buffers_before = {name: record.buffers.get(name, module._buffers[name]) for name in buffers}
-        attributes[RECORD] = Record(plans, names, kept, buffers_before, {**record.wrappers, **forward.wrappers})
+        attributes[RECORD] = Record(plans, names, kept, buffers_before, forward.wrapper or record.wrapper)
     gone = {RECORD, *record.names} - set(attributes)
     if "forward" in record.attributes and not plans:  # a wrapper that was called inside is on the instance again
         attributes.setdefault("forward", record.attributes["forward"])
