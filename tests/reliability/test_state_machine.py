@@ -23,10 +23,10 @@ from bidirect_patch import (  # noqa: E402
     enable_bidirectional,
     is_bidirectional,
 )
-from bidirect_patch.errors import ForeignWrapperError, GenerateError, HeadError  # noqa: E402
+from bidirect_patch.errors import GenerateError  # noqa: E402
 from bidirect_patch.mntp.head import remove_mntp_head  # noqa: E402
 
-from .small import BOTH, CAUSAL, IDS, ONES, PADDED, TRANSFORMERS, Version, assert_twins, causal_lm, moves  # noqa: E402
+from .small import BOTH, CAUSAL, IDS, ONES, PADDED, assert_twins, causal_lm, moves  # noqa: E402
 
 which = st.integers(0, 1)
 
