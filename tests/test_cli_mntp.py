@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bidirect_patch.checkpoints.save import says_bidirectional
+from bidirect_patch.checkpoints.load import says_bidirectional
 from bidirect_patch.cli import main
 from bidirect_patch.errors import ConfigError
 
