@@ -18,7 +18,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from .flash_double import FlashDouble
+from .helpers.flash_double import FlashDouble
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # tiny models run slower on more
 

@@ -59,7 +59,7 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_process(tmp_path):
     pytest.importorskip("accelerate")
     how = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --num_processes 2 --num_machines 1"
     how += " --fsdp_state_dict_type FULL_STATE_DICT --mixed_precision no --dynamo_backend no --main_process_port 0"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), "-m", "tests.two_ranks", str(tmp_path)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), "-m", "tests.helpers.two_ranks", str(tmp_path)]
     environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     launched = subprocess.Popen(
         command,

@@ -9,8 +9,8 @@ import torch
 
 from bidirect_patch import enable_bidirectional, is_bidirectional
 
+from .cli.test_simcse import place, reaches_back  # noqa: F401  (a fixture)
 from .conftest import lacks_add_adapter
-from .test_simcse import place, reaches_back  # noqa: F401  (a fixture)
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers isn't installed")
 

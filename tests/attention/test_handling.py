@@ -8,7 +8,7 @@ import torch
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 
-from . import zoo
+from ..helpers import zoo
 
 LENGTH, PAD = 8, 3
 

@@ -5,9 +5,9 @@ import torch
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
 
-from .conftest import BACKENDS, TRANSFORMERS, Version
-from .flash_double import attend
-from .references.plain_decoder import hidden_states, reach
+from ..conftest import BACKENDS, TRANSFORMERS, Version
+from ..helpers.flash_double import attend
+from ..helpers.references.plain_decoder import hidden_states, reach
 
 CLOSE = dict(atol=2e-5, rtol=1e-5)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -30,8 +30,8 @@ from bidirect_patch.errors import (
     UnsupportedModelError,
 )
 
-from .conftest import TRANSFORMERS, tiny_config
-from .references.plain_decoder import hidden_states, reach
+from ..conftest import TRANSFORMERS, tiny_config
+from ..helpers.references.plain_decoder import hidden_states, reach
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 FAMILIES = ["llama", "mistral", "gemma", "qwen2"]

@@ -10,9 +10,9 @@ from transformers import LlamaModel
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
 
-from . import flash_double as double
-from .conftest import TRANSFORMERS, Version, tiny_config
-from .test_patch import IDS, MASK, assert_same, hidden, sees_all, sees_only_the_past, snapshot
+from ..conftest import TRANSFORMERS, Version, tiny_config
+from ..helpers import flash_double as double
+from ..patch.test_meaning import IDS, MASK, assert_same, hidden, sees_all, sees_only_the_past, snapshot
 
 THREE = TRANSFORMERS < Version("4.48")  # what a layer expects of its attention: output, weights and the cache
 

@@ -14,12 +14,12 @@ from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
 from bidirect_patch.cli.demo import SHIPPED, held_out_and_training_topics
 
-from .conftest import tiny_model
+from ..conftest import tiny_model
 
 for extra in ("accelerate", "datasets", "peft"):
     pytest.importorskip(extra, reason="the demo trains, which needs the extra [train]")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAYERS = 4
 BASELINES = ("causal, as it was loaded", "bidirectional, untrained")
 TEXT = "The import statement combines two operations: it searches for the named module, then it binds the results."

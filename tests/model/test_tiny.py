@@ -17,7 +17,7 @@ from bidirect_patch.model import tiny, wrappers
 from bidirect_patch.model.tiny import shrink, tiny_like
 from bidirect_patch.verify.report import attention_report
 
-from .conftest import TRANSFORMERS, tiny_model
+from ..conftest import TRANSFORMERS, tiny_model
 
 # (hidden_size, intermediate_size, heads, key/value heads, layers, vocabulary) and what else is in the config.json.
 LLAMA_NAMES = (

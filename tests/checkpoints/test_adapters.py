@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.checkpoints.load import says_bidirectional
 
-from .conftest import TRANSFORMERS, lacks_add_adapter, tiny_config, tiny_model
+from ..conftest import TRANSFORMERS, lacks_add_adapter, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -127,7 +127,7 @@ model = transformers.AutoModel.from_pretrained(sys.argv[1]).eval()
 a, b = (model(input_ids=torch.tensor([[5, 6, last]]))[0][0, 0] for last in (7, 8))
 print("two ways" if type(model) is not transformers.LlamaModel and not torch.equal(a, b) else "one way")
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=environment
     )
@@ -435,7 +435,7 @@ def test_keys_of_a_model_with_a_head_load_onto_a_bare_one(published, auto):
 
 def in_a_new_process(code, *arguments):
     """stdout of `code`, its arguments in sys.argv."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -494,7 +494,7 @@ def test_auto_leaves_encoders_alone(tmp_path):
 
 
 def test_a_hybrid_patched_in_part_is_not_saved_as_bidirectional(tmp_path):
-    from . import zoo
+    from ..helpers import zoo
 
     if "lfm2" not in zoo.model_types():
         pytest.skip("this transformers has no LFM2")

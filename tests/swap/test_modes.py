@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 from bidirect_patch import bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import ModeConflictError
 
-from .conftest import TRANSFORMERS, Version
-from .test_patch import IDS, sees_all, sees_only_the_past
+from ..conftest import TRANSFORMERS, Version
+from ..patch.test_meaning import IDS, sees_all, sees_only_the_past
 
 
 def test_tasks_in_one_mode_share_a_model(make_model):

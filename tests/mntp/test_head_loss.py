@@ -27,7 +27,7 @@ from bidirect_patch.mntp.head import MNTPHead, remove_mntp_head
 from bidirect_patch.mntp.metrics import mntp_metrics
 from bidirect_patch.swap.classes import has_mixin
 
-from .conftest import FAMILIES, SIZES, TRANSFORMERS, tiny_config, tiny_model
+from ..conftest import FAMILIES, SIZES, TRANSFORMERS, tiny_config, tiny_model
 
 VOCAB, MASK = SIZES["vocab_size"], 2
 LOSS_KWARGS = TRANSFORMERS >= Version("4.47")  # forward hands loss arguments on to the loss
@@ -299,7 +299,7 @@ FUSED = """
 import torch, transformers
 from bidirect_patch.mntp import loss as linear_loss
 from tests.conftest import SIZES, tiny_model
-from tests.test_head import batch, check_step, pair
+from tests.mntp.test_head_loss import batch, check_step, pair
 
 calls = []
 kernel = linear_loss._liger()

@@ -33,7 +33,7 @@ pytest.importorskip("accelerate", reason="the training command needs the extra [
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
 pytest.importorskip("peft", reason="the training command needs the extra [train]")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORDS = 60
 
 

@@ -18,7 +18,7 @@ from bidirect_patch.model.tiny import tiny_like
 from bidirect_patch.verify import report
 from bidirect_patch.verify.report import assert_bidirectional, attention_report
 
-from .conftest import BACKENDS, FAMILIES, TRANSFORMERS, tiny_model
+from ..conftest import BACKENDS, FAMILIES, TRANSFORMERS, tiny_model
 
 LENGTH = 7
 FULL = torch.ones(LENGTH, LENGTH)

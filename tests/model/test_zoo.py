@@ -8,8 +8,8 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from . import zoo
-from .conftest import some_slow
+from ..conftest import some_slow
+from ..helpers import zoo
 
 LENGTH = 12
 PAST = torch.ones(LENGTH, LENGTH).tril().bool()
