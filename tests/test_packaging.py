@@ -16,7 +16,8 @@ import pytest
 
 import bidirect_patch
 
-ROOT = Path(__file__).parents[1]
+from .helpers.paths import ROOT
+
 PACKAGE = ROOT / "bidirect_patch"
 
 

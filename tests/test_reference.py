@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from packaging.version import Version
 
 from bidirect_patch import enable_bidirectional
 
-from .conftest import BACKENDS, FAMILIES, TRANSFORMERS, Version
 from .helpers.references.plain_decoder import hidden_states, next_token_loss, reach
+from .helpers.tiny_models import FAMILIES
+from .helpers.versions import BACKENDS, TRANSFORMERS
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from packaging.version import Version
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
+from bidirect_patch.errors import OrderError
 
-from ..conftest import BACKENDS, TRANSFORMERS, Version
 from ..helpers.flash_double import attend
 from ..helpers.references.plain_decoder import hidden_states, reach
+from ..helpers.seeing import hidden
+from ..helpers.versions import BACKENDS, TRANSFORMERS
 
 CLOSE = dict(atol=2e-5, rtol=1e-5)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -169,6 +172,22 @@ def test_switched_backend_after_enabling(make_model):
     with torch.no_grad():
         causal = hidden_states(model, IDS, reach(ONES.bool(), causal=True))
         torch.testing.assert_close(model.model(IDS).last_hidden_state, causal, **CLOSE)
+
+
+def test_flash_put_in_after_enabling_keeps_the_window_or_says_so(make_model):
+    reference = enable_bidirectional(make_model("mistral", "eager", sliding_window=3))
+    model = make_model("mistral", "flash_attention_2", sliding_window=3)
+    if type(model.model.layers[0].self_attn).__name__ != "MistralAttention":
+        pytest.skip("this transformers has a class for each backend")
+    model.config._attn_implementation = "eager"
+    enable_bidirectional(model)
+    model.config._attn_implementation = "flash_attention_2"
+    try:
+        out = hidden(model)
+    except OrderError as error:
+        assert "changed to FlashAttention" in str(error)
+    else:
+        torch.testing.assert_close(out, hidden(reference), atol=1e-5, rtol=1e-5)
 
 
 # --- the double itself ---

@@ -11,7 +11,7 @@ from bidirect_patch.attention.sequences import read_sequences
 from bidirect_patch.attention.versions import READY_MASKS_ARE_INVERTED
 from bidirect_patch.model.span import Span
 
-from ..conftest import FAMILIES, tiny_model
+from ..helpers.tiny_models import FAMILIES, tiny_model
 
 LENGTHS = (3, 1, 9, 5)
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]

@@ -12,7 +12,7 @@ from bidirect_patch.cli import check
 from bidirect_patch.errors import StillCausalError
 from bidirect_patch.verify.report import attention_report
 
-from ..conftest import tiny_config, tiny_model
+from ..helpers.tiny_models import tiny_config, tiny_model
 
 
 @pytest.fixture

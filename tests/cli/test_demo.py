@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
 from bidirect_patch.cli.demo import SHIPPED, held_out_and_training_topics
 
-from ..conftest import tiny_model
+from ..helpers.paths import ROOT
+from ..helpers.tiny_models import tiny_model
 
 for extra in ("accelerate", "datasets", "peft"):
     pytest.importorskip(extra, reason="the demo trains, which needs the extra [train]")
 
-ROOT = Path(__file__).parents[2]
 LAYERS = 4
 BASELINES = ("causal, as it was loaded", "bidirectional, untrained")
 TEXT = "The import statement combines two operations: it searches for the named module, then it binds the results."

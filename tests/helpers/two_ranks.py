@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from bidirect_patch import apply_mntp_head, enable_bidirectional
 
-from ..conftest import tiny_model
-from ..test_engines import BATCH, IDS, LEARNING_RATE, gradients, loss_and_gradients
+from .tiny_models import tiny_model
+from .training_step import BATCH, IDS, LEARNING_RATE, gradients, loss_and_gradients
 
 
 def data_parallel(folder, half):

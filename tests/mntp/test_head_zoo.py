@@ -10,8 +10,8 @@ from bidirect_patch import apply_mntp_head, enable_bidirectional
 from bidirect_patch.errors import HeadError, UnsupportedModelError
 from bidirect_patch.mntp import loss as linear_loss
 
-from ..conftest import some_slow
 from ..helpers import zoo
+from ..helpers.slow import some_slow
 
 SHAPE = (3, 11)
 # One of each way in which a family makes its logits or its loss unlike Llama: all the version matrix has time for.

@@ -17,7 +17,8 @@ from bidirect_patch.model import tiny, wrappers
 from bidirect_patch.model.tiny import shrink, tiny_like
 from bidirect_patch.verify.report import attention_report
 
-from ..conftest import TRANSFORMERS, tiny_model
+from ..helpers.tiny_models import tiny_model
+from ..helpers.versions import TRANSFORMERS
 
 # (hidden_size, intermediate_size, heads, key/value heads, layers, vocabulary) and what else is in the config.json.
 LLAMA_NAMES = (

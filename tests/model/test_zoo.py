@@ -8,8 +8,8 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from ..conftest import some_slow
 from ..helpers import zoo
+from ..helpers.slow import some_slow
 
 LENGTH = 12
 PAST = torch.ones(LENGTH, LENGTH).tril().bool()

@@ -4,13 +4,14 @@ import asyncio
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import LlamaForCausalLM
 
 from bidirect_patch import bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import ModeConflictError
 
-from ..conftest import TRANSFORMERS, Version
-from ..patch.test_meaning import IDS, sees_all, sees_only_the_past
+from ..helpers.seeing import IDS, sees_all, sees_only_the_past
+from ..helpers.versions import TRANSFORMERS
 
 
 def test_tasks_in_one_mode_share_a_model(make_model):

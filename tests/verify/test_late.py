@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import LlamaModel
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
 
-from ..conftest import TRANSFORMERS, Version, tiny_config
 from ..helpers import flash_double as double
-from ..patch.test_meaning import IDS, MASK, assert_same, hidden, sees_all, sees_only_the_past, snapshot
+from ..helpers.seeing import IDS, MASK, hidden, sees_all, sees_only_the_past
+from ..helpers.snapshots import assert_same, snapshot
+from ..helpers.tiny_models import tiny_config
+from ..helpers.versions import TRANSFORMERS
 
 THREE = TRANSFORMERS < Version("4.48")  # what a layer expects of its attention: output, weights and the cache
 
