@@ -57,7 +57,7 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
     found = decoders(model)
     with modes.lock:
         _check_modes(found, True)
-        _enable(model, found, allow_partial)
+        _enable(model, found, found, allow_partial)
     return model
 
 
@@ -89,7 +89,7 @@ def disable_bidirectional(model: Model) -> Model:
         for decoder in found:
             _check_not_native(decoder)
         on = [decoder for decoder in found if _state(decoder) is not State.CAUSAL_BLOCK]
-        apply(remove=_patch_of(model, on))
+        apply(remove=_patch_of(model, on, found))
     return model
 
 
@@ -180,9 +180,9 @@ class Block(ContextDecorator, Generic[Model]):
                 for decoder, state in zip(found, states):
                     self._entered.append((decoder, modes.hold(decoder.module, self.enabled, state, self)))
                 if self.enabled:
-                    _enable(self.model, found, self.allow_partial)
+                    _enable(self.model, found, found, self.allow_partial)
                 else:
-                    commit([change for decoder in found for change in _to_causal_block(self.model, decoder)])
+                    commit([change for decoder in found for change in _to_causal_block(self.model, decoder, found)])
         except BaseException:
             self._leave()
             raise
@@ -201,13 +201,14 @@ class Block(ContextDecorator, Generic[Model]):
     def _leave(self) -> None:
         """Bring back what each decoder was, whatever happens to the others."""
         errors: list[Exception] = []
+        found = [decoder for decoder, _ in self._entered]
         with modes.lock:
             while self._entered:
                 decoder, hold = self._entered[-1]
                 try:
                     state = modes.to_restore(decoder.module, hold)
                     if state is not None:
-                        _bring_back(self.model, decoder, state)
+                        _bring_back(self.model, decoder, state, found)
                 except Exception as error:
                     errors.append(error)
                 modes.release(decoder.module, hold)
@@ -227,9 +228,9 @@ def _check_modes(found: list[Decoder], mode: bool) -> None:
         modes.check(decoder.module, mode, _state(decoder) is State.BIDIRECTIONAL)
 
 
-def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None:
-    """Check, verify, plan, apply; for those decoders that aren't wholly bidirectional yet."""
-    changing = [decoder for decoder in found if not is_patched(decoder)]
+def _enable(model: nn.Module, wanted: list[Decoder], found: list[Decoder], allow_partial: bool) -> None:
+    """Check, verify, plan, apply; for those of the `wanted` decoders that aren't wholly bidirectional yet."""
+    changing = [decoder for decoder in wanted if not is_patched(decoder)]
     if not changing:
         return
     _check_supported(changing, allow_partial)
@@ -242,21 +243,21 @@ def _enable(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None
         add += bidirectional_plans(decoder, handling or possible_handlings(decoder)[0])
         if handling is None and not allow_partial:
             add.append(unverified_plan(decoder))
-    leftovers = _patch_of(model, changing)
+    leftovers = _patch_of(model, changing, found)
     apply([*add, *loss_plans(model)], leftovers)
     try:
         for decoder, handling in zip(changing, handlings):
-            if handling is None and not allow_partial:
+            if handling is None and not allow_partial and not decoder.is_on_meta:
                 verify_now(decoder.outermost, even_on_meta=False)
     except BaseException:
-        apply(remove=_patch_of(model, changing))
+        apply(remove=_patch_of(model, changing, found))
         raise
 
 
-def _patch_of(model: nn.Module, going: list[Decoder]) -> list[tuple[nn.Module, type[Swapped]]]:
-    """All that the patch put on modules for the decoders in `going`, and around them if no other decoder keeps it."""
+def _patch_of(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> list[tuple[nn.Module, type[Swapped]]]:
+    """All that the patch put on modules for the decoders in `going`, and around them if no other of `found` keeps it."""
     modules = {id(module): module for decoder in going for module in decoder_modules(decoder)}
-    staying = [decoder for decoder in decoders(model) if id(decoder.module) not in modules and has_any_patch(decoder)]
+    staying = [decoder for decoder in found if id(decoder.module) not in modules and has_any_patch(decoder)]
     if not staying:
         modules |= {id(module): module for module in model.modules()}
     kept = {id(module) for decoder in staying for module in decoder_modules(decoder)}
@@ -270,23 +271,23 @@ def _patch_of(model: nn.Module, going: list[Decoder]) -> list[tuple[nn.Module, t
     ]
 
 
-def _to_causal_block(model: nn.Module, decoder: Decoder) -> list[Change]:
+def _to_causal_block(model: nn.Module, decoder: Decoder, found: list[Decoder]) -> list[Change]:
     """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
     if _state(decoder) is State.CAUSAL_BLOCK or not (has_any_patch(decoder) or is_natively_bidirectional(decoder)):
         return []
     plans = list(causal_block_plans(model, decoder))
-    keeps = {ModelWithLoss}
-    return prepare(plans, [(module, mixin) for module, mixin in _patch_of(model, [decoder]) if mixin not in keeps])
+    going = [(module, mixin) for module, mixin in _patch_of(model, [decoder], found) if mixin is not ModelWithLoss]
+    return prepare(plans, going)
 
 
-def _bring_back(model: nn.Module, decoder: Decoder, state: State) -> None:
+def _bring_back(model: nn.Module, decoder: Decoder, state: State, found: list[Decoder]) -> None:
     """Bring one decoder to the state that a block found."""
     if state is State.BIDIRECTIONAL:
-        _enable(model, [decoder], True)
+        _enable(model, [decoder], found, True)
     elif state is State.CAUSAL_BLOCK:
-        commit(_to_causal_block(model, decoder))
+        commit(_to_causal_block(model, decoder, found))
     else:
-        apply(remove=_patch_of(model, [decoder]))
+        apply(remove=_patch_of(model, [decoder], found))
 
 
 def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:
