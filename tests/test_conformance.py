@@ -7,7 +7,7 @@ import transformers
 from bidirect_patch import supported_architectures
 from bidirect_patch.architectures import BIDIRECTIONAL, conformance
 
-from . import zoo
+from .helpers import zoo
 
 conformance_script = pytest.importorskip("benchmarks.conformance", reason="the benchmarks come with the checkout alone")
 

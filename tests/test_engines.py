@@ -6,45 +6,26 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from bidirect_patch import apply_mntp_head, bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import ForeignWrapperError, OrderError
 
-from .conftest import TRANSFORMERS, Version, tiny_model
-
-ROOT = Path(__file__).parents[1]
-LEARNING_RATE = 1e-2
-IDS = torch.arange(5, 37).view(4, 8)
-MASK = torch.ones_like(IDS)
-MASK[0, 6:] = MASK[2, 6:] = 0
-LABELS = torch.full_like(IDS, -100)
-LABELS[:, 2] = IDS[:, 2]  # each row scores as much, so that the mean of the ranks' means is the mean
-LABELS[:, 4] = IDS[:, 4]
-BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+from .helpers.paths import ROOT
+from .helpers.tiny_models import tiny_model
+from .helpers.training_step import BATCH, IDS, LEARNING_RATE, MASK, loss_and_gradients
+from .helpers.versions import TRANSFORMERS
 
 
 @torch.no_grad()
 def encode(model):
     return model(input_ids=IDS, attention_mask=MASK)[0][MASK.bool()]
-
-
-def gradients(model):
-    """By name, whole where they are sharded."""
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in found.items()}
-
-
-def loss_and_gradients(model, wrapped, batch):
-    loss = wrapped(**batch).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
 
 
 def close(found, want):
@@ -59,7 +40,7 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_process(tmp_path):
     pytest.importorskip("accelerate")
     how = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --num_processes 2 --num_machines 1"
     how += " --fsdp_state_dict_type FULL_STATE_DICT --mixed_precision no --dynamo_backend no --main_process_port 0"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), "-m", "tests.two_ranks", str(tmp_path)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), "-m", "tests.helpers.two_ranks", str(tmp_path)]
     environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     launched = subprocess.Popen(
         command,

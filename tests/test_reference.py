@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from packaging.version import Version
 
 from bidirect_patch import enable_bidirectional
 
-from .conftest import BACKENDS, FAMILIES, TRANSFORMERS, Version
-from .references.plain_decoder import hidden_states, next_token_loss, reach
+from .helpers.references.plain_decoder import hidden_states, next_token_loss, reach
+from .helpers.tiny_models import FAMILIES
+from .helpers.versions import BACKENDS, TRANSFORMERS
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
@@ -97,7 +99,7 @@ def test_equal_to_llm2vecs_classes(make_model, family, backend, padding):
 def test_equal_to_the_tutorials_subclasses(make_model, backend, padding):
     if TRANSFORMERS >= Version("4.40"):
         pytest.skip(f"the tutorial's subclasses override what transformers 4.39 has and {TRANSFORMERS} doesn't")
-    from .references.tutorial import LlamaBiForMNTP
+    from .helpers.references.tutorial import LlamaBiForMNTP
 
     model = make_model("llama", backend)
     reference = LlamaBiForMNTP._from_config(model.config, attn_implementation=backend)

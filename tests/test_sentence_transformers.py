@@ -9,16 +9,24 @@ import torch
 
 from bidirect_patch import enable_bidirectional, is_bidirectional
 
-from .conftest import lacks_add_adapter
-from .test_simcse import place, reaches_back  # noqa: F401  (a fixture)
+from .helpers.sentences import reaches_back, write_folder
+from .helpers.versions import lacks_add_adapter
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers isn't installed")
 
 TEXTS = ["w1 w2 w3 w4", "w5", "w6 w7 w8"]
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    pytest.importorskip("peft", reason="the folder holds an adapter")
+    folder = tmp_path_factory.mktemp("place")
+    write_folder(folder)
+    return folder
+
+
 @pytest.fixture
-def encoder(place):  # noqa: F811
+def encoder(place):
     model = st.SentenceTransformer(str(place / "model"), device="cpu")
     model.tokenizer.pad_token = model.tokenizer.eos_token
     return model

@@ -1,0 +1,243 @@
+"""The training command, run as a user runs it: a tiny Llama, real files, real Trainer, no network."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from bidirect_patch.checkpoints.load import says_bidirectional
+
+from ...helpers.mntp_runs import batches, launch, reaches_back, results, run, weights
+
+pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
+pytest.importorskip("datasets", reason="the training command needs the extra [train]")
+pytest.importorskip("peft", reason="the training command needs the extra [train]")
+
+
+def test_a_published_settings_file_runs_unchanged_and_the_result_opens_bidirectional(place, settings, tmp_path, capfd):
+    """The keys of LLM2Vec's train_configs/mntp/*.json, all of them, with a model and data that fit a test."""
+    from peft import PeftModel
+
+    from bidirect_patch import enable_bidirectional
+
+    published = {
+        "model_name_or_path": settings["model_name_or_path"],
+        "dataset_name": str(place / "text"),
+        "dataset_config_name": None,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "do_train": True,
+        "do_eval": True,
+        "max_seq_length": 64,
+        "mask_token_type": "blank",
+        "data_collator_type": "default",
+        "mlm_probability": 0.2,
+        "overwrite_output_dir": True,
+        "output_dir": settings["output_dir"],
+        "evaluation_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 4,
+        "stop_after_n_steps": 8,
+        "lora_r": 16,
+        "gradient_checkpointing": True,
+        "torch_dtype": "bfloat16",
+        "attn_implementation": "eager",
+    }
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps(published))
+    process = launch("bidirect_patch", "mntp", path, "--cache_dir", tmp_path / "cache", "--learning_rate", "0.01")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "causal, before training" in out and "bidirectional, untrained" in out and "after 8 steps" in out
+    assert out.count("eval_accuracy") == 2  # on schedule, at steps 4 and 8
+    assert "%|" in err  # the progress bar
+    folder = Path(settings["output_dir"])
+    assert {"checkpoint-4", "checkpoint-8"} <= {entry.name for entry in folder.iterdir()}
+    found = results(settings)
+    assert found["eval_loss"] < found["before_loss"] - 0.1 and found["causal_loss"] != found["before_loss"]
+
+    assert says_bidirectional(folder)
+    base = enable_bidirectional(AutoModel.from_pretrained(settings["model_name_or_path"]))
+    ids = torch.arange(4, 12)[None]
+    before = base(input_ids=ids)[0]
+    trained = PeftModel.from_pretrained(base, folder).eval()
+    assert reaches_back(trained)
+    assert not torch.allclose(trained(input_ids=ids)[0], before, atol=1e-3)
+    assert AutoTokenizer.from_pretrained(folder).mask_token is None  # the tokenizer as it was
+
+
+def test_all_weights_are_saved_as_a_stock_model_that_says_it_is_bidirectional(settings):
+    from bidirect_patch import enable_bidirectional
+
+    assert run(settings, "--do_train", "--stop_after_n_steps=3", "--lora_r=0") == 0
+    config = json.loads((Path(settings["output_dir"]) / "config.json").read_text())
+    assert config["is_causal"] is False and config["architectures"] == ["LlamaForCausalLM"]
+    model = AutoModelForCausalLM.from_pretrained(settings["output_dir"])
+    original = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"])
+    assert not torch.equal(model.lm_head.weight, original.lm_head.weight)
+    assert reaches_back(enable_bidirectional(model))
+
+
+def test_evaluation_is_the_mean_over_all_masked_tokens(settings):
+    """Against stock transformers: logits of every position, shifted and averaged by hand, on batches of uneven size."""
+    from bidirect_patch.cli.mntp.collator import RepeatableCollator
+
+    settings |= {"do_eval": True, "line_by_line": True, "seed": 7}
+    assert run(settings) == 0
+    found = results(settings)
+    tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
+    stock = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"]).eval()
+    losses, right = [], []
+    for batch in batches(settings, RepeatableCollator(tokenizer, mlm_probability=0.2, seed=7), 32):
+        labels = batch.pop("labels")[:, 1:]
+        with torch.no_grad():
+            logits = stock(**batch).logits[:, :-1][labels != -100]
+        losses.append(torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="none"))
+        right.append(logits.argmax(-1) == labels[labels != -100])
+    assert len({len(part) for part in losses}) > 1
+    assert found["causal_loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
+    assert found["causal_accuracy"] == pytest.approx(torch.cat(right).float().mean().item(), abs=1e-6)
+    assert found["causal_masked_tokens"] == len(torch.cat(losses))
+    assert found["eval_loss"] == found["before_loss"] != found["causal_loss"]
+
+
+def test_padding_free_trains_to_the_same_weights_as_padding(settings):
+    """The same texts and masks, laid out otherwise; and to others than no training at all."""
+    settings |= {"do_train": True, "line_by_line": True, "lora_dropout": 0.0, "stop_after_n_steps": 3}
+    packed = settings | {"output_dir": settings["output_dir"] + "-packed", "padding_free": True}
+    assert run(settings) == 0 and run(packed) == 0
+    padded, packed = weights(settings), weights(packed)
+    assert all(torch.allclose(packed[key], padded[key], atol=2e-4) for key in padded)
+    assert all(padded[key].abs().max() > 0.01 for key in padded if "lora_B" in key)  # where it starts is zero
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "stream", "folder"])
+def test_texts_of_any_kind_train_to_the_same_weights(place, settings, tmp_path, kind):
+    """Unshuffled batches come out alike whatever the texts came in."""
+    settings |= {"do_train": True, "stop_after_n_steps": 2, "line_by_line": True, "per_device_train_batch_size": 260}
+    settings |= {"learning_rate": 0.001, "lr_scheduler_type": "constant"}
+    other = settings | {"output_dir": settings["output_dir"] + "-other"}
+    lines = Path(settings["train_file"]).read_text().splitlines()
+    if kind == "jsonl":
+        text = "\n".join(json.dumps({"id": i, "text": line}) for i, line in enumerate(lines))
+    elif kind == "csv":
+        text = "text,id\n" + "\n".join(f"{line},{i}" for i, line in enumerate(lines))
+    if kind in ("jsonl", "csv"):
+        other["train_file"] = str(tmp_path / f"train.{kind}")
+        Path(other["train_file"]).write_text(text + "\n")
+        other["validation_file"] = None
+    elif kind == "stream":
+        other["streaming"] = True
+    else:
+        other |= {"train_file": None, "validation_file": None, "dataset_name": str(place / "text")}
+    if kind == "stream":  # a stream isn't shuffled, so neither may the other be
+        assert run(other) == 0
+        assert json.loads((Path(other["output_dir"]) / "trainer_state.json").read_text())["global_step"] == 2
+        return
+    assert run(settings) == 0 and run(other) == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights(settings).values(), weights(other).values()))
+
+
+def test_chunks_are_the_text_cut_every_so_many_tokens(settings):
+    from bidirect_patch.cli.mntp import data
+    from bidirect_patch.cli.mntp.settings import parse
+
+    settings |= {"do_train": True, "max_seq_length": 50}
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    path.write_text(json.dumps(settings))
+    model_settings, data_settings, _, training = parse([str(path)])
+    tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
+    texts = data.load_texts(model_settings, data_settings, training)
+    assert set(texts) == {"train"}
+    chunks = data.tokenize(texts["train"], "train", tokenizer, data_settings, training)
+    line = tokenizer(Path(settings["train_file"]).read_text())["input_ids"]
+    assert len(chunks) == len(line) // 50
+    assert [i for row in chunks["input_ids"] for i in row] == line[: len(chunks) * 50]
+
+
+def test_a_share_is_held_out_if_there_is_no_validation_file(settings):
+    settings |= {"do_eval": True, "do_train": True, "validation_file": None, "validation_split_percentage": 20}
+    settings |= {"stop_after_n_steps": 1, "line_by_line": True, "per_device_eval_batch_size": 4}
+    assert run(settings) == 0
+    seen = results(settings)["eval_samples_per_second"] * results(settings)["eval_runtime"]
+    assert seen == pytest.approx(51, abs=1)  # 52 of 260 lines, one of them blank
+
+
+def test_masks_do_not_depend_on_the_batch(settings):
+    from bidirect_patch.cli.mntp.collator import RepeatableCollator
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
+    collator = RepeatableCollator(tokenizer, seed=7)
+
+    def masked(size):
+        made = batches(settings, collator, 32, size)
+        parts = [[batch[key][batch["attention_mask"].bool()] for key in ("input_ids", "labels")] for batch in made]
+        return [torch.cat(part).tolist() for part in zip(*parts)]
+
+    first = masked(8)
+    assert first == masked(3) == masked(1)
+    collator.epoch = 1
+    assert first != masked(8)
+
+
+@pytest.mark.slow
+def test_real_weights_from_gguf_learn(load_real, real_weights, settings, tmp_path):
+    """SmolLM2 on Python's own help texts: worse when made bidirectional, and on its way back after three steps."""
+    from pydoc_data.topics import topics
+
+    load_real()  # skips where transformers reads no GGUF
+    path = tmp_path / "topics.txt"
+    path.write_text("\n".join(" ".join(text.split()) for text in list(topics.values())[:12]))
+    settings |= {"model_name_or_path": str(real_weights), "gguf_file": next(real_weights.glob("*.gguf")).name}
+    settings |= {"train_file": str(path), "validation_file": None, "validation_split_percentage": 25}
+    settings |= {"max_seq_length": 64, "max_eval_samples": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    assert run(settings, "--do_train", "--do_eval", "--stop_after_n_steps=3") == 0
+    found = results(settings)
+    assert found["causal_loss"] + 0.5 < found["before_loss"]
+    assert found["eval_loss"] + 0.2 < found["before_loss"]
+    assert says_bidirectional(settings["output_dir"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(settings):
+    """With an evaluation before, after which accelerate would leave each to its own gradients."""
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 6, "lora_dropout": 0.0, "lora_r": 4}
+    settings |= {"per_device_train_batch_size": 4}
+    alone = settings | {"gradient_accumulation_steps": 2, "output_dir": settings["output_dir"] + "-alone"}
+    path.write_text(json.dumps(settings))
+    launcher = ("torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
+    process = launch(*launcher, "-m", "bidirect_patch", "mntp", path)
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    assert out.count("after 6 steps") == 1
+    assert run(alone) == 0
+    ours, expected = weights(settings), weights(alone)
+    assert all(torch.allclose(ours[key], expected[key], atol=1e-5) for key in expected)
+
+
+@pytest.mark.slow
+def test_two_processes_under_deepspeed_train_the_same_adapter(settings, tmp_path):
+    """ZeRO-2 on CPUs gives what DDP gives, and its checkpoints are resumed from."""
+    pytest.importorskip("deepspeed", reason="deepspeed isn't installed")
+    settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 4, "lora_dropout": 0.0}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    other = settings | {"output_dir": settings["output_dir"] + "-ddp"}
+    zero = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "zero_allow_untested_optimizer": True}
+    zero |= {"zero_force_ds_cpu_optimizer": False, "train_micro_batch_size_per_gpu": 8, "train_batch_size": 16}
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    launcher = ("torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
+    for flags in (["--stop_after_n_steps=2"], []):
+        path = Path(settings["output_dir"]).with_suffix(".json")
+        path.write_text(json.dumps(settings))
+        flags += ["--deepspeed", str(tmp_path / "zero.json")]
+        process = launch(*launcher, "-m", "bidirect_patch", "mntp", path, *flags)
+        _, err = process.communicate(timeout=250)
+        assert process.returncode == 0, err
+    path.write_text(json.dumps(other))
+    assert launch(*launcher, "-m", "bidirect_patch", "mntp", path).wait(250) == 0
+    ours, expected = weights(settings), weights(other)
+    assert all(torch.allclose(ours[key], expected[key], atol=1e-6) for key in expected)

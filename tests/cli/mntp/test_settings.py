@@ -1,0 +1,157 @@
+"""Settings of the training command: files, flags, and names of other releases."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from bidirect_patch.cli import main
+from bidirect_patch.errors import ConfigError
+
+pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
+pytest.importorskip("datasets", reason="the training command needs the extra [train]")
+pytest.importorskip("peft", reason="the training command needs the extra [train]")
+
+
+def test_flags_win_over_the_file_and_types_are_the_same_either_way(settings):
+    from bidirect_patch.cli.mntp.settings import parse
+
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    path.write_text(json.dumps(settings | {"do_train": True, "label_names": ["labels"], "max_steps": None}))
+    flags = ["--learning-rate=0.5", "--no_use_fast_tokenizer", "--lora_r", "2", "--streaming", "--max_steps", "-1"]
+    model, data, _, training = parse([str(path), *flags])
+    assert (training.learning_rate, model.use_fast_tokenizer, model.lora_r) == (0.5, False, 2)
+    assert (data.streaming, training.max_steps, training.label_names) == (True, -1, ["labels"])
+    as_flags = [f"--{name}={value}" for name, value in settings.items()]
+    again = parse([*as_flags, "--do_train", "--max_eval_samples", "3"])
+    assert again[1].max_eval_samples == 3 and again[3].learning_rate == 0.01 and again[3].use_cpu is True
+
+
+@pytest.mark.parametrize("place_of_it", ["flag", "key"])
+def test_deepspeeds_settings_reach_trainers_arguments_as_they_are(settings, monkeypatch, tmp_path, place_of_it):
+    """Whether or not deepspeed is installed: what transformers would hand it is caught."""
+    import accelerate.utils
+    from transformers.integrations import deepspeed
+
+    from bidirect_patch.cli.mntp.settings import parse
+
+    handed = []
+
+    class Caught:
+        def __init__(self, config):
+            handed.append(config)
+
+        def trainer_config_process(self, *args, **kwargs):
+            pass
+
+    monkeypatch.setattr(deepspeed, "HfTrainerDeepSpeedConfig", Caught)
+    monkeypatch.setattr(accelerate.utils, "DeepSpeedPlugin", lambda **kwargs: None)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")  # undone after: older TrainingArguments set it for good
+    zero = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "train_batch_size": "auto"}
+    given = zero if place_of_it == "key" else str(tmp_path / "zero.json")
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    path.write_text(json.dumps(settings | {"do_train": True} | ({"deepspeed": zero} if given is zero else {})))
+    training = parse([str(path), *([] if given is zero else ["--deepspeed", given])])[3]
+    assert handed == [given] and training.deepspeed == given
+
+
+@pytest.mark.parametrize(
+    "given, known, expected",
+    [
+        ({"evaluation_strategy": "steps"}, {"eval_strategy"}, {"eval_strategy": "steps"}),
+        ({"eval_strategy": "steps"}, {"evaluation_strategy"}, {"evaluation_strategy": "steps"}),
+        ({"evaluation_strategy": "no"}, {"evaluation_strategy"}, {"evaluation_strategy": "no"}),
+        ({"warmup_ratio": 0.1}, {"warmup_steps"}, {"warmup_steps": 0.1}),
+        ({"warmup_ratio": 0.0, "warmup_steps": 9}, {"warmup_steps"}, {"warmup_steps": 9}),
+        (
+            {"group_by_length": True},
+            {"train_sampling_strategy"},
+            {"train_sampling_strategy": "group_by_length"},
+        ),
+        ({"group_by_length": "False"}, {"train_sampling_strategy"}, {}),
+        ({"train_sampling_strategy": "group_by_length"}, {"group_by_length"}, {"group_by_length": True}),
+        ({"adafactor": "True"}, {"optim"}, {"optim": "adafactor"}),
+        ({"save_safetensors": True, "past_index": -1, "use_ipex": False}, set(), {}),
+        ({"nonsense": 1}, set(), {"nonsense": 1}),
+    ],
+)
+def test_names_of_other_releases_keep_their_meaning(given, known, expected):
+    from bidirect_patch.cli.versions import translate_settings
+
+    assert translate_settings(given, known) == expected
+
+
+@pytest.mark.parametrize(
+    "given, known, said",
+    [
+        ({"save_safetensors": False}, set(), "save_safetensors=False means nothing to transformers"),
+        ({"logging_dir": "logs"}, set(), "logging_dir=logs"),
+        ({"evaluation_strategy": "steps", "eval_strategy": "no"}, {"eval_strategy"}, "both are given"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 9}, {"warmup_steps"}, "both are given"),
+    ],
+)
+def test_a_meaning_that_would_be_lost_is_an_error(given, known, said):
+    from bidirect_patch.cli.versions import translate_settings
+
+    with pytest.raises(ConfigError, match=said):
+        translate_settings(given, known)
+
+
+def test_every_setting_that_older_trainers_knew_is_accounted_for():
+    """Names that TrainingArguments had in 4.39.3 and this transformers lacks: each has a rule."""
+    from dataclasses import fields
+
+    from bidirect_patch.cli.mntp.settings import KINDS
+    from bidirect_patch.cli.versions import translate_settings
+
+    known = {field.name for kind in KINDS for field in fields(kind)}
+    old = """adafactor dispatch_batches evaluation_strategy fp16_backend fp16_opt_level fsdp_min_num_params
+    fsdp_transformer_layer_cls_to_wrap group_by_length half_precision_backend include_inputs_for_metrics
+    include_tokens_per_second jit_mode_eval logging_dir mp_parameters no_cuda overwrite_output_dir past_index
+    per_gpu_eval_batch_size per_gpu_train_batch_size push_to_hub_model_id push_to_hub_organization push_to_hub_token
+    ray_scope save_safetensors split_batches torchdynamo tpu_metrics_debug tpu_num_cores use_ipex
+    use_legacy_prediction_loop use_mps_device warmup_ratio"""
+    for name in set(old.split()) - known:
+        try:
+            assert name not in translate_settings({name: "given"}, known)
+        except ConfigError:
+            pass
+
+
+@pytest.mark.parametrize(
+    "argv, code, said",
+    [
+        ([], 2, "usage"),
+        (["--help"], 0, "usage"),
+        (["mtnp"], 2, "no command 'mtnp'; did you mean mntp?"),
+        (["mntp", "--lerning_rate", "1"], 2, "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
+        (["mntp", "nowhere.json"], 2, "no settings file 'nowhere.json'"),
+        (["mntp"], 2, "nothing to do"),
+    ],
+)
+def test_the_command_line(capsys, argv, code, said):
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    assert said in (out if code == 0 else err)
+
+
+@pytest.mark.parametrize("command", ["check", "demo", "mntp", "simcse"])
+def test_help_spells_each_flag_once(capsys, command):
+    if command == "simcse":
+        pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    options = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert any("_" in line for line in options)
+    assert not [line for line in options if re.search("--[a-z_]+-[a-z]", line)]
+
+
+def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["mntp", "--do_train"]) == 2
+    assert capsys.readouterr().err == (
+        "bidirect-patch: error: training needs peft: pip install 'bidirect-patch[train]'\n"
+    )

@@ -1,0 +1,110 @@
+"""`bidirect-patch check`: tables and exit codes, for folders that hold a config alone, and with weights."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from bidirect_patch import cli
+from bidirect_patch.cli import check
+from bidirect_patch.errors import StillCausalError
+from bidirect_patch.verify.report import attention_report
+
+from ..helpers.tiny_models import tiny_config, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with nothing but the config.json of a large Llama."""
+    config = tiny_config("llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 32, 8, 128
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_a_config_alone(folder, capsys):
+    assert cli.main(["check", folder]) == 0
+    before, after = capsys.readouterr().out.split("bidirectional:\nlayer")
+    assert before.count("causal  ") == 2 and "not bidirectional" in before
+    assert after.count("bidirectional  ") == 2 and "on sdpa: bidirectional" in after
+
+
+@pytest.mark.parametrize("flags", [["--attn-implementation", "eager"], ["--attn_implementation=eager"]])
+def test_backend_and_length(folder, capsys, flags):
+    assert cli.main(["check", folder, *flags, "--length", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "on eager" in out and "-4 .. +4" in out
+
+
+def test_weights(tmp_path, capsys):
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(tmp_path)
+    assert cli.main(["check", str(tmp_path), "--weights"]) == 0
+    assert capsys.readouterr().out.count("model.layers.2") == 2
+
+
+def test_a_model_without_attention_is_refused_by_name(tmp_path, capsys):
+    AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=4).save_pretrained(tmp_path)
+    assert cli.main(["check", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "causal" in out and "refused: MambaForCausalLM" in out
+
+
+def test_the_patch_giving_up_is_a_failure(folder, capsys, monkeypatch):
+    def give_up(model):
+        raise StillCausalError("LlamaDecoderLayer stayed causal")
+
+    monkeypatch.setattr(check, "bidirectional", give_up)
+    assert cli.main(["check", folder]) == 1
+    assert "refused: LlamaDecoderLayer stayed causal" in capsys.readouterr().out
+
+
+def test_a_layer_that_stays_causal_is_a_failure(folder, capsys, monkeypatch):
+    monkeypatch.setattr(check, "bidirectional", nullcontext)
+    assert cli.main(["check", folder]) == 1
+    assert "2 causal" in capsys.readouterr().out.split("bidirectional:\nlayer")[1]
+
+
+def test_a_layer_that_sees_less_than_before_is_a_failure(folder, capsys, monkeypatch):
+    """Bidirectional, but in a window where the model as it is has none."""
+
+    band = torch.ones(7, 7).triu(-2).tril(2).bool()
+
+    def report(model, length):
+        seen = attention_report(model, length=length)
+        if seen.is_bidirectional:
+            layers = [replace(layer, matrix=band, backward=2, forward=2) for layer in seen.layers]
+            seen = replace(seen, layers=layers)
+        return seen
+
+    monkeypatch.setattr(check, "attention_report", report)
+    assert cli.main(["check", folder]) == 1
+    out = capsys.readouterr().out
+    assert "looked back 6 positions and now reaches -2 .. +2" in out
+
+
+def test_a_value_keeps_its_hyphens(capsys):
+    assert cli.main(["check", "no/such-folder", "--attn-implementation=not-there"]) == 2
+    assert "'no/such-folder'" in capsys.readouterr().err
+    assert cli.underscored("--attn-implementation=not-there") == "--attn_implementation=not-there"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["no/such/folder/here"], "no model could be read from 'no/such/folder/here'"),
+        ([], "NAME_OR_PATH"),
+        (["FOLDER", "--length", "2"], "from 3 to 128"),
+        (["FOLDER", "--length", "many"], "from 3 to 128"),
+        (["FOLDER", "--length", "300"], "from 3 to 128"),
+        (["FOLDER", "--nonsense"], "--nonsense"),
+        (["FOLDER", "--attn-implementation", "nonsense"], "nonsense"),
+        (["FOLDER", "--weights"], "no model could be read from"),
+    ],
+)
+def test_bad_input_is_one_line_and_two(folder, capsys, argv, message):
+    assert cli.main(["check", *(folder if a == "FOLDER" else a for a in argv)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""

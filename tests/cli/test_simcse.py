@@ -1,0 +1,155 @@
+"""The contrastive step, run as a user runs it: a tiny Llama, a settings file, sentence-transformers' own trainer."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, LlamaModel
+
+from bidirect_patch import enable_bidirectional
+from bidirect_patch.cli import main
+
+from ..helpers.sentences import reaches_back, write_folder
+
+st = pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
+peft = pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `model`, a tiny causal Llama, `mntp`, an adapter over it, and `texts.txt`."""
+    folder = tmp_path_factory.mktemp("place")
+    write_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(place, tmp_path):
+    """The keys of LLM2Vec's train_configs/simcse/*.json, all of them, with a model and data that fit a test."""
+    published = {
+        "model_name_or_path": str(place / "model"),
+        "peft_model_name_or_path": str(place / "mntp"),
+        "simcse_dropout": 0.3,
+        "bidirectional": True,
+        "pooling_mode": "mean",
+        "dataset_name": "Wiki1M",
+        "dataset_file_path": str(place / "texts.txt"),
+        "remove_unused_columns": False,
+        "learning_rate": 3e-5,
+        "loss_scale": 20,
+        "per_device_train_batch_size": 128,
+        "gradient_accumulation_steps": 1,
+        "do_train": True,
+        "disable_tqdm": False,
+        "max_seq_length": 128,
+        "overwrite_output_dir": True,
+        "output_dir": str(tmp_path / "out"),
+        "logging_steps": 50,
+        "save_steps": 200,
+        "save_only_model": True,
+        "stop_after_n_steps": 1000,
+        "lora_r": 16,
+        "gradient_checkpointing": True,
+        "torch_dtype": "bfloat16",
+        "attn_implementation": "sdpa",
+        "seed": 42,
+    }
+    here = {"use_cpu": True, "report_to": "none", "cache_dir": str(tmp_path / "cache"), "disable_tqdm": True}
+    small = {
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-2,
+        "stop_after_n_steps": 3,
+        "torch_dtype": "float32",
+    }
+    return published | here | small
+
+
+def run(settings):
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    path.write_text(json.dumps(settings))
+    return main(["simcse", str(path)])
+
+
+def test_published_settings_train_a_folder_that_opens_bidirectional(settings, place):
+    settings |= {"save_steps": 2}
+    assert run(settings) == 0
+    out = settings["output_dir"]
+    assert json.loads(Path(out, "config.json").read_text())["is_causal"] is False
+    opened = st.SentenceTransformer(out, device="cpu")
+    assert reaches_back(opened[0].model)
+    texts = ["w1 w2 w3", "w4 w5"]
+    hidden = [AutoModel.from_pretrained(out)(**opened.tokenizer(t, return_tensors="pt"))[0].mean(1) for t in texts]
+    torch.testing.assert_close(torch.tensor(opened.encode(texts)), torch.cat(hidden).detach(), rtol=1e-4, atol=1e-4)
+    # trained, from the merged adapter on: neither the base nor the base with MNTP gives this
+    base = LlamaModel.from_pretrained(place / "model")
+    mntp = peft.PeftModel.from_pretrained(enable_bidirectional(base), str(place / "mntp")).merge_and_unload()
+    weight = "layers.0.self_attn.q_proj.weight"
+    moved = (opened[0].model.state_dict()[weight] - mntp.state_dict()[weight]).abs().max()
+    away = (
+        (opened[0].model.state_dict()[weight] - LlamaModel.from_pretrained(place / "model").state_dict()[weight])
+        .abs()
+        .max()
+    )
+    assert 0 < moved < away
+    checkpoint = st.SentenceTransformer(str(Path(out, "checkpoint-2")), device="cpu")
+    assert reaches_back(checkpoint[0].model)
+
+
+def test_pairs_and_triplets_by_file(settings, place):
+    """A folder of files, each a task of its own: in-batch negatives come from the same one."""
+    del settings["simcse_dropout"]
+    settings |= {"dataset_name": "E5", "dataset_file_path": str(place / "E5"), "gradient_checkpointing": False}
+    assert run(settings | {"pooling_mode": "eos_token", "stop_after_n_steps": 1}) == 0
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    assert reaches_back(opened[0].model)
+    assert opened[1].pooling_mode in ("lasttoken", ["lasttoken"], ("lasttoken",))
+
+
+def test_the_loss_falls(settings):
+    """With two views of 16 texts and negatives in the batch, a few steps at a high rate are seen in the loss."""
+    settings |= {"logging_steps": 1, "stop_after_n_steps": 12, "num_train_epochs": 4, "gradient_checkpointing": False}
+    settings |= {"save_steps": 12, "save_only_model": False}
+    assert run(settings) == 0
+    state = json.loads(Path(settings["output_dir"], "checkpoint-12", "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_equal_views_are_refused(settings, capsys):
+    assert run(settings | {"simcse_dropout": 0.0}) == 2
+    assert "two encodings of one text are equal" in capsys.readouterr().err
+    assert not Path(settings["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"simcse_droput": 0.3}, "did you mean 'simcse_dropout'"),
+        ({"simcse_dropout": 1.5}, "simcse_dropout must be in [0, 1)"),
+        ({"dataset_file_path": "nowhere.txt"}, "nowhere.txt"),
+        ({"model_name_or_path": "./nowhere"}, "can't load"),
+        ({"do_train": False}, "nothing to do"),
+        ({"loss_class": "Other"}, "loss_class"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, capsys, wrong, says):
+    assert run(settings | wrong) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("bidirect-patch: error:") and says in error
+
+
+def test_a_package_that_is_missing_is_named(settings, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert run(settings) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "bidirect-patch: error: simcse needs sentence_transformers: pip install 'bidirect-patch[simcse]'\n"
+    )
+
+
+def test_an_output_folder_that_is_a_file(settings, capsys):
+    Path(settings["output_dir"]).write_text("mine")
+    assert run(settings) == 2
+    assert "is a file: give a folder" in capsys.readouterr().err

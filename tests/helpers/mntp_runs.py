@@ -1,0 +1,66 @@
+"""Running the training command, and reading what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from bidirect_patch.cli import main
+
+from .paths import ROOT
+
+
+def run(settings, *flags):
+    """Run in this process; the exit code."""
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    path.write_text(json.dumps(settings))
+    return main(["mntp", str(path), *flags])
+
+
+def launch(*command, **how):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **how,
+    )
+
+
+def results(settings):
+    return json.loads((Path(settings["output_dir"]) / "all_results.json").read_text())
+
+
+def weights(settings, name="adapter_model.safetensors"):
+    return load_file(Path(settings["output_dir"]) / name)
+
+
+def reaches_back(model):
+    """Whether the first position's output depends on the last token."""
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    with torch.no_grad():
+        first = model.eval()(input_ids=ids)[0][:, 0]
+    return not torch.equal(first[0], first[1])
+
+
+def batches(settings, collator, lengths, size=8):
+    tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
+    lines = Path(settings["validation_file"]).read_text().splitlines()
+    rows = [tokenizer(line, truncation=True, max_length=lengths)["input_ids"] for line in lines if line]
+    return [collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def refused(capsys, settings, *flags):
+    assert run(settings, *flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith("bidirect-patch: error: ")]
+    assert len(said) == 1 and said[0] == lines[-1] and "Traceback" not in "".join(lines)
+    assert not Path(settings["output_dir"]).exists()
+    return said[0]

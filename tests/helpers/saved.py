@@ -1,0 +1,77 @@
+"""Models that are saved and opened again: what they give, and what stands on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+
+from .paths import ROOT
+from .versions import TRANSFORMERS
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+HONOURS_THE_FLAG = pytest.mark.skipif(
+    Version("5.2") > TRANSFORMERS, reason=f"transformers {TRANSFORMERS} doesn't know is_causal in a config"
+)
+
+
+@torch.no_grad()
+def encode(model):
+    """What the model gives for the real tokens of IDS: (10, width)."""
+    return model(input_ids=IDS, attention_mask=MASK)[0][MASK.bool()]
+
+
+@torch.no_grad()
+def reaches_back(model):
+    """Whether the first position's output depends on the last token."""
+    other = IDS.clone()
+    other[0, -1] = 20
+    return not torch.equal(model(input_ids=IDS)[0][0, 0], model(input_ids=other)[0][0, 0])
+
+
+def config_of(folder):
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def lora(model, seed=0, name="default", **settings):
+    """`model` under a LoRA adapter that changes what it gives."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **settings)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        return model
+    return get_peft_model(model, config, adapter_name=name).eval()
+
+
+def in_a_new_process(code, *arguments):
+    """stdout of `code`, its arguments in sys.argv."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+WAYS_TO_LOAD = ("peft", "mixed", "transformers")
+
+
+def load_adapter(base, folder, through):
+    """`base` under the adapter in `folder`, in one of WAYS_TO_LOAD."""
+    import peft
+
+    if through == "transformers":
+        base.load_adapter(str(folder))
+        return base.eval()
+    cls = {"peft": peft.PeftModel, "mixed": peft.PeftMixedModel}[through]
+    return cls.from_pretrained(base, str(folder)).eval()

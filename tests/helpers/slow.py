@@ -1,0 +1,8 @@
+"""Marking some of many cases as slow."""
+
+import pytest
+
+
+def some_slow(names, is_slow):
+    """`names` to parametrize with, those marked slow of which that is so."""
+    return [pytest.param(name, marks=pytest.mark.slow if is_slow(name) else ()) for name in names]

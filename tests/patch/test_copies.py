@@ -1,0 +1,68 @@
+"""Copies and files of a bidirectional model."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.utils.checkpoint
+
+import bidirect_patch
+from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
+
+from ..helpers.seeing import IDS, hidden, sees_all, sees_only_the_past
+
+
+def test_a_deep_copy_is_a_model_of_its_own(make_model):
+    model = enable_bidirectional(make_model())
+    clone = copy.deepcopy(model)
+    assert is_bidirectional(clone) and sees_all(clone)
+    assert torch.equal(hidden(clone), hidden(model))
+    disable_bidirectional(clone)
+    assert sees_only_the_past(clone) and sees_all(model)
+    assert {n: type(m) for n, m in clone.named_modules()} == {n: type(m) for n, m in make_model().named_modules()}
+    with torch.no_grad():
+        before = hidden(model).clone()
+        for parameter in clone.parameters():
+            parameter.zero_()
+        assert torch.equal(hidden(model), before)
+    enable_bidirectional(clone)
+    disable_bidirectional(model)
+    assert is_bidirectional(clone) and sees_only_the_past(model)
+
+
+def test_torch_save_of_the_whole_model(make_model):
+    model = enable_bidirectional(make_model())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert is_bidirectional(loaded) and sees_all(loaded)
+    assert torch.equal(hidden(loaded), hidden(model))
+    disable_bidirectional(loaded)
+    disable_bidirectional(model)
+    assert sees_only_the_past(loaded)
+    assert torch.equal(hidden(loaded), hidden(model))
+    assert {n: type(m) for n, m in loaded.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+
+
+def test_a_saved_model_opens_in_another_process(make_model, tmp_path):
+    model = enable_bidirectional(make_model())
+    torch.save((model, model(IDS).logits.detach()), tmp_path / "model.pt")
+    code = f"""
+import torch
+model, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+from bidirect_patch import disable_bidirectional, is_bidirectional
+assert is_bidirectional(model)
+ids = torch.tensor({IDS.tolist()})
+assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+disable_bidirectional(model)
+assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
+"""
+    home = str(Path(bidirect_patch.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

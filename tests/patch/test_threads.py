@@ -1,0 +1,113 @@
+"""Threads that share a model."""
+
+import threading
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
+from bidirect_patch.errors import BidirectPatchError, ModeConflictError
+
+from ..helpers.seeing import CLOSE, MASK, hidden, sees_all, sees_only_the_past
+from ..helpers.snapshots import assert_same, snapshot
+
+
+class Thread(threading.Thread):
+    """Holds `with bidirectional(model, enabled)` open until told to leave."""
+
+    def __init__(self, model, enabled):
+        super().__init__(daemon=True)
+        self.entered, self.leave, self.error = threading.Event(), threading.Event(), None
+
+        def run():
+            try:
+                with bidirectional(model, enabled=enabled):
+                    self.entered.set()
+                    self.leave.wait(20)
+            except BaseException as error:
+                self.error = error
+                self.entered.set()
+
+        self.run = run
+
+    def __enter__(self):
+        self.start()
+        assert self.entered.wait(20) and self.error is None
+        return self
+
+    def __exit__(self, *_):
+        self.leave.set()
+        self.join(20)
+        assert not self.is_alive() and self.error is None
+
+
+@pytest.mark.parametrize("theirs", [True, False], ids=["theirs-on", "theirs-off"])
+def test_threads_that_want_opposite_modes_get_an_error(make_model, theirs):
+    model = make_model()
+    hidden(model)
+    before = snapshot(model)
+    as_theirs = sees_all if theirs else sees_only_the_past
+    with Thread(model, theirs):
+        assert as_theirs(model)
+        with pytest.raises(ModeConflictError) as caught:
+            with bidirectional(model, enabled=not theirs):
+                pytest.fail("entered")
+        assert isinstance(caught.value, BidirectPatchError)
+        with pytest.raises(ModeConflictError):
+            (disable_bidirectional if theirs else enable_bidirectional)(model)
+        assert as_theirs(model), "the first thread's mode holds"
+        with bidirectional(model, enabled=theirs):
+            assert as_theirs(model)
+        assert as_theirs(model), "leaving must not take the mode from under the first thread"
+    assert_same(before, snapshot(model))
+    with bidirectional(model, enabled=not theirs):
+        assert sees_all(model) != theirs
+    assert_same(before, snapshot(model))
+
+
+def test_the_last_thread_to_leave_restores(make_model):
+    model = make_model()
+    hidden(model)
+    before = snapshot(model)
+    first = Thread(model, True)
+    with first:
+        second = Thread(model, True)
+        second.__enter__()
+    assert sees_all(model), "the second thread is still inside"
+    second.__exit__()
+    assert_same(before, snapshot(model))
+
+
+def test_threads_in_the_same_mode_get_right_results(make_model):
+    model = make_model()
+    rows = torch.randint(3, 61, (4, 3, 8), generator=torch.Generator().manual_seed(5))
+    mask = MASK[1:].expand(3, -1)
+    with (
+        torch.no_grad(),
+        bidirectional(model),
+    ):  # logits: transformers 4.57 to 5.1 record hidden states in no thread-safe way
+        expected = [model(ids, attention_mask=mask).logits for ids in rows]
+    assert not torch.allclose(model(rows[0], attention_mask=mask).logits[:, 0], expected[0][:, 0])
+    before = snapshot(model)
+    errors = []
+    start = threading.Barrier(len(rows))
+
+    def encode(ids, right):
+        try:
+            start.wait(20)
+            with torch.no_grad():
+                for _ in range(10):
+                    with bidirectional(model):
+                        out = model(ids, attention_mask=mask).logits
+                    torch.testing.assert_close(out, right, **CLOSE)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=encode, args=pair, daemon=True) for pair in zip(rows, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    assert_same(before, snapshot(model))

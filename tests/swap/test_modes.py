@@ -1,0 +1,87 @@
+"""Blocks that don't nest (tasks, generators) and islands in models that are bidirectional by their config."""
+
+import asyncio
+
+import pytest
+import torch
+from packaging.version import Version
+from transformers import LlamaForCausalLM
+
+from bidirect_patch import bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.errors import ModeConflictError
+
+from ..helpers.seeing import IDS, sees_all, sees_only_the_past
+from ..helpers.versions import TRANSFORMERS
+
+
+def test_tasks_in_one_mode_share_a_model(make_model):
+    """The first to enter is the first to leave; the second still encodes both ways, and then all is as it was."""
+    model, seen = make_model(), []
+
+    async def job(seconds):
+        with bidirectional(model):
+            await asyncio.sleep(seconds)
+            seen.append(sees_all(model))
+
+    async def both():
+        await asyncio.gather(job(0.01), job(0.05))
+
+    asyncio.run(both())
+    assert seen == [True, True]
+    assert not is_bidirectional(model) and sees_only_the_past(model)
+
+
+def test_tasks_in_opposite_modes_get_an_error(make_model):
+    model = make_model()
+
+    async def job(enabled):
+        with bidirectional(model, enabled):
+            await asyncio.sleep(0.02)
+            assert sees_all(model) == enabled
+
+    async def both():
+        return await asyncio.gather(job(True), job(False), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first is None and isinstance(second, ModeConflictError)
+    assert sees_only_the_past(model)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_generators_may_end_in_any_order(make_model, order):
+    model = make_model()
+
+    def encoder():
+        with bidirectional(model):
+            while True:
+                yield sees_all(model)
+
+    encoders = [encoder(), encoder()]
+    assert all(map(next, encoders))
+    encoders[order[0]].close()
+    assert next(encoders[order[1]])
+    encoders[order[1]].close()
+    assert not is_bidirectional(model) and sees_only_the_past(model)
+
+
+@pytest.mark.skipif(TRANSFORMERS < Version("5.2"), reason="before 5.2 no config makes a model bidirectional")
+@pytest.mark.parametrize("enabled_before", [False, True])
+def test_an_island_is_causal_in_a_model_whose_config_says_it_is_not(make_model, tmp_path, enabled_before):
+    causal = make_model()
+    prompt = {"input_ids": IDS[:1], "max_new_tokens": 6, "do_sample": False}
+    text = causal.generate(**prompt)
+    with bidirectional(causal):
+        causal.save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    config = model.config
+    if enabled_before:
+        enable_bidirectional(model)
+    assert sees_all(model) and is_bidirectional(model)
+    with bidirectional(model, enabled=False):
+        assert sees_only_the_past(model) and not is_bidirectional(model)
+        assert torch.equal(model.generate(**prompt), text)
+        with bidirectional(model):
+            assert sees_all(model) and is_bidirectional(model)
+        assert sees_only_the_past(model)
+    assert sees_all(model) and is_bidirectional(model)
+    assert model.config is config is model.model.config and config.is_causal is False

@@ -1,0 +1,176 @@
+"""The report on real models, against tokens changed by hand; and what it leaves behind."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+
+from bidirect_patch import enable_bidirectional
+from bidirect_patch.errors import UnsupportedModelError
+from bidirect_patch.model.tiny import tiny_like
+from bidirect_patch.verify.report import attention_report
+
+from ..helpers.tiny_models import FAMILIES, tiny_model
+from ..helpers.toy_layers import FULL, Layer, Toy
+from ..helpers.versions import BACKENDS, TRANSFORMERS
+
+
+@torch.no_grad()
+def by_tokens(model, length):
+    """[q, k]: the last hidden state at q moves when token k is another. Right for one layer only."""
+    ids = torch.arange(5, 5 + length)
+    rows = ids.repeat(length + 1, 1)
+    for k in range(length):
+        rows[k + 1, k] += 20
+    states = model(input_ids=rows).last_hidden_state
+    return ((states[1:] - states[:1]).abs().amax(-1) > 1e-6).T
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_changing_tokens_by_hand(family, enabled):
+    settings = {"sliding_window": 4} if family == "mistral" else {}
+    model = tiny_model(family, "eager", head=False, num_hidden_layers=1, **settings)
+    if enabled:
+        enable_bidirectional(model)
+    report = attention_report(model, length=9)
+    assert torch.equal(report.layers[0].matrix, by_tokens(model, 9))
+    assert report.is_bidirectional is enabled
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_backend_before_and_after(make_model, backend):
+    model = make_model("llama", backend)
+    before = attention_report(model)
+    assert {layer.verdict for layer in before.layers} == {"causal"}
+    enable_bidirectional(model)
+    after = attention_report(model)
+    assert after.is_bidirectional and after.unlike_mirror_of(before) == []
+    assert [layer.name for layer in after.layers] == ["model.layers.0", "model.layers.1"]
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (2, 1)])
+def test_doge_whose_dynamic_mask_is_learned(heads):
+    """Its mask keeps the best `keep_window_size` keys; and it makes some weights too small to move the output."""
+    if not hasattr(transformers, "DogeConfig"):
+        pytest.skip(f"transformers {TRANSFORMERS} has no Doge")
+    width = dict(hidden_size=32, intermediate_size=128) if heads[0] == 2 else {}
+    config = transformers.DogeConfig(num_attention_heads=heads[0], num_key_value_heads=heads[1], **width)
+    seed_for_real = torch.manual_seed
+    for seed in range(10):
+        with mock.patch.object(torch, "manual_seed", lambda _, seed=seed: seed_for_real(seed)):
+            model = tiny_like(config, "eager")
+        assert {layer.verdict for layer in attention_report(model).layers} == {"causal"}
+        assert attention_report(enable_bidirectional(model)).is_bidirectional
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    model = tiny_model("llama", "eager").to(dtype)
+    assert {layer.verdict for layer in attention_report(model).layers} == {"causal"}
+    assert attention_report(enable_bidirectional(model)).is_bidirectional
+
+
+@pytest.mark.skipif(TRANSFORMERS < Version("5.2"), reason="transformers has is_causal=False in the config since 5.2")
+def test_what_transformers_own_switch_leaves_undone():
+    llama, mistral = tiny_model("llama"), tiny_model("mistral", sliding_window=4)
+    causal = attention_report(mistral)
+    llama.config.is_causal = mistral.config.is_causal = False
+    assert {layer.packing_ok for layer in attention_report(llama).layers} == {False}
+    assert len(attention_report(mistral).unlike_mirror_of(causal)) == 2  # its window reaches one too far
+
+
+@pytest.mark.slow
+def test_real_weights(load_real):
+    model, _ = load_real()
+    before = attention_report(model)
+    assert {layer.verdict for layer in before.layers} == {"causal"}
+    after = attention_report(enable_bidirectional(model))
+    assert after.is_bidirectional and after.unlike_mirror_of(before) == []
+    assert all(layer.matrix.all() for layer in after.layers)
+
+
+class Holder(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.pooler, self.encoder = nn.Linear(4, 4), encoder
+
+
+def compiled(model):
+    model = torch.compile(model, backend="eager")
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [Holder, compiled, lambda m: m.model, lambda m: Holder(Holder(m.model))])
+def test_wrappers(wrap):
+    model = tiny_model("llama")
+    wrapped = wrap(model)
+    assert {layer.verdict for layer in attention_report(wrapped).layers} == {"causal"}
+    enable_bidirectional(wrapped)
+    assert attention_report(wrapped).is_bidirectional
+    assert len(attention_report(wrapped).layers) == 2
+
+
+def test_peft():
+    peft = pytest.importorskip("peft", reason="peft isn't installed")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+    assert model.training
+    assert {layer.verdict for layer in attention_report(model).layers} == {"causal"}
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_offloaded_weights():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate isn't installed")
+    model = accelerate.cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    assert {layer.verdict for layer in attention_report(model).layers} == {"causal"}
+
+
+def trace(model):
+    modules = list(model.modules())
+    return (
+        [(m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks), sorted(m.__dict__)) for m in modules],
+        [(p.requires_grad, p.grad is None, p.detach().clone().tolist()) for p in model.parameters()],
+        model.config.to_dict(),
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    )
+
+
+def test_dropout_and_mixed_training_flags_are_left_alone():
+    model = tiny_model("llama", "eager", attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    before = trace(model)
+    with torch.no_grad():
+        report = attention_report(model)
+    assert {layer.verdict for layer in report.layers} == {"causal"}
+    assert trace(model) == before
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+class Failing(Layer):
+    def forward(self, states, mask=None, documents=1):
+        if mask is not None:
+            raise RuntimeError("broken kernel")
+        return super().forward(states, mask, documents)
+
+
+def test_nothing_stays_after_an_error():
+    model = Toy(Layer(FULL), Failing(FULL)).train()
+    before = trace(model)
+    with pytest.raises(UnsupportedModelError, match="Toy failed on random input_ids .*attention_mask.*broken kernel"):
+        attention_report(model)
+    assert trace(model) == before
+
+
+def test_two_reports_of_one_model_are_equal():
+    model = tiny_model("llama")
+    first, second = attention_report(model), attention_report(copy.deepcopy(model))
+    assert str(first) == str(second)
