@@ -148,7 +148,7 @@ class Orders(RuleBasedStateMachine):
     @rule(i=which)
     def pickle(self, i):
         one = self.all[i]
-        if not one.blocks:
+        if not one.blocks and not hasattr(one.twin, "_require_grads_hook"):  # a hook that stock can't pickle
             buffer = io.BytesIO()
             torch.save(one.model, buffer)
             buffer.seek(0)

@@ -1,0 +1,185 @@
+"""An error at any step of any change leaves the model wholly in one mode, and the next call goes on from there.
+
+The steps are counted, not listed: a trace function counts the lines of this package that run, and the operation is run again
+once for each of them, with an exception raised there. Then real signals, at any instruction.
+"""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bidirect_patch
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.swap import modes
+
+from .small import BOTH, CAUSAL, assert_twins, causal_lm, leftovers, llama, moves
+
+PACKAGE = str(Path(bidirect_patch.__file__).parent)
+ERRORS = [KeyboardInterrupt, RuntimeError]
+STEPS = int(os.environ.get("BIDIRECT_PATCH_STEPS", 60))  # of each operation, drawn at random; all if there are fewer
+
+
+class Injected:
+    """Runs a function and raises an error at its `step`-th line of the package; counts the lines if `step` is None."""
+
+    def __init__(self, step=None, error=RuntimeError):
+        self.step, self.error, self.count, self.hit = step, error, 0, False
+
+    def trace(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self.step:
+                self.hit = True
+                raise self.error("injected")
+        return self.trace
+
+    def run(self, function):
+        """What `function` raised, or None."""
+        before = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            function()
+        except (KeyboardInterrupt, RuntimeError) as error:
+            return error
+        finally:
+            sys.settrace(before)
+        return None
+
+
+def enter_and_leave(enabled):
+    def operation(model):
+        with bidirectional(model, enabled):
+            pass
+
+    return operation
+
+
+def save(model):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+
+
+def forward(model):
+    model(input_ids=torch.arange(5, 14)[None])
+
+
+OPERATIONS = {
+    "enable": (False, enable_bidirectional),
+    "enable what is on": (True, enable_bidirectional),
+    "disable": (True, disable_bidirectional),
+    "bidirectional block": (False, enter_and_leave(True)),
+    "causal block": (True, enter_and_leave(False)),
+    "save": (True, save),
+    "forward": (True, forward),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_error_at_any_step_leaves_one_mode(name, error):
+    """Which of the two modes is not said; what is said of it is true, and both verbs work from there."""
+    found, operation = OPERATIONS[name]
+    make = causal_lm if name == "save" else llama
+    model, twin = make(), make()
+    twin.load_state_dict(model.state_dict())
+    enable_bidirectional(model)
+    disable_bidirectional(model)  # what is done once per class is done
+    counting = Injected()
+    (enable_bidirectional if found else disable_bidirectional)(model)
+    assert counting.run(lambda: operation(model)) is None
+    every = range(1, counting.count + 1)
+    steps = every if counting.count <= STEPS else sorted(random.Random(0).sample(every, STEPS))
+    hits = 0
+    for step in steps:
+        (enable_bidirectional if found else disable_bidirectional)(model)
+        injected = Injected(step, error)
+        injected.run(lambda: operation(model))
+        hits += injected.hit
+        mode = is_bidirectional(model)
+        assert moves(model) == (BOTH if mode else CAUSAL), step
+        threading_sees_no_block(model)
+        enable_bidirectional(model)
+        assert moves(model) == BOTH and is_bidirectional(model), step
+        disable_bidirectional(model)
+        assert moves(model) == CAUSAL and not leftovers(model), step
+    assert hits >= len(steps) * 0.9, "the errors were raised"
+    assert_twins(model, twin)
+
+
+def threading_sees_no_block(model):
+    """No block of this thread is left that would keep another thread out."""
+    with modes.lock:
+        assert not modes.state_of(model.model if hasattr(model, "model") else model).holds
+
+
+def test_real_signals_break_no_model():
+    """SIGINT at any instruction of a loop over the verbs and blocks."""
+    model, twin = llama(num_hidden_layers=8), llama(num_hidden_layers=8)
+    twin.load_state_dict(model.state_dict())
+    enable_bidirectional(model)
+    disable_bidirectional(model)
+    wanted, sent, caught, stop = 200, 0, 0, threading.Event()
+
+    def send():
+        nonlocal sent
+        while not stop.is_set() and sent < wanted:
+            time.sleep(random.random() * 0.01)
+            sent += 1
+            os.kill(os.getpid(), signal.SIGINT)
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sender = threading.Thread(target=send)
+    try:
+        started = False
+        while not stop.is_set():
+            try:
+                if not started:
+                    started = True
+                    sender.start()
+                while not stop.is_set():
+                    enable_bidirectional(model)
+                    with bidirectional(model, enabled=False):
+                        pass
+                    disable_bidirectional(model)
+                    with bidirectional(model):
+                        pass
+            except KeyboardInterrupt:
+                caught += 1
+                mode = is_known(model)
+                if mode is not None:
+                    assert mode
+        finished = False
+        while not finished:
+            try:
+                sender.join()
+                finished = True
+            except KeyboardInterrupt:
+                caught += 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert caught > wanted / 2
+    enable_bidirectional(model)
+    assert moves(model) == BOTH
+    disable_bidirectional(model)
+    assert_twins(model, twin)
+    assert not leftovers(model)
+
+
+def is_known(model):
+    """Whether what `is_bidirectional` says is what moves; None if a further signal cut the question short."""
+    try:
+        return moves(model) == (BOTH if is_bidirectional(model) else CAUSAL)
+    except KeyboardInterrupt:
+        return None
