@@ -22,7 +22,10 @@ _HOME = {
     "supported_architectures": "architectures",
     "MNTPCollator": "mntp.collator",
     "apply_mntp_head": "mntp.head",
+    "remove_mntp_head": "mntp.head",
+    "mntp_metrics": "mntp.metrics",
     "BidirectPatchError": "errors",
+    "LabelLeakWarning": "errors",
 }
 __all__ = [*_HOME, "__version__"]
 
@@ -38,8 +41,11 @@ register_post_import_hook(_install_hooks, "peft.peft_model")
 if TYPE_CHECKING:
     from .architectures import supported_architectures as supported_architectures
     from .errors import BidirectPatchError as BidirectPatchError
+    from .errors import LabelLeakWarning as LabelLeakWarning
     from .mntp.collator import MNTPCollator as MNTPCollator
     from .mntp.head import apply_mntp_head as apply_mntp_head
+    from .mntp.head import remove_mntp_head as remove_mntp_head
+    from .mntp.metrics import mntp_metrics as mntp_metrics
     from .patch import bidirectional as bidirectional
     from .patch import disable_bidirectional as disable_bidirectional
     from .patch import enable_bidirectional as enable_bidirectional

@@ -62,6 +62,19 @@ def loading_enables(monkeypatch, enables):
 
 
 @pytest.fixture(autouse=True)
+def accelerate_is_as_in_a_fresh_process():
+    """accelerate keeps its settings for the process, and older TrainingArguments write theirs into the environment."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        state.AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(autouse=True)
 def loading_is_as_in_a_fresh_process(monkeypatch):
     """Tests share a process, in which one of them may have imported `bidirect_patch.auto`."""
     if "bidirect_patch.auto" in sys.modules:
