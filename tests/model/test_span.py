@@ -22,7 +22,7 @@ COMMON = dict(
 # Model class, what its config says, and the span of each layer. A family that the installed transformers lacks is skipped.
 SPANS = {
     "llama": ("Llama", {}, [FULL] * 3),
-    "llama-with-a-window-that-it-does-not-read": ("Llama", dict(attention_chunk_size=4), [FULL] * 3),
+    "llama-with-a-chunk-that-it-does-not-read": ("Llama", dict(attention_chunk_size=4), [FULL] * 3),
     "mistral": ("Mistral", dict(sliding_window=4), [W] * 3),
     "mistral-without-a-window": ("Mistral", dict(sliding_window=None), [FULL] * 3),
     "gemma": ("Gemma", {}, [FULL] * 2),
@@ -35,7 +35,7 @@ SPANS = {
     "qwen3": ("Qwen3", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1), [FULL, W, W]),
     "phi3": ("Phi3", dict(sliding_window=4), [W] * 2),
     "mixtral": ("Mixtral", dict(sliding_window=4, num_local_experts=2), [W] * 2),
-    "cohere2": ("Cohere2", dict(sliding_window=4, sliding_window_pattern=2), [W, FULL, W, FULL]),
+    "cohere2": ("Cohere2", dict(sliding_window=4), [W, W, W, FULL, W]),
     "gpt-oss": ("GptOss", dict(sliding_window=4, num_local_experts=2, head_dim=8), [W, FULL, W, FULL]),
     "llama4": (
         "Llama4Text",
