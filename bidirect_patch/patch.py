@@ -8,9 +8,9 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from .attention.handling import possible_handlings
-from .attention.labels import ModelWithLoss
+from .attention.labels import unwatch_labels, watch_labels
 from .attention.model_forward import CausalBlock
-from .attention.plan import all_mixins, bidirectional_plans, causal_block_plans, loss_plans
+from .attention.plan import all_mixins, bidirectional_plans, causal_block_plans
 from .checkpoints import hooks
 from .errors import OrderError, UnsupportedModelError
 from .model.find import Decoder, decoders
@@ -57,6 +57,7 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
     found = decoders(model)
     with modes.lock:
         _check_modes(found, True)
+        _check_not_sharded(model, found)
         _enable(model, found, found, allow_partial)
     return model
 
@@ -89,7 +90,7 @@ def disable_bidirectional(model: Model) -> Model:
         for decoder in found:
             _check_not_native(decoder)
         on = [decoder for decoder in found if _state(decoder) is not State.CAUSAL_BLOCK]
-        apply(remove=_patch_of(model, on, found))
+        _take_off(model, on, found)
     return model
 
 
@@ -180,6 +181,7 @@ class Block(ContextDecorator, Generic[Model]):
                 for decoder, state in zip(found, states):
                     self._entered.append((decoder, modes.hold(decoder.module, self.enabled, state, self)))
                 if self.enabled:
+                    _check_not_sharded(self.model, found)
                     _enable(self.model, found, found, self.allow_partial)
                 else:
                     commit([change for decoder in found for change in _to_causal_block(self.model, decoder, found)])
@@ -234,7 +236,6 @@ def _enable(model: nn.Module, wanted: list[Decoder], found: list[Decoder], allow
     if not changing:
         return
     _check_supported(changing, allow_partial)
-    _check_not_sharded(model)
     _check_forwards(changing)
     handlings = [verify(decoder) for decoder in changing]
     hooks.install()
@@ -244,14 +245,22 @@ def _enable(model: nn.Module, wanted: list[Decoder], found: list[Decoder], allow
         if handling is None and not allow_partial:
             add.append(unverified_plan(decoder))
     leftovers = _patch_of(model, changing, found)
-    apply([*add, *loss_plans(model)], leftovers)
+    watch_labels(model)
+    apply(add, leftovers)
     try:
         for decoder, handling in zip(changing, handlings):
             if handling is None and not allow_partial and not decoder.is_on_meta:
                 verify_now(decoder.outermost, even_on_meta=False)
     except BaseException:
-        apply(remove=_patch_of(model, changing, found))
+        _take_off(model, changing, found)
         raise
+
+
+def _take_off(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> None:
+    """Undo the patch of the decoders in `going`."""
+    apply(remove=_patch_of(model, going, found))
+    if not any(map(has_any_patch, found)):
+        unwatch_labels(model)
 
 
 def _patch_of(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> list[tuple[nn.Module, type[Swapped]]]:
@@ -276,8 +285,7 @@ def _to_causal_block(model: nn.Module, decoder: Decoder, found: list[Decoder]) -
     if _state(decoder) is State.CAUSAL_BLOCK or not (has_any_patch(decoder) or is_natively_bidirectional(decoder)):
         return []
     plans = list(causal_block_plans(model, decoder))
-    going = [(module, mixin) for module, mixin in _patch_of(model, [decoder], found) if mixin is not ModelWithLoss]
-    return prepare(plans, going)
+    return prepare(plans, _patch_of(model, [decoder], found))
 
 
 def _bring_back(model: nn.Module, decoder: Decoder, state: State, found: list[Decoder]) -> None:
@@ -287,7 +295,7 @@ def _bring_back(model: nn.Module, decoder: Decoder, state: State, found: list[De
     elif state is State.CAUSAL_BLOCK:
         commit(_to_causal_block(model, decoder, found))
     else:
-        apply(remove=_patch_of(model, [decoder], found))
+        _take_off(model, [decoder], found)
 
 
 def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:
@@ -300,7 +308,9 @@ def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:
             )
 
 
-def _check_not_sharded(model: nn.Module) -> None:
+def _check_not_sharded(model: nn.Module, found: list[Decoder]) -> None:
+    if all(map(is_patched, found)):
+        return
     # One rule for both kinds of FSDP and for every part that was sharded, though not every mixture would go wrong.
     for name, module in model.named_modules():
         if is_sharded(type(module)):

@@ -49,7 +49,7 @@ class BidirectionalAttention(Swapped):
             args, kwargs = call.arguments(self, settings, args, kwargs)
             return inner(self, *args, **kwargs)
 
-        set_forward(cls, forward, below, BidirectionalAttention)
+        set_forward(cls, forward, below)
         if hasattr(original, "_upad_input"):  # FlashAttention before 4.43: the only place that sets cu_seqlens
             cls._upad_input = _upad_input  # type: ignore[attr-defined]  # as the original has it
 

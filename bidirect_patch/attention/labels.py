@@ -7,7 +7,8 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from ..errors import LabelLeakWarning
-from ..swap.classes import Swapped, has_mixin, set_forward
+from ..model.facts import parameter_names
+from ..swap.classes import has_mixin, original
 from .model_forward import BidirectionalModel
 from .sequences import is_graph_captured
 
@@ -17,22 +18,26 @@ _ENOUGH = 4  # scored tokens to judge by: of MNTP's, one in ten stays as it is b
 _judged: "WeakSet[nn.Module]" = WeakSet()
 
 
-class ModelWithLoss(Swapped):
-    """A model around the decoder that computes a loss: warns once of labels that leak, and else does what it did."""
+def watch_labels(model: nn.Module) -> None:
+    """Look at the labels of every model in `model` that computes a loss of them, by a forward pre-hook."""
+    for module in model.modules():
+        embeddings = getattr(module, "get_output_embeddings", None)
+        if callable(embeddings) and "labels" in parameter_names(original(type(module))) and embeddings() is not None:
+            if _look not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_look, with_kwargs=True)
 
-    rank = 10
 
-    @classmethod
-    def build(cls, below: type, original: type) -> None:
-        """See `Swapped.build`."""
+def unwatch_labels(model: nn.Module) -> None:
+    """Take the hooks of `watch_labels` off again."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _look]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
-        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-            labels = kwargs.get("labels")
-            if labels is not None:
-                warn_if_labels_leak(self, args[0] if args else kwargs.get("input_ids"), labels)
-            return inner(self, *args, **kwargs)
 
-        set_forward(cls, forward, below, ModelWithLoss)
+def _look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("labels") is not None:
+        warn_if_labels_leak(module, args[0] if args else kwargs.get("input_ids"), kwargs["labels"])
 
 
 def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:

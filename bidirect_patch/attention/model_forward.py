@@ -68,7 +68,7 @@ class BidirectionalModel(Swapped):
                 with trust.patched_forward():
                     return inner(self, **arguments(self, settings, kwargs))
 
-        set_forward(cls, forward, below, BidirectionalModel)
+        set_forward(cls, forward, below)
         _step_aside(cls, original)
 
     def get_extended_attention_mask(self, attention_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,7 +97,7 @@ class CausalBlock(Swapped):
             with running(self):
                 return inner(self, *args, **kwargs)
 
-        set_forward(cls, forward, below, CausalBlock)
+        set_forward(cls, forward, below)
 
 
 def named_arguments(cls: type, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

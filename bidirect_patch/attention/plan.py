@@ -15,12 +15,11 @@ from ..swap.classes import Swapped, original
 from ..swap.plan import Plan, before_patch, own_before_patch
 from .attention_forward import AttentionSettings, BidirectionalAttention, BidirectionalPart
 from .handling import MaskHandling
-from .labels import ModelWithLoss
 from .mirror import mirrored_buffer
 from .model_forward import BidirectionalModel, CausalBlock, ModelSettings
 from .versions import FLASH_WINDOW_IS_INCLUSIVE, MAX_WINDOW_LAYERS_FOR_WINDOW, SEE_ALL_WITHOUT_MASK
 
-MIXINS: tuple[type[Swapped], ...] = (BidirectionalModel, BidirectionalAttention, BidirectionalPart, ModelWithLoss, CausalBlock)
+MIXINS: tuple[type[Swapped], ...] = (BidirectionalModel, BidirectionalAttention, BidirectionalPart, CausalBlock)
 
 
 def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tuple[nn.Module, Plan]]:
@@ -39,14 +38,6 @@ def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tu
     for module in decoder.mask_makers:
         settings = ModelSettings(decoder.spans, handling, module is not decoder.outermost)
         yield module, Plan(BidirectionalModel, settings, dict.fromkeys(causal_flags(module), False), _mirrored(module))
-
-
-def loss_plans(model: nn.Module) -> Iterator[tuple[nn.Module, Plan]]:
-    """The plan of every model in `model` that has an output head and computes a loss of labels."""
-    for module in model.modules():
-        embeddings = getattr(module, "get_output_embeddings", None)
-        if callable(embeddings) and "labels" in parameter_names(original(type(module))) and embeddings() is not None:
-            yield module, Plan(ModelWithLoss)
 
 
 def causal_block_plans(model: nn.Module, decoder: Decoder) -> Iterator[tuple[nn.Module, Plan]]:

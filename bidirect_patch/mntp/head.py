@@ -36,16 +36,11 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
     """Make `model` bidirectional and give it the stock causal loss at the cost of the scored positions alone.
 
     With `labels`, (batch, length), int64, -100 where nothing is scored, the model returns the loss of `LlamaForCausalLM`:
-    the output at position i - 1 predicts the label at i. The gradients are the stock ones, and can be taken once. The
-    loss is 0, with zero gradients, where nothing is scored. `Trainer` counts that 0 in its mean over batches; choose
-    "scores" where texts are that short. `num_items_in_batch` and `ignore_index` mean what they mean in transformers.
-    With a `model.loss_function` or a forward of your own, which may read any logits, the loss is theirs, at the stock
-    cost. `outputs.logits` is:
-
-    - without labels: the stock logits. `Trainer` smooths labels that way, at the stock cost.
-    - with labels, in training: None.
-    - with labels, in evaluation: what `eval_logits` says.
-    - `skip_logits=True` or `False` in a call overrides training and evaluation, as in Liger-Kernel.
+    the output at position i - 1 predicts the label at i. Its gradients can be taken once. Where nothing is scored, loss and
+    gradients are 0, and `Trainer` counts that 0 in its mean over batches. `num_items_in_batch` and `ignore_index` are those of
+    transformers. A `model.loss_function` or a forward of your own may read any logits: it is kept, at the stock cost.
+    `outputs.logits` is None in training and what `eval_logits` says in evaluation; `skip_logits=True` or `False` in a call
+    overrides that, as in Liger-Kernel. Without labels it is the stock logits.
 
     Args:
         model: a `*ForCausalLM` or a wrapper of one (PEFT, your own module), changed in place and returned. Or a bare `*Model`,
@@ -53,16 +48,15 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
             to the input embeddings where the config ties them, and new otherwise. A further call only sets `eval_logits`.
         eval_logits: "full": (batch, length, vocab), detached, the stock values where position i predicts a scored label i + 1
             and 0 elsewhere, for a stock `compute_metrics`. "argmax": (batch, length), int64, the predicted token ids, -100
-            where nothing is scored; memory stays within one chunk. "scores": (batch, length, 2), float32, the predicted token
-            ids and the loss of each scored token in nats, 0 elsewhere; as small, and its sums do not depend on how texts were
-            batched. `mntp_metrics` is a `compute_metrics` for each of the three.
+            where nothing is scored; only one chunk of logits is in memory. "scores": (batch, length, 2), float32, the predicted
+            token ids and the loss of each scored token in nats, 0 elsewhere. `mntp_metrics` reads all three.
 
     Returns:
         `model`, or the `*ForCausalLM` around a bare model.
 
     Raises:
-        HeadError: the model is or has no causal language model whose loss shifts by one. Nothing is changed.
-        UnsupportedModelError: as `enable_bidirectional` does. Nothing is changed.
+        HeadError: there is no causal language model whose loss shifts by one. Nothing is changed, here and below.
+        UnsupportedModelError: as `enable_bidirectional` does, and its other errors.
 
     Example:
         >>> import torch, transformers, bidirect_patch
@@ -141,7 +135,7 @@ class MNTPHead(Swapped):
                 return inner(self, **kwargs)
             return _scored_forward(self, inner, self.training if skip_logits is None else skip_logits, **kwargs)
 
-        set_forward(cls, forward, below, MNTPHead)
+        set_forward(cls, forward, below)
 
 
 def _scored_forward(

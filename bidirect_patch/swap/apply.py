@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ForeignWrapperError
-from .classes import RECORD, Swapped, original, subclass
+from .classes import RECORD, Swapped, subclass
 from .instance_forward import FORWARDS, Rebound, rebound
 from .plan import Plan, Record, buffers_before_patch, record_of
 
@@ -85,7 +85,7 @@ def _change(module: nn.Module, plans: tuple[Plan, ...]) -> Change:
     else:
         if record.plans:
             check_class(module)
-        cls = subclass(original(type(module)), mixins)
+        cls = subclass(getattr(type(module), "_original", type(module)) if record.plans else type(module), mixins)
         forward = rebound(module, cls)
     attributes = {name: value for plan in plans for name, value in plan.attributes.items()} | forward.attributes
     buffers: dict[str, Tensor | None] = {name: value for plan in plans for name, value in plan.buffers.items()}
@@ -97,7 +97,7 @@ def _change(module: nn.Module, plans: tuple[Plan, ...]) -> Change:
         names = frozenset(attributes)
         kept = {name: value for name, value in before.items() if name in names or name == "forward"}
         buffers_before = {name: record.buffers.get(name, module._buffers[name]) for name in buffers}
-        attributes[RECORD] = Record(plans, names, kept, buffers_before, {**record.wrappers, **forward.wrappers})
+        attributes[RECORD] = Record(plans, names, kept, buffers_before, forward.wrapper or record.wrapper)
     gone = {RECORD, *record.names} - set(attributes)
     if "forward" in record.attributes and not plans:  # a wrapper that was called inside is on the instance again
         attributes.setdefault("forward", record.attributes["forward"])

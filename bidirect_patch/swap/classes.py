@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import FunctionType
 from typing import Any
+from weakref import WeakSet
 
 RECORD = "_bidirect_patch"  # the one key in an instance's __dict__ under which all that we know of it is kept
-_OURS = "_bidirect_patch_class"  # on a forward function of ours: the dynamic class that it belongs to
+_LINK = "_bidirect_patch_link"  # on a dynamic class: its forward, which hands on to the class below
+_entries: "WeakSet[Any]" = WeakSet()  # the forwards of all dynamic classes
 
 
 class Swapped:
@@ -72,43 +74,64 @@ def subclass(original: type, mixins: Sequence[type[Swapped]]) -> type:
     return _subclasses[original, ordered]
 
 
-def set_forward(cls: Any, forward: Callable[..., Any], below: type, mixin: type[Swapped]) -> None:
-    """Make `forward` the forward of a dynamic class, for instances that still have `mixin`.
+def set_forward(cls: Any, forward: Callable[..., Any], below: type) -> None:
+    """Make `forward` the forward of a dynamic class.
 
-    Another tool may keep the function beyond the patch (accelerate's mixed precision does). The function then calls the
-    code below it. Tools that follow `__wrapped__` to its end, to take a wrapper off, find the same function again, and not
-    one that goes around the patch.
+    Another tool may keep `cls.forward` beyond the patch (accelerate's mixed precision does), or follow its `__wrapped__` to
+    the end to take a wrapper off. So the function, and what its `__wrapped__` names, run whatever the patch is on the
+    instance at the time of the call.
 
     Args:
-        forward: called as `forward(below, self, *args, **kwargs)`, where `below` is the forward function to hand on to.
+        cls: the dynamic class.
+        forward: called as `forward(inner, self, *args, **kwargs)`; `inner` is the forward below it, to hand on to.
+        below: the class that `cls` was put on.
     """
+    stock = original(below)
+    inner = getattr(below, _LINK, None) or _bottom(stock)
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inner = below.forward  # type: ignore[attr-defined]  # a module
-        if not isinstance(self, mixin):
-            return inner(self, *args, **kwargs)
-        record = self.__dict__.get(RECORD)
-        if record is not None and record.wrappers:
-            inner = record.wrappers.get(below, inner)
+    def link(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(inner, self, *args, **kwargs)
 
-    stock = below.forward  # type: ignore[attr-defined]
-    signature = inspect.signature(stock)  # Trainer picks columns by it
-    twin = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
-    for function in (method, twin):
-        function.__name__, function.__qualname__, function.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
-        function.__module__ = stock.__module__
+    def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = getattr(type(self), _LINK, None) or stock.forward  # type: ignore[attr-defined]  # a module
+        return run(self, *args, **kwargs)
+
+    twin = FunctionType(entry.__code__, entry.__globals__, entry.__name__, entry.__defaults__, entry.__closure__)
+    described: Any = stock.forward  # type: ignore[attr-defined]
+    signature = inspect.signature(described)  # Trainer picks columns by it
+    for function in (entry, twin):
+        function.__name__, function.__qualname__, function.__doc__ = (
+            described.__name__,
+            described.__qualname__,
+            described.__doc__,
+        )
+        function.__module__ = described.__module__
         function.__signature__ = signature  # type: ignore[attr-defined]  # inspect reads it
-        setattr(function, _OURS, cls)
-    method.__wrapped__ = twin  # type: ignore[attr-defined]
-    cls.forward = method
+    entry.__wrapped__ = twin  # type: ignore[attr-defined]
+    _entries.update((entry, twin))
+    setattr(cls, _LINK, staticmethod(link))
+    cls.forward = entry
 
 
-def class_of_forward(function: Any) -> type | None:
-    """The dynamic class that a forward function of ours belongs to; None for a function that is not ours."""
-    cls = getattr(function, _OURS, None)  # functools.wraps copies attributes, so a wrapper may have it too
-    ours = cls.__dict__.get("forward") if cls is not None else None
-    return cls if ours is not None and function in (ours, ours.__wrapped__) else None
+def _bottom(stock: Any) -> Callable[..., Any]:
+    """The last forward of a chain: the model's own, or another tool's wrapper of it that was taken off the instance."""
+
+    def bottom(self: Any, *args: Any, **kwargs: Any) -> Any:
+        record = self.__dict__.get(RECORD)
+        run = stock.forward if record is None or record.wrapper is None else record.wrapper
+        return run(self, *args, **kwargs)
+
+    return bottom
+
+
+def is_ours(function: Any) -> bool:
+    """Whether a function is the forward of a dynamic class."""
+    return isinstance(function, FunctionType) and function in _entries
+
+
+def has_forward(cls: type) -> bool:
+    """Whether the patch changes the forward of a class."""
+    return getattr(cls, _LINK, None) is not None
 
 
 def original(cls: type) -> type:

@@ -7,12 +7,12 @@ not reach it.
 
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from ..errors import OrderError
-from .classes import class_of_forward, original
+from .classes import has_forward, is_ours, original
 
 _HOOK = "_old_forward"
 FORWARDS = ("forward", _HOOK)  # names under which a forward may stand on an instance
@@ -26,23 +26,21 @@ def _chain(function: Any) -> Iterator[Any]:
         function = getattr(function, "__wrapped__", None)
 
 
-def _leads_to(module: nn.Module, forward: Any) -> type | None:
-    """The class whose forward a wrapper calls in the end: a dynamic class of ours, or the original; None if unknown."""
-    stock = original(type(module))
-    own = set(_chain(getattr(stock, "forward", None)))
+def _leads_to(module: nn.Module, forward: Any) -> Literal["patch", "stock", "unknown"]:
+    """What a forward on the instance calls in the end."""
+    own = set(_chain(getattr(original(type(module)), "forward", None)))
     for function in _chain(forward):
-        cls = class_of_forward(function)
-        if cls is not None:
-            return cls
+        if is_ours(function):
+            return "patch"
         if function in own:
-            return stock
-    return None
+            return "stock"
+    return "unknown"
 
 
 def calls_the_patch(module: nn.Module) -> bool:
-    """Whether a call of `module.forward` runs every mixin that the module has."""
+    """Whether a call of `module.forward` runs the patch that the module has."""
     forward = module.__dict__.get(_HOOK, module.__dict__.get("forward"))
-    return forward is None or _mixins(type(module)) <= _mixins(_leads_to(module, forward))
+    return forward is None or not has_forward(type(module)) or _leads_to(module, forward) == "patch"
 
 
 class Rebound(NamedTuple):
@@ -51,7 +49,7 @@ class Rebound(NamedTuple):
     attributes: dict[str, Any] = {}  # to set on the instance
     before: dict[str, Any] = {}  # what to put back there when the patch is off
     drops_forward: bool = False  # the instance's `forward` goes, and is called inside instead
-    wrappers: dict[type, Any] = {}  # functions to call inside, by the class whose forward they wrap
+    wrapper: Any = None  # the function to call inside
 
 
 def rebound(module: nn.Module, cls: Any) -> Rebound:
@@ -64,29 +62,19 @@ def rebound(module: nn.Module, cls: Any) -> Rebound:
     forward = module.__dict__.get(name)
     if forward is None:
         return Rebound()
-    mixins = _mixins(cls)
-    reached: Any = _leads_to(module, forward)
     function = getattr(forward, "__func__", None)
     stock: Any = original(type(module))
-    if function is not None and (class_of_forward(function) or function in _chain(stock.forward)):
-        before = MethodType(stock.forward, module) if class_of_forward(function) else forward
+    if function is not None and (is_ours(function) or function in _chain(stock.forward)):
+        before = MethodType(stock.forward, module) if is_ours(function) else forward
         return Rebound({name: forward if function is cls.forward else MethodType(cls.forward, module)}, {name: before})
-    if reached is None and mixins:
+    reached = _leads_to(module, forward)
+    if reached == "patch" or not has_forward(cls):
+        return Rebound()
+    if reached == "unknown" or function is None:
         raise OrderError(
             f"{type(module).__name__}.forward was replaced on the instance by {getattr(forward, '__qualname__', forward)}, which "
             "a change of the class would not reach: make the model bidirectional first, then apply the other patch"
         )
-    if mixins <= _mixins(reached):
-        return Rebound()
-    if reached not in cls.__mro__ or function is None:
-        raise OrderError(
-            f"{type(module).__name__}.forward was wrapped on the instance by another tool (accelerate's prepare, say) in a state "
-            "of the patch that is no longer there: unwrap the model first (accelerator.unwrap_model), then change the patch"
-        )
     if name == _HOOK:
-        return Rebound({name: MethodType(cls.forward, module)}, {name: forward}, False, {reached: function})
-    return Rebound({}, {name: forward}, True, {reached: function})
-
-
-def _mixins(cls: Any) -> set[type]:
-    return set(getattr(cls, "_mixins", ()))
+        return Rebound({name: MethodType(cls.forward, module)}, {name: forward}, False, function)
+    return Rebound({}, {name: forward}, True, function)

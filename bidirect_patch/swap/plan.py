@@ -27,7 +27,7 @@ class Record:
     names: frozenset[str] = frozenset()  # instance attributes that the patch set
     attributes: Mapping[str, Any] = field(default_factory=dict)  # instance attributes that it replaced, as they were before
     buffers: Mapping[str, Tensor | None] = field(default_factory=dict)  # buffers that it replaced, as they were before
-    wrappers: Mapping[type, Any] = field(default_factory=dict)  # other tools' functions around a class's forward, by that class
+    wrapper: Any = None  # another tool's function around the stock forward, which the patch calls inside
 
 
 Settings = TypeVar("Settings")

@@ -48,7 +48,7 @@ class Unverified(Swapped):
                 )
             return result
 
-        set_forward(cls, forward, below, Unverified)
+        set_forward(cls, forward, below)
 
 
 def unverified_plan(decoder: Decoder) -> tuple[nn.Module, Plan]:

@@ -211,7 +211,7 @@ def attention_report(model: nn.Module, *, length: int = 7) -> AttentionReport:
         )
     with left_as_it_was(model, inner), torch.device("cpu"):  # whatever device is the default around
         seen = Probe(inner, length).observe()
-    layers = [_layer_report(index, seen) for index in range(len(seen.calls["no mask"]))]
+        layers = [_layer_report(index, seen) for index in range(len(seen.calls["no mask"]))]
     backend = getattr(inner.config, "_attn_implementation", None)
     return AttentionReport(type(inner).__name__, backend if isinstance(backend, str) else None, length, layers)
 
