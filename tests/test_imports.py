@@ -48,6 +48,7 @@ CALLABLES = {
     "model.facts.Function",  # any function about a class: `per_class` keeps what it returns
     "model.shrink.Limit",
     "model.shrink.Ratio",
+    "swap.classes._bottom.return",  # the model's own forward
     "swap.classes.set_forward.forward",  # the mixin's forward, of attention or of verify
     "verify.probe._LayerHooks.reader_of.return",  # a forward hook of torch
 }

@@ -55,7 +55,7 @@ class Times(Swapped):
         def forward(inner, self, x):
             return inner(self, x) * settings_of(self, Factor).value
 
-        set_forward(cls, forward, below, Times)
+        set_forward(cls, forward, below)
 
 
 class Plus(Swapped):
@@ -69,7 +69,7 @@ class Plus(Swapped):
         def forward(inner, self, x):
             return inner(self, x) + settings_of(self, Addend).value
 
-        set_forward(cls, forward, below, Plus)
+        set_forward(cls, forward, below)
 
 
 class Silent(Swapped):

@@ -43,7 +43,7 @@ class PlusOne(Swapped):
         def forward(inner, self, x):
             return inner(self, x) + (0 if settings_of(self, One) is None else 1)
 
-        set_forward(cls, forward, below, PlusOne)
+        set_forward(cls, forward, below)
 
 
 class PlusHundred(Swapped):
@@ -54,7 +54,7 @@ class PlusHundred(Swapped):
         def forward(inner, self, x):
             return inner(self, x) + (0 if settings_of(self, Hundred) is None else 100)
 
-        set_forward(cls, forward, below, PlusHundred)
+        set_forward(cls, forward, below)
 
 
 ONE, HUNDRED = Plan(PlusOne, One()), Plan(PlusHundred, Hundred())
@@ -252,33 +252,36 @@ def test_a_wrapper_under_a_hook(module):
     assert run(module) == STOCK * 10
 
 
-def test_a_wrapper_between_two_mixins(module):
-    """The second mixin is of higher rank, so that it goes around the wrapper."""
-    apply([(module, ONE)])
+@pytest.mark.parametrize("first, second", [(ONE, HUNDRED), (HUNDRED, ONE)], ids=["lower-first", "higher-first"])
+@pytest.mark.parametrize("off", ["first", "second", "both"])
+def test_a_wrapper_that_comes_between_two_mixins_runs_around_both(module, first, second, off):
+    """It wrapped the patch, and calls whatever the patch is by now."""
+    value = {PlusOne: 1, PlusHundred: 100}
+    apply([(module, first)])
     forward = wrap(module)
-    apply([(module, HUNDRED)])
-    assert run(module) == PATCHED * 10 + 100 and calls_the_patch(module)
-    apply(remove=[(module, PlusHundred), (module, PlusOne)])
+    apply([(module, second)])
+    assert run(module) == (STOCK + 101) * 10 and calls_the_patch(module)
+    gone = {"first": [first], "second": [second], "both": [first, second]}[off]
+    apply(remove=[(module, plan.mixin) for plan in gone])
+    assert run(module) == (STOCK + 101 - sum(value[plan.mixin] for plan in gone)) * 10
+    assert module.forward is forward and calls_the_patch(module)
+    apply(remove=[(module, PlusOne), (module, PlusHundred)])
+    assert run(module) == STOCK * 10 and module.forward is forward and type(module) is Double
+
+
+@pytest.mark.parametrize("first, second", [(ONE, HUNDRED), (HUNDRED, ONE)], ids=["lower-first", "higher-first"])
+@pytest.mark.parametrize("off", ["first", "second"])
+def test_a_wrapper_before_two_mixins_runs_inside_both(module, first, second, off):
+    value = {PlusOne: 1, PlusHundred: 100}
+    forward = wrap(module)
+    apply([(module, first)])
+    apply([(module, second)])
+    assert run(module) == STOCK * 10 + 101 and calls_the_patch(module)
+    gone, left = (first, second) if off == "first" else (second, first)
+    apply(remove=[(module, gone.mixin)])
+    assert run(module) == STOCK * 10 + value[left.mixin] and calls_the_patch(module)
+    apply(remove=[(module, left.mixin)])
     assert run(module) == STOCK * 10 and module.forward is forward
-
-
-@pytest.mark.xfail(reason="it is called neither on the instance nor inside, until the first mixin goes too")
-def test_a_wrapper_between_two_mixins_is_there_when_the_second_goes(module):
-    apply([(module, ONE)])
-    forward = wrap(module)
-    apply([(module, HUNDRED)])
-    apply(remove=[(module, PlusHundred)])
-    assert run(module) == PATCHED * 10 and module.forward is forward
-
-
-def test_a_wrapper_over_a_mixin_of_higher_rank(module):
-    """The lower mixin would have to go inside of what was wrapped: refused."""
-    apply([(module, HUNDRED)])
-    wrap(module)
-    before = type(module), dict(vars(module))
-    with pytest.raises(OrderError, match="unwrap the model first"):
-        apply([(module, ONE)])
-    assert (type(module), dict(vars(module))) == before
 
 
 def test_new_settings_leave_a_wrapper_where_it_is(module):
