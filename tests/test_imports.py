@@ -111,7 +111,9 @@ def test_a_cycle_would_be_seen(tmp_path, line):
     assert order(imports(package)).index("pkg.b") < order(imports(package)).index("pkg.a")
 
 
-@pytest.mark.parametrize("line", ["from ..upper import x", "from .. import upper", "def f():\n from pkg.upper.x import y"])
+@pytest.mark.parametrize(
+    "line", ["from ..upper import x", "from .. import upper", "def f():\n from pkg.upper.x import y"]
+)
 def test_an_import_of_an_upper_folder_would_be_seen(tmp_path, line):
     for name in ("lower", "upper"):
         (tmp_path / "pkg" / name).mkdir(parents=True)

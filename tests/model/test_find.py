@@ -15,7 +15,9 @@ TINY = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_he
 T5 = dict(vocab_size=61, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
 BART = dict(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32)
 BART |= dict(encoder_attention_heads=4, decoder_attention_heads=4)
-VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, image_size=8, patch_size=4)
+VISION = dict(
+    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, image_size=8, patch_size=4
+)
 MAMBA = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4)
 
 
@@ -79,7 +81,13 @@ REFUSED = {
     "vision": ("ViTModel", "ViTConfig", VISION, "an encoder", False),
     "encoder-decoder": ("T5ForConditionalGeneration", "T5Config", T5, "an encoder-decoder", True),
     "encoder-decoder-2": ("BartForConditionalGeneration", "BartConfig", BART, "an encoder-decoder", True),
-    "mamba": ("MambaForCausalLM", "MambaConfig", MAMBA, r"its layers \(MambaBlock with MambaMixer\) have no attention", True),
+    "mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        MAMBA,
+        r"its layers \(MambaBlock with MambaMixer\) have no attention",
+        True,
+    ),
 }
 each_refused = pytest.mark.parametrize("model, config, settings, said, blocks", REFUSED.values(), ids=REFUSED)
 
@@ -116,7 +124,9 @@ def test_what_is_no_module_is_refused(thing):
 
 
 def test_a_module_of_torch_alone_is_refused():
-    with pytest.raises(UnsupportedModelError, match="Sequential has no decoder.*no transformers PreTrainedModel inside"):
+    with pytest.raises(
+        UnsupportedModelError, match="Sequential has no decoder.*no transformers PreTrainedModel inside"
+    ):
         decoders(nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(4, 2)))
 
 

@@ -29,8 +29,16 @@ SPANS = {
     "gemma2": ("Gemma2", dict(sliding_window=4), [W, FULL, W, FULL]),
     "gemma3": ("Gemma3Text", dict(sliding_window=4, sliding_window_pattern=3), [W, W, FULL, W, W]),
     "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=4, max_window_layers=2), [FULL, FULL, W, W]),
-    "qwen2-from-the-first-layer": ("Qwen2", dict(use_sliding_window=True, sliding_window=4, max_window_layers=0), [W] * 3),
-    "qwen2-above-all-layers": ("Qwen2", dict(use_sliding_window=True, sliding_window=4, max_window_layers=9), [FULL] * 3),
+    "qwen2-from-the-first-layer": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=4, max_window_layers=0),
+        [W] * 3,
+    ),
+    "qwen2-above-all-layers": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=4, max_window_layers=9),
+        [FULL] * 3,
+    ),
     "qwen2-switched-off": ("Qwen2", dict(use_sliding_window=False, sliding_window=4, max_window_layers=0), [FULL] * 3),
     "qwen3": ("Qwen3", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1), [FULL, W, W]),
     "phi3": ("Phi3", dict(sliding_window=4), [W] * 2),
@@ -39,7 +47,13 @@ SPANS = {
     "gpt-oss": ("GptOss", dict(sliding_window=4, num_local_experts=2, head_dim=8), [W, FULL, W, FULL]),
     "llama4": (
         "Llama4Text",
-        dict(attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48, head_dim=8, interleave_moe_layer_step=1),
+        dict(
+            attention_chunk_size=4,
+            num_local_experts=2,
+            intermediate_size_mlp=48,
+            head_dim=8,
+            interleave_moe_layer_step=1,
+        ),
         [C, C, C, FULL, C],
     ),
 }
