@@ -58,9 +58,7 @@ CASES = {
     "packed-and-padded-on-the-left": Case(
         ["001111 001111 001100 001100 000011 000011"], mask=["001111"], positions=["110101"]
     ),
-    "packed-with-padding-between": Case(
-        ["11000 11000 11011 00011 00011"], mask=["11011"], positions=["01001"]
-    ),
+    "packed-with-padding-between": Case(["11000 11000 11011 00011 00011"], mask=["11011"], positions=["01001"]),
     "positions-that-generate-gives-left-padding": Case(["0011 0011 0011 0011"], mask=["0011"], positions=["1101"]),
     "positions-count-real-tokens": Case(["1011 1011 1011 1011"], mask=["1011"], positions=["0012"]),
     # cu_seq_lens
@@ -166,7 +164,11 @@ def test_a_mask_is_left_out_only_where_nothing_is_hidden(case, backend):
 def all_pairs(block_mask, shape):
     """What a BlockMask's function says of each pair: bool (batch, query, key)."""
     batch, length, _ = shape
-    b, q, k = torch.arange(batch)[:, None, None], torch.arange(length)[None, :, None], torch.arange(length)[None, None, :]
+    b, q, k = (
+        torch.arange(batch)[:, None, None],
+        torch.arange(length)[None, :, None],
+        torch.arange(length)[None, None, :],
+    )
     return torch.as_tensor(block_mask.mask_mod(b, torch.zeros((), dtype=torch.int64), q, k)).expand(shape)
 
 
@@ -293,7 +295,9 @@ def test_input_that_means_nothing_is_refused(mask, positions, message):
         read_sequences(mask, positions, None, 1, 4, CPU)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.uint8, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int32, torch.int64, torch.uint8, torch.float32, torch.bfloat16], ids=str
+)
 def test_a_mask_of_any_dtype_says_the_same(dtype):
     sequences = read_sequences(digits(["0111"]).to(dtype), None, None, 1, 4, CPU)
     assert torch.equal(sequences.visible(Span()), matrices(Case(["0111 0111 0111 0111"])))

@@ -104,7 +104,11 @@ def test_no_mask_is_no_mask():
 
 
 def test_masks_by_kind_of_layer():
-    kinds = {"full_attention": matrix(MASKS["causal"][0]), "sliding_attention": matrix(MASKS["window-of-2"][0]), "none": None}
+    kinds = {
+        "full_attention": matrix(MASKS["causal"][0]),
+        "sliding_attention": matrix(MASKS["window-of-2"][0]),
+        "none": None,
+    }
     found = mirrored_mask(kinds)
     assert found.keys() == kinds.keys() and found["none"] is None
     assert torch.equal(found["full_attention"], matrix(MASKS["causal"][1]))
@@ -125,7 +129,9 @@ def test_an_additive_mask_that_holds_alibi():
     assert (found[..., :2] == MINIMUM).all()
 
 
-@pytest.mark.xfail(reason="ALiBi is read off the diagonal, which is 0 once it is mirrored: the second time takes it away")
+@pytest.mark.xfail(
+    reason="ALiBi is read off the diagonal, which is 0 once it is mirrored: the second time takes it away"
+)
 def test_mirroring_alibi_twice_is_mirroring_it_once():
     once = mirrored_mask((0.5 * torch.arange(4.0)).expand(1, 1, 4, 4).masked_fill(~matrix(MASKS["causal"][0]), MINIMUM))
     assert torch.equal(mirrored_mask(once), once)

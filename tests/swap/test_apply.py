@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,66 +9,10 @@ from torch import nn
 
 from bidirect_patch.errors import ForeignWrapperError
 from bidirect_patch.swap.apply import apply, commit, prepare
-from bidirect_patch.swap.classes import RECORD, Swapped, has_mixin, original, set_forward
+from bidirect_patch.swap.classes import RECORD, Swapped, has_mixin, original
 from bidirect_patch.swap.plan import Plan, before_patch, buffers_before_patch, own_before_patch, record_of, settings_of
 
-
-class Scale(nn.Module):
-    """(x * weight) * scale + offset, with an attribute of the class and one of the instance."""
-
-    of_class = "class"
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((2,), 3.0))
-        self.register_buffer("scale", torch.tensor([1.0, 2.0]))
-        self.register_buffer("unsaved", torch.tensor([5.0]), persistent=False)
-        self.register_buffer("empty", None)
-        self.of_instance = ["instance"]
-        self.offset = 0.0
-
-    def forward(self, x):
-        return x * self.weight * self.scale + self.offset
-
-    def extra_repr(self):
-        return "2"
-
-
-@dataclass(frozen=True)
-class Factor:
-    value: float
-
-
-@dataclass(frozen=True)
-class Addend:
-    value: float
-
-
-class Times(Swapped):
-    """Multiplies what comes out."""
-
-    note = "times"
-
-    @classmethod
-    def build(cls, below, original):
-        def forward(inner, self, x):
-            return inner(self, x) * settings_of(self, Factor).value
-
-        set_forward(cls, forward, below, Times)
-
-
-class Plus(Swapped):
-    """Adds to what comes out, after Times."""
-
-    rank = 1
-    note = "plus"
-
-    @classmethod
-    def build(cls, below, original):
-        def forward(inner, self, x):
-            return inner(self, x) + settings_of(self, Addend).value
-
-        set_forward(cls, forward, below, Plus)
+from ..helpers.plain_modules import STOCK, Addend, Factor, Plus, Scale, Times, X, assert_same, plus, state, times
 
 
 class Silent(Swapped):
@@ -82,33 +25,6 @@ class Failing(Swapped):
     @classmethod
     def build(cls, below, original):
         raise RuntimeError("no such class")
-
-
-X = torch.tensor([[1.0, 10.0]])
-STOCK = torch.tensor([[3.0, 60.0]])
-
-
-def times(value=2.0, **more):
-    return Plan(Times, Factor(value), **more)
-
-
-def plus(value=1.0, **more):
-    return Plan(Plus, Addend(value), **more)
-
-
-def state(module):
-    """Class, attributes and buffers of a module: the objects themselves."""
-    return type(module), dict(vars(module)), dict(module._buffers), list(module._buffers)
-
-
-def assert_same(before, after):
-    """The very same class, attributes and buffers, in the same order of buffers."""
-    assert before[0] is after[0]
-    for then, now in ((before[1], after[1]), (before[2], after[2])):
-        assert then.keys() == now.keys()
-        for name in then:
-            assert then[name] is now[name], name
-    assert before[3] == after[3]
 
 
 @pytest.fixture
@@ -294,7 +210,9 @@ def test_settings_are_found_by_their_type(module):
     assert settings_of(module, str) is None
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_is_patched_and_goes_back_by_itself(module, copied):
     apply([(module, times(attributes={"offset": 1.0}, buffers={"scale": torch.full((2,), 4.0)})), (module, plus())])
     twin = copied(module)
