@@ -124,8 +124,8 @@ def _check_cache(kwargs: dict[str, Any]) -> None:
     if given:
         raise CacheError(
             f"{given} ({type(kwargs[given]).__name__}) was passed to a bidirectional model: a KV cache only has a meaning while "
-            "attention is causal. Leave it out (prefix tuning can't), "
-            "or run causally inside `with bidirectional(model, enabled=False):`"
+            "attention is causal. Leave it out (prefix tuning can't), or run causally inside `with "
+            "bidirectional(model, enabled=False):`"
         )
 
 
