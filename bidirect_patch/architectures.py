@@ -35,7 +35,7 @@ def supported_architectures(release: str | None = None) -> dict[str, tuple[str, 
 
         known = sorted(table, key=Version)
         release = next((r for r in reversed(known) if Version(r) <= Version(__version__)), known[0])
-    if release not in table:
+    if not isinstance(release, str) or release not in table:
         raise ConfigError(f"no table for transformers {release}: there is one for each of {', '.join(sorted(table))}")
     seen = {t: tuple(b for b, v in row["backends"].items() if v == BIDIRECTIONAL) for t, row in table[release].items()}
     return {model_type: backends for model_type, backends in seen.items() if backends}

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from ..errors import ArgumentError, AttentionMaskError, CacheError
 from ..model.config import backend_of, text_config
-from ..model.facts import CACHES, given_input, mask_parameter, parameter_names
+from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names
 from ..model.span import Span
-from ..swap.classes import Swapped, set_forward
+from ..swap.classes import Swapped, original, set_forward
 from ..swap.modes import check_caller, running
 from ..swap.plan import settings_of
 from . import trust
 from .handling import MaskHandling
 from .ready_mask import is_users_own, make_mask, users_mask
-from .sequences import is_graph_captured, read_sequences
+from .sequences import is_graph_captured, read_boundaries, read_positions, read_sequences
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,11 @@ class BidirectionalModel(Swapped):
                 kwargs["use_cache"] = False
             kwargs.pop("is_causal", None)  # transformers 5.2 and newer put it above the modules' own flag
             inputs = given_input(kwargs)
+            _check_input(inputs, kwargs)
             if isinstance(inputs, Tensor) and mask_name is not None:  # else the model reports missing input itself
                 mask = _mask(model, settings, kwargs.get(mask_name), inputs, kwargs)
+                if getattr(kwargs.get("position_ids"), "ndim", 2) == 1:  # checked: (length,); most models take no such shape
+                    kwargs["position_ids"] = kwargs["position_ids"][None]
                 if mask is not _KEEP:
                     kwargs[mask_name] = mask
             return kwargs
@@ -120,11 +123,53 @@ def _check_cache(kwargs: dict[str, Any]) -> None:
     given = next((name for name in CACHES if kwargs.get(name) is not None), None)
     if given:
         raise CacheError(
-            f"{given} was passed to a bidirectional model: a KV cache only has a meaning while attention is causal. Leave it out "
-            "(prefix tuning can't), or run causally inside `with bidirectional(model, enabled=False):`"
+            f"{given} ({type(kwargs[given]).__name__}) was passed to a bidirectional model: a KV cache only has a meaning while "
+            "attention is causal. Leave it out (prefix tuning can't), or run causally inside `with "
+            "bidirectional(model, enabled=False):`"
         )
 
 
+def _check_input(inputs: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ArgumentError if a row or a width is missing; what is no tensor, the model reports itself."""
+    name, form = ("input_ids", "(batch, length)")
+    if kwargs.get("inputs_embeds") is not None:
+        name, form = ("inputs_embeds", "(batch, length, width)")
+    if isinstance(inputs, Tensor) and inputs.dim() < form.count(",") + 1:
+        raise ArgumentError(f"{name} of shape {tuple(inputs.shape)}: give {form}, one text as a batch of one ({name}[None])")
+
+
+def _check_boundaries(kwargs: dict[str, Any]) -> None:
+    """Raise AttentionMaskError if the boundaries of keys are not those of queries."""
+    queries, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if keys is None or keys is queries or is_graph_captured():
+        return
+    given = [each.tolist() if isinstance(each, Tensor) else type(each).__name__ for each in (queries, keys)]
+    if not isinstance(keys, Tensor) or given[0] != given[1]:
+        raise AttentionMaskError(
+            f"cu_seq_lens_k {given[1]} beside cu_seq_lens_q {given[0]}: give the same tensor for both, since every token attends "
+            "to its own sequence"
+        )
+
+
+def _check_kinds(model: Any, config: Any, mask: Any) -> None:
+    """Raise AttentionMaskError if a dict of masks is given to a model that takes none, or lacks a kind of its layers."""
+    if not isinstance(mask, dict):
+        return
+    held = ", ".join(map(repr, mask)) or "nothing"
+    if not {"dict", "Mapping"} & names_in_forward(original(type(model))):  # a guess by name, from `isinstance(mask, dict)`
+        raise AttentionMaskError(
+            f"attention_mask is a dict of {held}, and {type(model).__name__} takes one mask for all layers: "
+            "give a 2D mask, or a ready 4D mask"
+        )
+    lacking = {*(getattr(config, "layer_types", None) or ())} & _MASKED_KINDS - mask.keys()
+    if lacking:
+        raise AttentionMaskError(
+            f"attention_mask is a dict of {held} and lacks {', '.join(sorted(lacking))}: give a ready mask or None for each kind "
+            f"of layer of {type(model).__name__}"
+        )
+
+
+_MASKED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _KEEP: Any = object()
 
 
@@ -137,8 +182,16 @@ def _mask(model: Any, settings: ModelSettings, mask: Any, inputs: Tensor, kwargs
         heads = getattr(config, "num_attention_heads", 1)
         if settings.has_outer_maker and _is_from_outside(mask, len(settings.spans), heads):
             return _KEEP
+        _check_kinds(model, config, mask)
+        # The mask says who sees whom; these must be right all the same.
+        if kwargs.get("position_ids") is not None:
+            read_positions(kwargs["position_ids"], batch, length)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            read_boundaries(kwargs["cu_seq_lens_q"], batch, length, inputs.device)
+        _check_boundaries(kwargs)
         inverted = handling.inverted and handling.kind == "ready"
         return users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, inverted)
+    _check_boundaries(kwargs)
     sequences = read_sequences(
         mask, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), batch, length, inputs.device
     )

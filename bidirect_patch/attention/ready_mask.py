@@ -23,7 +23,7 @@ from ..model.span import Span
 from . import packed_sdpa
 from .dense import additive, dense_mask, hides_nothing
 from .flash import sequence_numbers
-from .sequences import Sequences
+from .sequences import Sequences, check_readable, is_graph_captured
 from .versions import FLEX_TAKES_BLOCK_MASK, HAS_MASKING_UTILS, READY_MASKS_ARE_INVERTED
 
 
@@ -97,6 +97,7 @@ def users_mask(
         AttentionMaskError: another shape or dtype, or a backend that takes no such mask.
     """
     if isinstance(mask, dict):
+        _check_values(mask, backend)
         return {
             kind: users_mask(each, spans, batch, length, heads, backend, dtype, inverted) if is_users_own(each) else each
             for kind, each in mask.items()
@@ -114,6 +115,14 @@ def users_mask(
     return mask if spans == 1 else mask.repeat(1, spans, 1, 1)
 
 
+def _check_values(masks: dict[str, Any], backend: Backend) -> None:
+    for kind, mask in masks.items():
+        # transformers' own functions make 2D masks for FlashAttention.
+        if not (mask is None or is_users_own(mask) or (backend == "flash" and isinstance(mask, Tensor))):
+            what = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise AttentionMaskError(f"attention_mask holds {what} for {kind!r}: give a ready 4D mask, or None")
+
+
 def _check(mask: Tensor, batch: int, length: int, heads: int, backend: Backend) -> None:
     rows, channels, queries, keys = mask.shape
     if rows not in (1, batch) or channels not in (1, heads) or queries not in (1, length) or keys != length:
@@ -127,8 +136,28 @@ def _check(mask: Tensor, batch: int, length: int, heads: int, backend: Backend) 
             f"a ready 4D attention_mask of dtype {mask.dtype}: give bool, True where visible, or floating point, which is added "
             "to the scores (0 where visible)"
         )
+    check_readable("attention_mask", mask, mask.device)
+    if mask.is_floating_point() and mask.numel() and not (mask.is_meta or is_graph_captured()):
+        _check_additive(mask)
     if backend == "flash":
         raise AttentionMaskError(
             f"FlashAttention takes no ready 4D attention_mask, and got one of shape {tuple(mask.shape)}: give the 2D mask, and "
             "position_ids for packed sequences, or use attn_implementation='sdpa'"
+        )
+
+
+def _check_additive(mask: Tensor) -> None:
+    """Raise AttentionMaskError if an additive mask can't mean what it says. One look at its extremes for a mask up to 0."""
+    low, high = torch.stack(torch.aminmax(mask)).tolist()
+    if high <= 0:  # as masks are; false for NaN
+        return
+    if not high < torch.inf:
+        raise AttentionMaskError(
+            f"a ready 4D attention_mask of {mask.dtype} holds NaN or +inf, which would make every score NaN: give 0 where "
+            "visible and torch.finfo(dtype).min where hidden"
+        )
+    if (low, high) == (0, 1) and not READY_MASKS_ARE_INVERTED and bool(((mask == 0) | (mask == 1)).all()):
+        raise AttentionMaskError(
+            f"a ready 4D attention_mask of {mask.dtype} holds ones and zeros, which would be added to the scores and hide "
+            "nothing: give bool, True where visible, or 0 where visible and torch.finfo(dtype).min where hidden"
         )

@@ -139,20 +139,37 @@ def read_sequences(
     """
     real = None if attention_mask is None else _read_mask(attention_mask, batch, length, device)
     number = None
+    text = None if position_ids is None else read_positions(position_ids, batch, length)
     if cu_seq_lens is not None:
-        number = _read_boundaries(cu_seq_lens, batch, length, device)
-    elif position_ids is not None:
-        text = _read_positions(position_ids, batch, length)
-        if text is not None and length > 1:
+        number = read_boundaries(cu_seq_lens, batch, length, device)
+    elif text is not None:
+        if length > 1:
             text = text.to(device).expand(batch, length)
             if is_graph_captured() or bool((torch.diff(text, dim=-1) != 1).any()):
                 number = starts(text, real).cumsum(-1)
     return Sequences(batch, length, device, real, number)
 
 
+def check_readable(name: str, given: Tensor, device: torch.device) -> None:
+    """Raise AttentionMaskError if a tensor has no values that can be compared: complex, sparse, nested, on meta."""
+    what = None
+    if given.is_complex():
+        what = f"dtype {given.dtype}"
+    elif given.is_nested or given.layout is not torch.strided:
+        what = "a nested layout" if given.is_nested else f"layout {given.layout}"
+    elif given.is_meta and device.type != "meta":
+        what = "the meta device, without values"
+    if what is not None:
+        raise AttentionMaskError(f"{name} of {what}: give a dense tensor of real numbers, on the model's device")
+
+
 def _read_mask(mask: Any, batch: int, length: int, device: torch.device) -> Tensor | None:
     if not isinstance(mask, Tensor):
-        raise AttentionMaskError(f"attention_mask must be a tensor or None, got {type(mask).__name__}")
+        raise AttentionMaskError(
+            f"attention_mask must be a tensor or None, got {type(mask).__name__}: give ({batch}, {length}) with 1 for real "
+            "tokens and 0 for padding"
+        )
+    check_readable("attention_mask", mask, device)
     if tuple(mask.shape) != (batch, length):
         raise AttentionMaskError(
             f"attention_mask of shape {tuple(mask.shape)} for input of {batch} x {length} tokens: give ({batch}, {length}) with "
@@ -173,29 +190,47 @@ def _read_mask(mask: Any, batch: int, length: int, device: torch.device) -> Tens
     return None if all_real else real
 
 
-def _read_positions(positions: Any, batch: int, length: int) -> Tensor | None:
-    """The positions of the text; None for those of other kinds of input."""
-    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
-        what = getattr(positions, "dtype", type(positions).__name__)
-        raise AttentionMaskError(f"position_ids must be a tensor of integers or None, got {what}")
+def read_positions(positions: Any, batch: int, length: int) -> Tensor | None:
+    """The positions of the text, (batch or 1, length); None for those of other kinds of input.
+
+    Raises:
+        AttentionMaskError: another shape or type.
+    """
+    if not isinstance(positions, Tensor) or not _is_integer(positions):
+        what = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise AttentionMaskError(
+            f"position_ids must be a tensor of integers or None, got {what}: give ({batch}, {length}), counted from 0 in each "
+            "sequence"
+        )
     # (3 or 4, batch, length) are multimodal rotary positions; of these, only a group of four starts with text positions.
     text = positions[0] if positions.dim() == 3 and positions.shape[0] == 4 else positions
     if text.dim() == 1 and text.shape[0] == length:
         return text[None]
-    if text.dim() != 2:
+    if text.dim() == 3:
         return None
-    if text.shape[0] not in (1, batch) or text.shape[1] != length:
+    if text.dim() != 2 or text.shape[0] not in (1, batch) or text.shape[1] != length:
         raise AttentionMaskError(
-            f"position_ids of shape {tuple(text.shape)} for input of {batch} x {length} tokens: give ({batch}, {length}) or "
+            f"position_ids of shape {tuple(positions.shape)} for input of {batch} x {length} tokens: give ({batch}, {length}) or "
             f"(1, {length})"
         )
     return text
 
 
-def _read_boundaries(boundaries: Any, batch: int, length: int, device: torch.device) -> Tensor:
-    if not isinstance(boundaries, Tensor) or boundaries.is_floating_point() or boundaries.dim() != 1:
+def _is_integer(given: Tensor) -> bool:
+    return not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+
+
+def read_boundaries(boundaries: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    """int64 (batch, length): the number of the sequence of each position, from 1 on.
+
+    Raises:
+        AttentionMaskError: another shape, type or content.
+    """
+    if not isinstance(boundaries, Tensor) or not _is_integer(boundaries) or boundaries.dim() != 1:
         what = f"{boundaries.dtype} {tuple(boundaries.shape)}" if isinstance(boundaries, Tensor) else type(boundaries).__name__
-        raise AttentionMaskError(f"cu_seq_lens_q must be a 1D tensor of integers, got {what}")
+        raise AttentionMaskError(
+            f"cu_seq_lens_q must be a 1D tensor of integers, got {what}: give boundaries that rise from 0 to {length}"
+        )
     boundaries = boundaries.to(device=device, dtype=torch.int64)
     if not is_graph_captured():
         ends = boundaries.tolist()

@@ -15,14 +15,19 @@ from ..swap.classes import original
 _log = logging.getLogger(__name__)
 
 
-def find_causal(model: object) -> PreTrainedModel | None:
+def check_module(model: object) -> None:
+    """Raise HeadError if `model` is no module."""
+    if not isinstance(model, nn.Module):
+        raise HeadError(f"expected a torch.nn.Module, got {type(model).__name__}: load the model and pass the object")
+
+
+def find_causal(model: nn.Module) -> PreTrainedModel | None:
     """The first model in `model` that has an output head and computes a loss.
 
     Raises:
         HeadError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise HeadError(f"expected a torch.nn.Module, got {type(model).__name__}: load the model and pass the object")
+    check_module(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             if "labels" in parameter_names(original(type(module))):
@@ -105,6 +110,7 @@ def build_around(model: nn.Module) -> PreTrainedModel:
         raise HeadError(
             f"{type(bare).__name__} is not the backbone of {type(causal).__name__}: load a *ForCausalLM and pass that"
         )
+    check_causal(causal)  # before a new head draws its weights
     setattr(causal, slot, model)
     causal.training = model.training
     _add_weights(causal, slot, bare)

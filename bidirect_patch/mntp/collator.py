@@ -82,6 +82,9 @@ class MNTPCollator:
         repeatable: bool = False,
     ) -> None:
         _check_shares(mlm_probability, mask_replace_prob, random_replace_prob)
+        _require_flag("padding_free", padding_free)
+        _require_flag("return_flash_attn_kwargs", return_flash_attn_kwargs)
+        _require_flag("repeatable", repeatable)
         _check_layout(pad_to_multiple_of, padding_free, return_flash_attn_kwargs)
         _check_seed(seed, repeatable)
         check_tokenizer(tokenizer)
@@ -287,6 +290,11 @@ def _check_seed(seed: Any, repeatable: bool) -> None:
         _require_integer("seed", seed, least=0)
     elif repeatable:
         raise CollatorError("repeatable=True draws the masks from the seed and the text; give a seed too.")
+
+
+def _require_flag(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise CollatorError(f"{name} must be True or False; got {value!r}.")
 
 
 def _require_share(name: str, value: Any) -> None:

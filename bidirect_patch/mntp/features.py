@@ -10,6 +10,7 @@ from ..errors import CollatorError
 
 Row = dict[str, np.ndarray]  # one text: each of the keys that it has, (length,), int64
 _KEYS = ("input_ids", "attention_mask", "special_tokens_mask", "position_ids")
+_MASKS = {"attention_mask", "special_tokens_mask"}
 
 
 def read_rows(features: Any) -> list[Row]:
@@ -58,10 +59,17 @@ def _read_row(feature: Any, index: int) -> Row:
     for key in _KEYS:
         if feature.get(key) is None:
             continue
-        row[key] = _read_integers(feature[key], f"{key} of feature {index}", "iu" if key == "input_ids" else "iub")
+        row[key] = _read_integers(feature[key], f"{key} of feature {index}", "iub" if key in _MASKS else "iu")
         if len(row[key]) != len(row["input_ids"]):
             raise CollatorError(
                 f"Feature {index} has {len(row['input_ids'])} input_ids and {len(row[key])} of {key}; they must match."
+            )
+    for key in _MASKS & row.keys():
+        values = row[key]
+        if values.size and (values.min() < 0 or values.max() > 1):
+            raise CollatorError(
+                f"{key} of feature {index} must hold 0 and 1 alone; got {values.min()} to {values.max()}. Give the documents of "
+                "a packed row by position_ids that start again."
             )
     return row
 

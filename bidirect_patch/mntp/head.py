@@ -24,9 +24,9 @@ from ..patch import enable_bidirectional
 from ..swap.apply import apply, prepare
 from ..swap.classes import Swapped, has_mixin, set_forward
 from ..swap.plan import Plan, record_of, settings_of
-from .causal_lm import build_around, check_causal, find_causal, vocabulary_size
+from .causal_lm import build_around, check_causal, check_module, find_causal, vocabulary_size
 from .evaluation import EVAL_LOGITS, EvalLogits, KeptLogits
-from .inputs import check_sequences, check_targets, checked_labels
+from .inputs import check_items, check_sequences, check_targets, checked_ignore_index, checked_labels
 from .strategies import Forward, Scored, choose, stock
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -71,7 +71,8 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
     causal = find_causal(model)
     if causal is None:
         model = causal = build_around(model)
-    check_causal(causal)
+    else:
+        check_causal(causal)
     plans = [(causal, Plan(MNTPHead, HeadSettings(eval_logits)))]
     prepare(plans)  # raises what `apply` would, before anything is changed
     before = _patch_of(model)
@@ -96,9 +97,11 @@ def remove_mntp_head(model: Model) -> Model:
         `model`.
 
     Raises:
+        HeadError: `model` is no module.
         ForeignWrapperError: another tool changed the class after `apply_mntp_head`.
         OrderError: another tool's wrapper around the forward can't be followed.
     """
+    check_module(model)
     apply(remove=[(module, MNTPHead) for module in model.modules() if has_mixin(module, MNTPHead)])
     return model
 
@@ -130,6 +133,8 @@ class MNTPHead(Swapped):
         def forward(inner: Forward, self: Any, *args: Any, **kwargs: Any) -> Any:
             kwargs = named_arguments(original, names, args, kwargs)
             skip_logits = kwargs.pop("skip_logits", None)
+            if not isinstance(skip_logits, (bool, type(None))):
+                raise HeadError(f"skip_logits must be True, False or None, got {skip_logits!r}")
             check_sequences(self, kwargs)
             if kwargs.get("labels") is None or kwargs.get("shift_labels") is not None:
                 return inner(self, **kwargs)
@@ -145,12 +150,13 @@ def _scored_forward(
         return_dict = getattr(model.config, "return_dict", True)
     labels = checked_labels(labels, kwargs)
     warn_if_labels_leak(model, kwargs.get("input_ids"), labels)
-    ignored = kwargs.get("ignore_index", -100)
+    ignored = checked_ignore_index(kwargs)
     targets = F.pad(labels[:, 1:], (0, 1), value=ignored).flatten()
     rows = (targets != ignored).nonzero().squeeze(1)  # (n,)
     targets = targets[rows]
     compute = choose(model, kwargs)
-    if compute is not stock:  # a loss of one's own may give labels another meaning
+    if compute is not stock:  # a loss of one's own may give all of these another meaning
+        check_items(kwargs.get("num_items_in_batch"))
         check_targets(targets, vocabulary_size(model))
     settings = settings_of(model, HeadSettings)
     assert settings is not None  # the class is MNTPHead's

@@ -1,5 +1,6 @@
 """Checks of what a forward with the MNTP head is called with. None of them waits for a GPU, but those of packed rows."""
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ def checked_labels(labels: Any, kwargs: dict[str, Any]) -> Tensor:
         HeadError: labels of another type or shape, or `logits_to_keep` beside them.
     """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise HeadError(f"labels must be a tensor of token ids, int64, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        what = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise HeadError(f"labels must be a tensor of token ids, int64, got {what}")
+    if labels.is_meta:
+        raise HeadError("labels are on the meta device, without values: give them on the model's device")
     given = given_input(kwargs)
     if isinstance(given, Tensor) and labels.shape != given.shape[:2]:
         raise HeadError(
@@ -34,6 +38,27 @@ def checked_labels(labels: Any, kwargs: dict[str, Any]) -> Tensor:
     if isinstance(keep, Tensor) or keep:
         raise HeadError("logits_to_keep beside labels: the loss takes every scored position, so leave it out")
     return labels.long()
+
+
+def checked_ignore_index(kwargs: dict[str, Any]) -> int:
+    """The label that is not scored: `ignore_index` of a call, or -100.
+
+    Raises:
+        HeadError: it is no integer.
+    """
+    ignored = kwargs.get("ignore_index", -100)
+    if not isinstance(ignored, Integral) or isinstance(ignored, bool):
+        raise HeadError(f"ignore_index must be an integer, the label that is not scored; got {ignored!r}")
+    return int(ignored)
+
+
+def check_items(items: Any) -> None:
+    """Raise HeadError if `num_items_in_batch` is no one number that a loss can be divided by. What a tensor holds is not read."""
+    is_number = items.numel() == 1 if isinstance(items, Tensor) else isinstance(items, Real) and float(items) >= 0
+    if items is not None and not is_number:
+        raise HeadError(
+            f"num_items_in_batch must be the number of scored tokens, an integer or a tensor that holds one; got {items!r}"
+        )
 
 
 def check_targets(targets: Tensor, vocabulary: int | None) -> None:

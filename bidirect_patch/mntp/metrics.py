@@ -34,6 +34,8 @@ def mntp_metrics(prediction: Any) -> dict[str, float]:
         >>> mntp_metrics(transformers.EvalPrediction(predictions=predicted, label_ids=labels))
         {'accuracy': 0.5, 'masked_tokens': 2}
     """
+    if not hasattr(prediction, "predictions") or not hasattr(prediction, "label_ids"):
+        raise HeadError(f"expected a transformers.EvalPrediction, got {type(prediction).__name__}")
     predictions, labels = (_first(given) for given in (prediction.predictions, prediction.label_ids))
     if labels.ndim != 2 or predictions.ndim not in (2, 3) or predictions.shape[:2] != labels.shape:
         raise HeadError(
@@ -53,4 +55,4 @@ def mntp_metrics(prediction: Any) -> dict[str, float]:
 
 
 def _first(given: Any) -> np.ndarray:
-    return np.asarray(given[0] if isinstance(given, (tuple, list)) else given)
+    return np.asarray(given[0] if isinstance(given, (tuple, list)) and given else given)

@@ -10,8 +10,10 @@ from ..errors import CollatorError, MaskTokenError
 
 def check_tokenizer(tokenizer: Any) -> None:
     """Raise CollatorError if `tokenizer` lacks what the collator can't do without."""
-    if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)) or not hasattr(tokenizer, "__len__"):
-        raise CollatorError(f"tokenizer must be a transformers tokenizer; got {tokenizer!r}.")
+    has_methods = callable(getattr(tokenizer, "convert_tokens_to_ids", None)) and hasattr(tokenizer, "__len__")
+    if isinstance(tokenizer, type) or not has_methods:
+        what = repr(tokenizer) if isinstance(tokenizer, (str, type)) else type(tokenizer).__name__
+        raise CollatorError(f"tokenizer must be a transformers tokenizer; got {what}. Load it and pass the object.")
 
 
 def find_mask_token_id(tokenizer: Any, mask_token: str | None = None) -> int:

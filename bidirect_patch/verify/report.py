@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, StillCausalError, UnsupportedModelError
+from ..errors import ArgumentError, ConfigError, StillCausalError, UnsupportedModelError
 from ..model.wrappers import pretrained
 from .dependence import BIDIRECTIONAL as BIDIRECTIONAL
 from .dependence import CAUSAL, NONE, PARTIAL, Verdict, verdict_of
@@ -126,6 +126,7 @@ class AttentionReport:
 
         Raises:
             ConfigError: If the two reports differ in length or in the number of layers.
+            ArgumentError: If `causal` is no report.
         """
         pairs = self._beside(causal)
         return [new for new, old in pairs if not torch.equal(new.matrix, old.matrix | old.matrix.T)]
@@ -144,6 +145,7 @@ class AttentionReport:
 
         Raises:
             ConfigError: If the two reports differ in length or in the number of layers.
+            ArgumentError: If `causal` is no report.
         """
         lost = []
         for new, old in self._beside(causal):
@@ -153,6 +155,8 @@ class AttentionReport:
         return lost
 
     def _beside(self, other: "AttentionReport") -> list[tuple[LayerReport, LayerReport]]:
+        if not isinstance(other, AttentionReport):
+            raise ArgumentError(f"expected an AttentionReport, got {type(other).__name__}: give attention_report(model)")
         if (self.length, len(self.layers)) != (other.length, len(other.layers)):
             raise ConfigError(
                 f"reports of {len(self.layers)} layers at length {self.length} and of {len(other.layers)} layers at "
