@@ -21,11 +21,11 @@ class StillCausalError(BidirectPatchError, AssertionError):
 
 
 class AttentionMaskError(BidirectPatchError, ValueError):
-    """An attention_mask or position_ids of a shape or kind that has no bidirectional meaning."""
+    """An attention_mask, position_ids or cu_seq_lens of a shape, type or content that has no bidirectional meaning."""
 
 
 class ArgumentError(BidirectPatchError, TypeError):
-    """A forward was called with an argument too many, or with one argument twice."""
+    """A call got an argument too many, one argument twice, or an argument of a type or shape that it does not take."""
 
 
 class CacheError(BidirectPatchError, ValueError):

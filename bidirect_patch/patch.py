@@ -12,7 +12,7 @@ from .attention.labels import unwatch_labels, watch_labels
 from .attention.model_forward import CausalBlock
 from .attention.plan import all_mixins, bidirectional_plans, causal_block_plans
 from .checkpoints import hooks
-from .errors import OrderError, UnsupportedModelError
+from .errors import ArgumentError, OrderError, UnsupportedModelError
 from .model.find import Decoder, decoders
 from .swap import modes
 from .swap.apply import Change, apply, commit, prepare
@@ -54,6 +54,7 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
         >>> is_bidirectional(enable_bidirectional(model))
         True
     """
+    _check_flags(allow_partial=allow_partial)
     found = decoders(model)
     with modes.lock:
         _check_modes(found, True)
@@ -121,6 +122,7 @@ def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = F
         >>> is_bidirectional(model)
         False
     """
+    _check_flags(enabled=enabled, allow_partial=allow_partial)
     return Block(model, enabled, allow_partial)
 
 
@@ -223,6 +225,12 @@ def _state(decoder: Decoder) -> State:
     if has_mixin(decoder.module, CausalBlock):
         return State.CAUSAL_BLOCK
     return State.BIDIRECTIONAL if is_patched(decoder) else State.AS_LOADED
+
+
+def _check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_modes(found: list[Decoder], mode: bool) -> None:

@@ -53,7 +53,7 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
     """
     if is_graph_captured() or model in _judged or not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
         return
-    if input_ids.dim() != 2 or input_ids.shape != labels.shape or input_ids.device != labels.device or labels.is_meta:
+    if input_ids.dim() != 2 or input_ids.shape != labels.shape or input_ids.device != labels.device or labels.is_meta or labels.is_sparse:
         return
     scored = labels[:, 1:] != IGNORED
     hidden = scored & (labels[:, 1:] != input_ids[:, 1:])

@@ -26,7 +26,7 @@ def install() -> None:
         return
     from transformers import GenerationMixin, PreTrainedModel
 
-    for name in ("generate", "generate_batch"):
+    for name in ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
         if hasattr(GenerationMixin, name):
             put(GenerationMixin, name, _generate)
     put(PreTrainedModel, "save_pretrained", _save_model)
