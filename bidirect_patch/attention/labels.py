@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import LabelLeakWarning
@@ -53,7 +54,9 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
     """
     if is_graph_captured() or model in _judged or not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
         return
-    if input_ids.dim() != 2 or input_ids.shape != labels.shape or input_ids.device != labels.device or labels.is_meta or labels.is_sparse:
+    if input_ids.dim() != 2 or input_ids.shape != labels.shape or input_ids.device != labels.device:
+        return
+    if labels.is_meta or labels.layout is not torch.strided:
         return
     scored = labels[:, 1:] != IGNORED
     hidden = scored & (labels[:, 1:] != input_ids[:, 1:])
