@@ -2,7 +2,8 @@
 
 Most models are causal by one mask, which `ready_mask` replaces. Some keep it elsewhere: a triangular buffer (openai-gpt,
 gpt_neo), an ALiBi bias that grows with the key's position (bloom, falcon, mpt), mask code that takes no ready mask. One rule
-covers them: two positions see each other as the later one saw the earlier. A mask that is mirrored already stays as it is.
+covers them: two positions see each other as the later one saw the earlier. A mask without ALiBi that is mirrored already stays
+as it is.
 """
 
 from typing import Any

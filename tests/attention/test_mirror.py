@@ -129,14 +129,6 @@ def test_an_additive_mask_that_holds_alibi():
     assert (found[..., :2] == MINIMUM).all()
 
 
-@pytest.mark.xfail(
-    reason="ALiBi is read off the diagonal, which is 0 once it is mirrored: the second time takes it away"
-)
-def test_mirroring_alibi_twice_is_mirroring_it_once():
-    once = mirrored_mask((0.5 * torch.arange(4.0)).expand(1, 1, 4, 4).masked_fill(~matrix(MASKS["causal"][0]), MINIMUM))
-    assert torch.equal(mirrored_mask(once), once)
-
-
 @pytest.mark.parametrize("name", ["causal", "window-of-2", "packed", "padding-on-the-left", "padding-on-the-right"])
 def test_block_masks(name):
     causal, expected = (matrix(rows)[0, 0] for rows in MASKS[name])

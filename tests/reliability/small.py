@@ -49,6 +49,11 @@ def moves(model, at=-1, ids=IDS, **kwargs):
     return "".join(str(int(m)) for m in moved)
 
 
+def moves_real(model, **kwargs):
+    """Which real positions of a padded row the last real token moves."""
+    return moves(model, at=6, attention_mask=PADDED, **kwargs)[:7]
+
+
 def leftovers(model):
     """Names of attributes that the patch has left on a module of `model`."""
     return [name for module in model.modules() for name in vars(module) if "bidirect" in name]

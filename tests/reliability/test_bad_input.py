@@ -265,7 +265,9 @@ FORWARD = [
     sequences("not-to-length", lambda: boundaries(0, 4, 8), "to 9"),
     sequences("past-length", lambda: boundaries(0, 4, 12), "to 9"),
     forward("cu-seq-lens-of-two-rows", lambda x: x.model(TWO, cu_seq_lens_q=SEQUENCES), AttentionMaskError, "one row"),
-    forward("cu-seq-lens-k-alone", lambda x: x.model(IDS, cu_seq_lens_k=SEQUENCES), AttentionMaskError, "cu_seq_lens_k"),
+    forward(
+        "cu-seq-lens-k-alone", lambda x: x.model(IDS, cu_seq_lens_k=SEQUENCES), AttentionMaskError, "cu_seq_lens_k"
+    ),
     forward(
         "cu-seq-lens-k-others",
         lambda x: x.model(IDS, cu_seq_lens_q=SEQUENCES, cu_seq_lens_k=boundaries(0, 5, N)),
@@ -287,7 +289,9 @@ FORWARD = [
     forward("cache-empty", lambda x: x.model(IDS, past_key_values=()), CacheError, "tuple"),
     forward("cache", lambda x: x.model(IDS, past_key_values=transformers.DynamicCache()), CacheError, "DynamicCache"),
     forward("cache-str", lambda x: x.model(IDS, past_key_values="no"), CacheError, "Leave it out"),
-    forward("cache-by-the-lm", lambda x: x.lm(IDS, past_key_values=transformers.DynamicCache()), CacheError, "DynamicCache"),
+    forward(
+        "cache-by-the-lm", lambda x: x.lm(IDS, past_key_values=transformers.DynamicCache()), CacheError, "DynamicCache"
+    ),
     forward("ids-0d", lambda x: x.model(IDS[0, 0]), ArgumentError, "input_ids of shape ()"),
     forward("ids-1d", lambda x: x.model(IDS[0]), ArgumentError, "(9,)"),
     forward("ids-1d-by-the-lm", lambda x: x.lm(IDS[0], attention_mask=ONES[0]), ArgumentError, "[None]"),
@@ -466,7 +470,12 @@ OTHERS = [
     Row("metrics-of-array", lambda x: mntp_metrics(np.ones((1, 3))), HeadError, "EvalPrediction"),
     Row("metrics-of-nothing", lambda x: mntp_metrics(prediction((), np.ones((1, 3)))), HeadError, "(0,)"),
     Row("metrics-without-labels", lambda x: mntp_metrics(prediction(np.ones((1, 3)), None)), HeadError, "(1, 3)"),
-    Row("metrics-of-two-lengths", lambda x: mntp_metrics(prediction(np.ones((1, 3)), np.ones((1, 4)))), HeadError, "(1, 4)"),
+    Row(
+        "metrics-of-two-lengths",
+        lambda x: mntp_metrics(prediction(np.ones((1, 3)), np.ones((1, 4)))),
+        HeadError,
+        "(1, 4)",
+    ),
 ]
 TABLE = [(row, backend) for row in FORWARD for backend in ("eager", "sdpa")] + [(row, "sdpa") for row in OTHERS]
 
