@@ -1,6 +1,6 @@
 """Every error this package raises: one family, each also a subclass of the fitting builtin.
 
-Each is raised before anything is changed, says what was given, and says what to do.
+An error of a call that changes something is raised before anything is changed. Each says what was given and what to do.
 """
 
 
@@ -13,11 +13,11 @@ class UnsupportedModelError(BidirectPatchError, TypeError):
 
 
 class UnseenLayersError(UnsupportedModelError):
-    """The model runs, but none of its layers in a form that `attention_report` could tell what depends on what."""
+    """The model runs, but `attention_report` could observe none of its decoder layers."""
 
 
 class StillCausalError(BidirectPatchError, AssertionError):
-    """The patch was applied and a layer was seen to stay causal; nothing is ever silently causal."""
+    """`assert_bidirectional` saw a layer that is not bidirectional."""
 
 
 class AttentionMaskError(BidirectPatchError, ValueError):
@@ -41,7 +41,7 @@ class ModeConflictError(BidirectPatchError, RuntimeError):
 
 
 class ForeignWrapperError(BidirectPatchError, RuntimeError):
-    """Another tool swapped a module's class after us; undoing our swap would drop theirs."""
+    """Another tool changed a module's class after the patch; undoing the patch would remove that change."""
 
 
 class OrderError(BidirectPatchError, RuntimeError):
@@ -69,4 +69,4 @@ class ConfigError(BidirectPatchError, ValueError):
 
 
 class LabelLeakWarning(UserWarning):
-    """The labels of a bidirectional model stand unhidden in its input, so that it learns to copy them."""
+    """The labels of a bidirectional model are visible in its input, so that it learns to copy them."""

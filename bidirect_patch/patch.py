@@ -1,9 +1,10 @@
 """The patch: make a model's attention bidirectional, undo it, ask for it."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ContextDecorator
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -19,25 +20,27 @@ from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, has_mixin, is_sharded
 from .swap.instance_forward import calls_the_patch
 from .swap.plan import Plan, record_of
-from .verify.late import Unverified, unverified_plan, verify_now
+from .verify.late import Unverified, is_unverified, unverified_plan, verify_now
 from .verify.state import attends_both_ways, decoder_modules, has_any_patch, is_patched
 from .verify.verify import is_natively_bidirectional, verify
 
 Model = TypeVar("Model", bound=nn.Module)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
     """Make every attention layer of `model` bidirectional, in place. Idempotent, like `model.train()`.
 
     Each attention module and each model that makes the mask gets a dynamic subclass of its own class. No weight, config or
-    class is changed. While it is bidirectional, a model has no KV cache and no `generate`. What is done is verified once per
-    class on a small random model; weights on the meta device, and kernels of another device, at the first forward.
+    class is changed. While it is bidirectional, a model has no KV cache and no `generate`. The class is verified once, on a small
+    random model. If the weights are on the meta device, or the kernel needs another device, the model is verified at its first
+    forward.
 
     Args:
         model: any nn.Module that holds a transformers decoder: a `*ForCausalLM`, a bare `*Model`, a PEFT, DDP or compiled
             wrapper, a module of your own.
-        allow_partial: patch the attention layers of a hybrid too, whose other layers stay causal (`is_bidirectional` then
-            stays False), and take a model on trust of which nothing can be seen at work.
+        allow_partial: also patch a hybrid model, in which only some layers use attention. Its other layers stay causal, and
+            `is_bidirectional` stays False. Also accept a model that can't be verified.
 
     Returns:
         The same object.
@@ -67,7 +70,7 @@ def disable_bidirectional(model: Model) -> Model:
     """The exact way back from `enable_bidirectional`, in place. Idempotent.
 
     Args:
-        model: what `enable_bidirectional` was given, or a part of it that holds a decoder.
+        model: what `enable_bidirectional` was given.
 
     Returns:
         The same object.
@@ -90,7 +93,7 @@ def disable_bidirectional(model: Model) -> Model:
         _check_modes(found, False)
         for decoder in found:
             _check_not_native(decoder)
-        on = [decoder for decoder in found if _state(decoder) is not State.CAUSAL_BLOCK]
+        on = [d for d in found if _state(d) is not State.CAUSAL_BLOCK or not modes.state_of(d.module).holds]
         _take_off(model, on, found)
     return model
 
@@ -179,7 +182,7 @@ class Block(ContextDecorator, Generic[Model]):
         try:
             with modes.lock:
                 _check_modes(found, self.enabled)
-                states = [_state(decoder) for decoder in found]
+                states = [(_state(decoder), is_unverified(decoder)) for decoder in found]
                 for decoder, state in zip(found, states):
                     self._entered.append((decoder, modes.hold(decoder.module, self.enabled, state, self)))
                 if self.enabled:
@@ -188,16 +191,31 @@ class Block(ContextDecorator, Generic[Model]):
                 else:
                     commit([change for decoder in found for change in _to_causal_block(self.model, decoder, found)])
         except BaseException:
-            self._leave()
+            self._leave_for_sure()
             raise
         return self.model
 
     def __exit__(self, *exception: object) -> None:
-        interrupt = None
+        self._leave_for_sure()
+
+    def __call__(self, function: Function) -> Function:
+        """The block as a decorator."""
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ArgumentError(
+                f"{function.__qualname__} returns before its body runs, so that the block would be over by then: open the block "
+                "inside it, `with bidirectional(model):`"
+            )
+        return super().__call__(function)
+
+    def _leave_for_sure(self) -> None:
+        """Leave, and only then raise what interrupted it (KeyboardInterrupt, SystemExit)."""
+        interrupt: BaseException | None = None
         while self._entered:
             try:
                 self._leave()
-            except KeyboardInterrupt as error:  # the model is brought back first
+            except Exception:
+                raise
+            except BaseException as error:
                 interrupt = error
         if interrupt is not None:
             raise interrupt
@@ -210,9 +228,10 @@ class Block(ContextDecorator, Generic[Model]):
             while self._entered:
                 decoder, hold = self._entered[-1]
                 try:
-                    state = modes.to_restore(decoder.module, hold)
-                    if state is not None:
-                        _bring_back(self.model, decoder, state, found)
+                    before = modes.to_restore(decoder.module, hold)
+                    if before is not None:
+                        state, was_unverified = before
+                        _bring_back(self.model, decoder, state, was_unverified, found)
                 except Exception as error:
                     errors.append(error)
                 modes.release(decoder.module, hold)
@@ -238,24 +257,29 @@ def _check_modes(found: list[Decoder], mode: bool) -> None:
         modes.check(decoder.module, mode, _state(decoder) is State.BIDIRECTIONAL)
 
 
-def _enable(model: nn.Module, wanted: list[Decoder], found: list[Decoder], allow_partial: bool) -> None:
+def _enable(
+    model: nn.Module,
+    wanted: list[Decoder],
+    found: list[Decoder],
+    allow_partial: bool,
+    unverified: Sequence[Decoder] = (),
+) -> None:
     """Check, verify, plan, apply; for those of the `wanted` decoders that aren't wholly bidirectional yet."""
     changing = [decoder for decoder in wanted if not is_patched(decoder)]
     if not changing:
         return
     _check_supported(changing, allow_partial)
     _check_forwards(changing)
-    handlings = [verify(decoder) for decoder in changing]
+    handlings = [verify(decoder, on_trust=allow_partial) for decoder in changing]
     hooks.install()
     add: list[tuple[nn.Module, Plan]] = []
     for decoder, handling in zip(changing, handlings):
         add += bidirectional_plans(decoder, handling or possible_handlings(decoder)[0])
-        if handling is None and not allow_partial:
+        if decoder in unverified or (handling is None and not allow_partial):
             add.append(unverified_plan(decoder))
-    leftovers = _patch_of(model, changing, found)
-    watch_labels(model)
-    apply(add, leftovers)
+    apply(add, _patch_of(model, changing, found))
     try:
+        watch_labels(model)
         for decoder, handling in zip(changing, handlings):
             if handling is None and not allow_partial and not decoder.is_on_meta:
                 verify_now(decoder.outermost, even_on_meta=False)
@@ -296,10 +320,12 @@ def _to_causal_block(model: nn.Module, decoder: Decoder, found: list[Decoder]) -
     return prepare(plans, _patch_of(model, [decoder], found))
 
 
-def _bring_back(model: nn.Module, decoder: Decoder, state: State, found: list[Decoder]) -> None:
+def _bring_back(
+    model: nn.Module, decoder: Decoder, state: State, was_unverified: bool, found: list[Decoder]
+) -> None:
     """Bring one decoder to the state that a block found."""
     if state is State.BIDIRECTIONAL:
-        _enable(model, [decoder], found, True)
+        _enable(model, [decoder], found, True, [decoder] if was_unverified else [])
     elif state is State.CAUSAL_BLOCK:
         commit(_to_causal_block(model, decoder, found))
     else:

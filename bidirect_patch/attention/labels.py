@@ -14,7 +14,7 @@ from .model_forward import BidirectionalModel
 from .sequences import is_graph_captured
 
 IGNORED = -100
-_ENOUGH = 4  # scored tokens to judge by: of MNTP's, one in ten stays as it is by chance
+_ENOUGH = 4  # scored tokens to judge by; fewer could all be visible by chance, since MNTP leaves one in ten unchanged
 
 _judged: "WeakSet[nn.Module]" = WeakSet()
 
@@ -24,6 +24,7 @@ def watch_labels(model: nn.Module) -> None:
     for module in model.modules():
         embeddings = getattr(module, "get_output_embeddings", None)
         if callable(embeddings) and "labels" in parameter_names(original(type(module))) and embeddings() is not None:
+            _judged.discard(module)
             if _look not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_look, with_kwargs=True)
 
@@ -49,7 +50,7 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
 
     Args:
         model: whose labels they are.
-        input_ids: (batch, length), int64, or anything else, of which nothing is said.
+        input_ids: (batch, length), int64, other types are ignored.
         labels: (batch, length), int64, -100 where not scored, or anything else.
     """
     if is_graph_captured() or model in _judged or not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
@@ -62,10 +63,12 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
     hidden = scored & (labels[:, 1:] != input_ids[:, 1:])
     if int(scored.sum()) < _ENOUGH:
         return
+    if not any(has_mixin(module, BidirectionalModel) for module in model.modules()):
+        return  # in a causal block
     _judged.add(model)
-    if not hidden.any() and any(has_mixin(module, BidirectionalModel) for module in model.modules()):
+    if not hidden.any():
         warnings.warn(
-            f"{type(model).__name__} attends in both directions and was given labels that all stand unhidden in its input, as "
+            f"{type(model).__name__} attends in both directions and was given labels that are all visible in its input, as "
             "for next-token prediction: each position sees the token that it must name, and the model learns to copy it. Hide "
             "tokens (bidirect_patch.MNTPCollator), or train inside `with bidirectional(model, enabled=False):`",
             LabelLeakWarning,

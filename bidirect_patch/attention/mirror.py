@@ -1,4 +1,4 @@
-"""What a model holds for the past by itself, mirrored into the future.
+"""Turn a causal mask or bias that a model makes itself into a symmetric one.
 
 Most models are causal by one mask, which `ready_mask` replaces. Some keep it elsewhere: a triangular buffer (openai-gpt,
 gpt_neo), an ALiBi bias that grows with the key's position (bloom, falcon, mpt), mask code that takes no ready mask. One rule

@@ -103,6 +103,8 @@ def users_mask(
             for kind, each in mask.items()
         }
     if not isinstance(mask, Tensor):
+        if backend != "flex":
+            raise AttentionMaskError(f"a BlockMask is for FlexAttention, and the model runs on {backend}: give a 2D mask")
         return mask
     _check(mask, batch, length, heads, backend)
     # Until 4.42, ones and zeros were the only 4D form, so a floating point mask with a value above 0 is that.

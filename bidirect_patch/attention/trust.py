@@ -1,9 +1,10 @@
 """Whether an attention module runs inside the patched forward of its model, which made the mask.
 
-It may not: `f = model.forward`, taken before the patch, stays the stock forward and makes a causal mask. Then the module
-mirrors the mask it gets.
+This is not always so: `f = model.forward`, taken before the patch, stays the stock forward and makes a causal mask. Then the
+attention module mirrors the mask that it is given.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,18 @@ class _Running(threading.local):
 
 
 _recorded, _running, _all_threads, _lock = _Recorded(), _Running(), set[object](), threading.Lock()
+
+
+def _after_fork() -> None:
+    """In a forked child, no other thread exists."""
+    global _lock
+    _lock = threading.Lock()
+    _all_threads.clear()
+    _recorded.entered = _running.depth > 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

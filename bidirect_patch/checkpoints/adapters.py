@@ -41,7 +41,7 @@ def save_adapter_config(wrapped: Any, adapter: Any, args: Any, kwargs: Any) -> A
 
 
 def fit_adapter_keys(model: Any, where: Any, name: str, **hub: Any) -> Any:
-    """Load an adapter's weights again if they did not arrive, under the names that they have here; what PEFT says of that.
+    """Load an adapter's weights again under this model's names if PEFT did not match them. Returns PEFT's result.
 
     LLM2Vec's are for a bare `LlamaModel` (`base_model.model.layers...`); a `*ForCausalLM` has one `model.` more.
 
@@ -63,7 +63,11 @@ def fit_adapter_keys(model: Any, where: Any, name: str, **hub: Any) -> Any:
         bare = key.removeprefix(prefix)
         alike = (k for k in here if k == bare or k.endswith(f".{bare}") or bare.endswith(f".{k}"))
         fitted[here.get(next(alike, ""), key)] = weight
-    if all(key in now and torch.equal(now[key].cpu(), weight.to(now[key].dtype)) for key, weight in fitted.items()):
+    if all(key in now and _is_same(now[key], weight) for key, weight in fitted.items()):
         return None
     how = {"low_cpu_mem_usage": True} if any(p.is_meta for p in model.parameters()) else {}
     return set_peft_model_state_dict(model, fitted, adapter_name=name, **how)
+
+
+def _is_same(now: torch.Tensor, weight: torch.Tensor) -> bool:
+    return not now.is_meta and torch.equal(now.cpu(), weight.to(now.dtype))

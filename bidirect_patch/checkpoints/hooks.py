@@ -11,6 +11,7 @@ from typing import Any
 import wrapt
 
 from ..errors import GenerateError
+from ..swap import modes
 from ..verify.state import holds_bidirectional
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
 from .load import HUB_OPTIONS, holds_decoder, is_bidirectional_now, loaded_bidirectional, says_bidirectional
@@ -22,8 +23,16 @@ _put: list[tuple[Any, str, Any]] = []  # class, method, what was there before
 
 def install() -> None:
     """Put every hook in place, once. Those on PEFT wait until PEFT is imported."""
-    if _put:
-        return
+    with modes.lock:
+        if not _put:
+            try:
+                _install()
+            except BaseException:
+                uninstall()
+                raise
+
+
+def _install() -> None:
     from transformers import GenerationMixin, PreTrainedModel
 
     for name in ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):

@@ -66,6 +66,7 @@ def _read(name_or_path: Any, file_name: str, hub: dict[str, Any]) -> dict[str, A
         if path is None:
             return {}
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            config = json.load(file)
+            return config if isinstance(config, dict) else {}
     except (OSError, ValueError, TypeError):
         return {}

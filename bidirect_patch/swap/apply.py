@@ -1,7 +1,8 @@
 """The transaction: everything is prepared first, then one step that nothing can interrupt makes the change.
 
 `prepare` builds the classes and works out every attribute and buffer, and may raise. `commit` runs in C from its start to
-its end, where Python handles no signal and switches no thread. So a module is never half patched.
+its end, where Python handles no signal and switches no thread, and no exception can get out of it. So a module is never half
+patched.
 """
 
 from collections import deque
@@ -34,7 +35,7 @@ def apply(
 ) -> None:
     """Put plans on modules and take others off, all of them or, if one can't be, none.
 
-    A module that already has a plan of the same mixin gets the new one in its stead.
+    A module that already has a plan of the same mixin gets the new one instead.
 
     Raises:
         ForeignWrapperError: another tool changed a module's class after the patch.

@@ -42,8 +42,8 @@ class Swapped:
         return ", ".join(filter(None, [super().extra_repr(), *notes]))  # type: ignore[misc]  # nn.Module has it
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle looks a class up by its name, which is the original's. So say how to make the class; the rest of what
-        # the original class says of itself is kept.
+        # pickle finds a class by its name, and that name belongs to the original. So the original and the mixins are
+        # stored; the rest of what the original class stores is kept.
         reduced = list(super().__reduce_ex__(max(int(protocol), 2)))
         if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]  # typeshed lacks it
             reduced[0], reduced[1] = _rebuild, (self._original, self._mixins, *reduced[1][1:])

@@ -1,6 +1,6 @@
 """A forward that another tool put on the instance, before the patch or after it.
 
-Three kinds are known. accelerate's hooks keep the forward that they found in `_old_forward`. accelerate's mixed precision
+Two kinds are known. accelerate's hooks keep the forward that they found in `_old_forward`. accelerate's mixed precision
 wraps the class's forward, and its wrappers say so by `__wrapped__`. Any other is an error, since a change of the class would
 not reach it.
 """

@@ -52,7 +52,8 @@ def _after_fork() -> None:
     me = threading.get_ident()
     for state in _states.values():
         state.holds = [hold for hold in state.holds if hold.owner[0] == me]
-        state.running = {thread: n for thread, n in state.running.items() if thread == me}
+        for thread in [thread for thread in state.running if thread != me]:
+            del state.running[thread]
 
 
 if hasattr(os, "register_at_fork"):
@@ -62,6 +63,9 @@ if hasattr(os, "register_at_fork"):
 def state_of(decoder: nn.Module) -> State:
     """The state of a decoder, without blocks that are gone. Call it with `lock` held."""
     state = _states.setdefault(decoder, State())
+    for gone, later in zip(state.holds, state.holds[1:]):
+        if not gone.is_alive:
+            later.found = gone.found  # a block that still ends brings back what the first one found
     state.holds = [hold for hold in state.holds if hold.is_alive]
     return state
 

@@ -15,7 +15,7 @@ from ..swap.classes import Swapped, set_forward
 from ..swap.plan import Plan, settings_of
 from .verify import verify, verify_itself
 
-_under_way: set[int] = set()  # models whose verification runs now, which calls their forward; of the thread that has the lock
+_under_way: set[int] = set()  # ids of models that are being verified now; only the thread that holds `modes.lock` uses it
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Unverified(Swapped):
             settings = settings_of(self, Verification)
             if settings is None or settings.is_done or is_graph_captured():
                 return inner(self, *args, **kwargs)
-            with modes.lock:  # another thread waits, rather than get an output that nothing was seen of
+            with modes.lock:  # other threads wait here, so that none uses an unverified output
                 is_seen = id(self) in _under_way or verify_now(self)
             result = inner(self, *args, **kwargs)
             if not is_seen:  # not before: where the model doesn't run either, its own error says more
@@ -54,6 +54,12 @@ class Unverified(Swapped):
 def unverified_plan(decoder: Decoder) -> tuple[nn.Module, Plan]:
     """The plan that has a decoder verified at its first forward."""
     return decoder.outermost, Plan(Unverified, Verification(False))
+
+
+def is_unverified(decoder: Decoder) -> bool:
+    """Whether a patched decoder still has to be verified."""
+    settings = settings_of(decoder.outermost, Verification)
+    return settings is not None and not settings.is_done
 
 
 def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..attention.handling import MaskHandling, possible_handlings
 from ..attention.plan import bidirectional_plans
-from ..errors import BidirectPatchError, UnseenLayersError, UnsupportedModelError
+from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, UnsupportedModelError
 from ..model.config import backend_of, text_config
 from ..model.find import Decoder, decoders, says_bidirectional
 from ..model.tiny import tiny_like
@@ -32,15 +32,17 @@ _trials: dict[tuple[object, ...], _Trial] = {}  # the best one, by class and bac
 _native: dict[tuple[object, ...], bool] = {}
 
 
-def verify(decoder: Decoder, even_on_meta: bool = False) -> MaskHandling | None:
+def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = False) -> MaskHandling | None:
     """How the class of `decoder` was seen to become bidirectional; None if no small model of it can be run.
 
     Args:
         decoder: a decoder of the model to be patched, which is not changed.
         even_on_meta: whether to do so for weights on the meta device, where it can wait for the first forward.
+        on_trust: whether a model is accepted of which nothing can be seen.
 
     Raises:
-        UnsupportedModelError: a layer was seen to stay causal, in a decoder without unsupported layers.
+        UnsupportedModelError: a layer was seen to stay causal, in a decoder without unsupported layers; or the model runs, and
+            none of its layers can be seen.
     """
     key = _key(decoder)
     if key not in _trials:
@@ -50,7 +52,8 @@ def verify(decoder: Decoder, even_on_meta: bool = False) -> MaskHandling | None:
             small = _small(decoder)
             attention_report(small)
         except Exception:  # a small model that can't be made or run, for whatever reason, shows nothing
-            _check_seen(decoder)
+            if not on_trust:
+                _check_seen(decoder)
             return None
         if not _attention_classes(decoder) <= frozenset().union(*map(_attention_classes, decoders(small))):
             return None  # attention of another class was put in: the class of the model says nothing of it
@@ -71,7 +74,7 @@ def verify_itself(decoder: Decoder) -> bool:
         return False
     try:
         report = attention_report(decoder.outermost)
-    except UnsupportedModelError:
+    except (UnsupportedModelError, AttentionMaskError):
         return False
     _check(decoder, _problem(report, "the model itself"))
     return True
@@ -82,7 +85,8 @@ def is_natively_bidirectional(decoder: Decoder) -> bool:
     if not says_bidirectional(decoder.module.config):
         return False
     config = text_config(decoder.module.config)
-    key = (original(type(decoder.outermost)), backend_of(config), decoder.spans)
+    flags = getattr(config, "is_causal", None), str(getattr(config, "use_bidirectional_attention", None))
+    key = (original(type(decoder.outermost)), backend_of(config), decoder.spans, flags)
     if key not in _native:
         try:
             layers = attention_report(tiny_like(decoder.outermost)).layers
@@ -113,7 +117,7 @@ def _try(decoder: Decoder, handling: MaskHandling) -> _Trial:
     apply([plan for d, how in zip(found, handlings) for plan in bidirectional_plans(d, how)])
     try:
         report = attention_report(small)
-    except UnsupportedModelError as error:
+    except (UnsupportedModelError, AttentionMaskError) as error:
         return _Trial(handling, -1, f"a small random model of its class doesn't run any more: {error}")
     right = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
     return _Trial(handling, right, _problem(report, "a small random model of its class") or _beyond_span(report, small))

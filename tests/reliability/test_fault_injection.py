@@ -22,6 +22,7 @@ from bidirect_patch.swap import modes
 from .small import BOTH, CAUSAL, assert_twins, causal_lm, leftovers, llama, moves
 
 PACKAGE = str(Path(bidirect_patch.__file__).parent)
+pytestmark = pytest.mark.slow
 ERRORS = [KeyboardInterrupt, RuntimeError]
 STEPS = int(os.environ.get("BIDIRECT_PATCH_STEPS", 60))  # of each operation, drawn at random; all if there are fewer
 

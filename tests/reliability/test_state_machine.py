@@ -295,4 +295,4 @@ Orders.TestCase.settings = settings(
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
 )
-TestOrders = Orders.TestCase
+TestOrders = pytest.mark.slow(Orders.TestCase)
