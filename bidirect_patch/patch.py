@@ -14,12 +14,12 @@ from .attention.model_forward import CausalBlock
 from .attention.plan import all_mixins, bidirectional_plans, causal_block_plans
 from .checkpoints import hooks
 from .errors import ArgumentError, OrderError, UnsupportedModelError
-from .model.find import Decoder, decoders
+from .model.find import Decoder, decoders, says_bidirectional
 from .swap import modes
 from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, has_mixin, is_sharded
 from .swap.instance_forward import calls_the_patch
-from .swap.plan import Plan, record_of
+from .swap.plan import Plan, before_patch, record_of
 from .verify.late import Unverified, is_unverified, unverified_plan, verify_now
 from .verify.state import attends_both_ways, decoder_modules, has_any_patch, is_patched
 from .verify.verify import is_natively_bidirectional, verify
@@ -93,8 +93,7 @@ def disable_bidirectional(model: Model) -> Model:
         _check_modes(found, False)
         for decoder in found:
             _check_not_native(decoder)
-        on = [d for d in found if _state(d) is not State.CAUSAL_BLOCK or not modes.state_of(d.module).holds]
-        _take_off(model, on, found)
+        _take_off(model, [decoder for decoder in found if not _stays_in_block(decoder)], found)
     return model
 
 
@@ -244,6 +243,13 @@ def _state(decoder: Decoder) -> State:
     if has_mixin(decoder.module, CausalBlock):
         return State.CAUSAL_BLOCK
     return State.BIDIRECTIONAL if is_patched(decoder) else State.AS_LOADED
+
+
+def _stays_in_block(decoder: Decoder) -> bool:
+    """Whether a decoder is in a causal block, or is a copy from one of a model that is bidirectional by its config."""
+    if _state(decoder) is not State.CAUSAL_BLOCK:
+        return False
+    return bool(modes.state_of(decoder.module).holds) or says_bidirectional(before_patch(decoder.module, "config"))
 
 
 def _check_flags(**flags: object) -> None:

@@ -43,7 +43,7 @@ def _look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
-    """Warn, once per model, if every scored token stands unhidden in the input.
+    """Warn, once per model, if every scored token is visible in the input.
 
     A position sees both sides, so it sees the token that it must name, and training teaches it to copy. The first batch with
     enough scored tokens decides; later ones cost nothing.

@@ -20,9 +20,7 @@ from bidirect_patch import (
     is_bidirectional,
     remove_mntp_head,
 )
-from bidirect_patch.errors import (
-    ModeConflictError,
-)
+from bidirect_patch.errors import ArgumentError, ModeConflictError
 
 from .small import (
     BOTH,
@@ -171,6 +169,35 @@ def test_a_block_of_a_thread_that_ended_holds_nothing():
     thread.start()
     thread.join()
     assert moves(enable_bidirectional(model)) == BOTH
+
+
+def test_what_a_thread_that_ended_has_found_is_brought_back_by_the_last_block():
+    """The first thread found the model causal and ended inside its block; the second ends its own block later."""
+    model = llama()
+    block, inside, go = bidirectional(model), threading.Event(), threading.Event()
+    first = threading.Thread(target=lambda: (block.__enter__(), inside.set(), go.wait(30)))
+    first.start()
+    assert inside.wait(30)
+    with bidirectional(model):
+        go.set()
+        first.join()
+        assert moves(model) == BOTH
+    assert moves(model) == CAUSAL
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "generator"])
+def test_a_block_is_no_decorator_of_what_runs_later(kind):
+    model = llama()
+
+    async def coroutine():
+        return moves(model)
+
+    def generator():
+        yield moves(model)
+
+    with pytest.raises(ArgumentError, match="inside it"):
+        bidirectional(model)({"coroutine": coroutine, "generator": generator}[kind])
+    assert bidirectional(model)(lambda: moves(model))() == BOTH and moves(model) == CAUSAL
 
 
 def test_blocks_nest_across_an_event_loop():

@@ -52,7 +52,7 @@ needs_native = pytest.mark.skipif(
 @pytest.mark.parametrize("head", [False, True])
 def test_labels_that_leak_are_said_once(head):
     model = (apply_mntp_head if head else enable_bidirectional)(causal_lm())
-    with pytest.warns(LabelLeakWarning, match="unhidden"):
+    with pytest.warns(LabelLeakWarning, match="visible"):
         model(input_ids=IDS, labels=IDS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,7 +8,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import LlamaModel
 
-from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
 
 from ..helpers import flash_double as double
@@ -113,6 +113,20 @@ def test_a_stubborn_model_on_meta_gives_no_output():
         with pytest.raises(UnsupportedModelError, match="Late was not made bidirectional"):
             hidden(model)
     assert sees_only_the_past(disable_bidirectional(model))
+
+
+def test_what_was_not_verified_stays_that_through_a_causal_block():
+    class Later(StubbornModel):  # a class that nobody has tried
+        pass
+
+    with torch.device("meta"):
+        model = bare(Later)
+    enable_bidirectional(model)
+    with bidirectional(model, enabled=False):
+        pass
+    materialized(model, bare(Later))
+    with pytest.raises(UnsupportedModelError, match="Later was not made bidirectional"):
+        hidden(model)
 
 
 def broken(*_, **__):
