@@ -1,12 +1,13 @@
 """The contrastive step, run as a user runs it: a tiny Llama, a settings file, sentence-transformers' own trainer."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, LlamaModel
+from transformers import AutoModel, AutoTokenizer, LlamaModel
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
@@ -95,6 +96,61 @@ def test_published_settings_train_a_folder_that_opens_bidirectional(settings, pl
     assert 0 < moved < away
     checkpoint = st.SentenceTransformer(str(Path(out, "checkpoint-2")), device="cpu")
     assert reaches_back(checkpoint[0].model)
+
+
+@pytest.fixture
+def ids_read(monkeypatch):
+    """The token ids of every text that a model gets, without padding."""
+    from sentence_transformers.models import Transformer
+
+    seen = []
+    forward = Transformer.forward
+
+    def recorded(self, features, **kwargs):
+        masks = features["attention_mask"].bool()
+        seen.extend(ids[mask].tolist() for ids, mask in zip(features["input_ids"], masks))
+        return forward(self, features, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", recorded)
+    return seen
+
+
+def with_tokenizer(settings, place, tmp_path, **changes):
+    """The settings, with a copy of the model whose tokenizer has these attributes."""
+    folder = shutil.copytree(place / "model", tmp_path / "changed")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    small = {"gradient_checkpointing": False, "stop_after_n_steps": 1}
+    return settings | small | {"model_name_or_path": str(folder), "peft_model_name_or_path": None}
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_a_chat_template_only_if_it_is_asked_for(settings, place, tmp_path, ids_read, asked_for):
+    template = "{% for m in messages %}w59 {{ m['content'] }} w58{% endfor %}"
+    settings = with_tokenizer(settings, place, tmp_path, chat_template=template)
+    assert run(settings | ({"chat_template": True} if asked_for else {})) == 0
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    first, last = tokenizer("w59 w58", add_special_tokens=False)["input_ids"]
+
+    def wrapped(ids):
+        return first in ids[:2] and ids[-1] == last
+
+    plain = [tokenizer(line)["input_ids"] for line in (place / "texts.txt").read_text().splitlines()]
+    if asked_for:
+        assert all(wrapped(ids) for ids in ids_read)
+    else:
+        assert all(ids in plain for ids in ids_read)
+    ids_read.clear()
+    st.SentenceTransformer(settings["output_dir"], device="cpu").encode(["w1 w2 w3"])
+    (ids,) = ids_read
+    assert wrapped(ids) if asked_for else ids == tokenizer("w1 w2 w3")["input_ids"]
+
+
+def test_a_chat_template_that_the_tokenizer_lacks_is_refused(settings, capsys):
+    assert run(settings | {"chat_template": True}) == 2
+    assert "chat_template is given, and the tokenizer has none" in capsys.readouterr().err
 
 
 def test_pairs_and_triplets_by_file(settings, place):

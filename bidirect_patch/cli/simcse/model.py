@@ -17,6 +17,9 @@ from .settings import DROPOUT, EncoderArguments, PoolingMode
 # The name of a pooling mode in LLM2Vec -> its name in sentence-transformers.
 POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmean", "eos_token": "lasttoken"}
 
+# What sentence-transformers' Transformer reads: texts as they are.
+PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+
 
 def load_encoder(settings: EncoderArguments) -> Any:
     """Load the model as a SentenceTransformer, with a new LoRA adapter.
@@ -33,6 +36,8 @@ def load_encoder(settings: EncoderArguments) -> Any:
     with loading(what):
         module = _load_module(settings)
         model = module.model
+        if settings.chat_template and "message" not in module.modality_config:
+            raise ConfigError("chat_template is given, and the tokenizer has none")
         enable_bidirectional(model)  # an adapter that was trained on a bidirectional model is loaded onto one
         if settings.peft_model_name_or_path:
             model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
@@ -72,9 +77,12 @@ def _load_module(settings: EncoderArguments) -> Any:
     config: dict[str, Any] = {"attention_dropout": settings.simcse_dropout}
     if not settings.bidirectional:
         config["is_causal"] = True  # whatever the checkpoint says
+    # By itself, sentence-transformers takes a chat template wherever the tokenizer has one. The folder keeps this setting.
+    plain = {} if settings.chat_template else {"modality_config": PLAIN_TEXT, "module_output_name": "token_embeddings"}
     return Transformer(
         settings.model_name_or_path,
         model_kwargs={DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation},
         config_kwargs=config,
         max_seq_length=settings.max_seq_length,
+        **plain,
     )

@@ -34,6 +34,9 @@ class EncoderArguments(CommonModelArguments):
     )
     bidirectional: bool = field(default=True, metadata={"help": "Train with bidirectional attention."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Tokens per text that are read."})
+    chat_template: bool = field(
+        default=False, metadata={"help": "Put the tokenizer's chat template round each text, now and when it encodes."}
+    )
     pooling_mode: PoolingMode = field(default="mean", metadata={"help": "How token vectors become one."})
     simcse_dropout: float | None = field(
         default=None, metadata={"help": f"Dropout of attention while training; {DROPOUT} for single texts, else none."}
