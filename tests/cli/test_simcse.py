@@ -153,6 +153,24 @@ def test_a_chat_template_that_the_tokenizer_lacks_is_refused(settings, capsys):
     assert "chat_template is given, and the tokenizer has none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("limit, read", [({}, 20), ({"encode_max_seq_length": 12}, 12)])
+def test_the_length_for_training_is_not_the_encoders_limit(settings, ids_read, limit, read):
+    settings |= {"max_seq_length": 8, "stop_after_n_steps": 1, "gradient_checkpointing": False}
+    assert run(settings | limit) == 0
+    assert max(map(len, ids_read)) == 8
+    ids_read.clear()
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    opened.encode(" ".join(["w1"] * 20))
+    assert list(map(len, ids_read)) == [read]
+    assert opened.max_seq_length == limit.get("encode_max_seq_length", 256)  # the tokenizer's own limit
+    assert json.loads(Path(settings["output_dir"], "tokenizer.json").read_text())["truncation"] is None
+
+
+def test_a_limit_beyond_the_models_is_refused(settings, capsys):
+    assert run(settings | {"encode_max_seq_length": 257}) == 2
+    assert "encode_max_seq_length must be at most 256" in capsys.readouterr().err
+
+
 def test_pairs_and_triplets_by_file(settings, place):
     """A folder of files, each a task of its own: in-batch negatives come from the same one."""
     del settings["simcse_dropout"]

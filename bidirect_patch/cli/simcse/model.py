@@ -21,15 +21,18 @@ POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmea
 PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
-def load_encoder(settings: EncoderArguments) -> Any:
+def load_encoder(settings: EncoderArguments) -> tuple[Any, int]:
     """Load the model as a SentenceTransformer, with a new LoRA adapter.
 
     The adapter of the step before is merged into the model first. The model is bidirectional unless the settings say
     otherwise.
 
+    Returns:
+        The model, which cuts texts for training, and how many tokens of a text it is to read once it is trained.
+
     Raises:
         BackendError: The attention backend is not installed.
-        ConfigError: There is no such model or adapter.
+        ConfigError: There is no such model or adapter, or it cannot have these settings.
         UnsupportedModelError: The model cannot be made bidirectional.
     """
     what = " under ".join(p for p in (settings.peft_model_name_or_path, settings.model_name_or_path) if p)
@@ -47,7 +50,10 @@ def load_encoder(settings: EncoderArguments) -> Any:
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
     pooling = Pooling(model.config.hidden_size, pooling_mode=POOLING[settings.pooling_mode])
-    return SentenceTransformer(modules=[module, pooling])
+    limit = _limit(module, settings)
+    if settings.max_seq_length is not None:
+        module.max_seq_length = settings.max_seq_length
+    return SentenceTransformer(modules=[module, pooling]), limit
 
 
 def check_views_differ(model: Any, text: str) -> None:
@@ -83,6 +89,13 @@ def _load_module(settings: EncoderArguments) -> Any:
         settings.model_name_or_path,
         model_kwargs={DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation},
         config_kwargs=config,
-        max_seq_length=settings.max_seq_length,
         **plain,
     )
+
+
+def _limit(module: Any, settings: EncoderArguments) -> int:
+    own: int = module.max_seq_length  # the tokenizer's limit or the model's, whichever is lower
+    wanted = settings.encode_max_seq_length
+    if wanted is not None and wanted > own:
+        raise ConfigError(f"encode_max_seq_length must be at most {own}, the model's own limit; got {wanted}")
+    return wanted or own
