@@ -13,6 +13,7 @@ from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
 
 from ..helpers.sentences import reaches_back, write_folder
+from ..helpers.words import EOS, make_tokenizer
 
 st = pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
 peft = pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
@@ -169,6 +170,33 @@ def test_the_length_for_training_is_not_the_encoders_limit(settings, ids_read, l
 def test_a_limit_beyond_the_models_is_refused(settings, capsys):
     assert run(settings | {"encode_max_seq_length": 257}) == 2
     assert "encode_max_seq_length must be at most 256" in capsys.readouterr().err
+
+
+def test_eos_token_pools_an_end_token_that_is_appended(settings, ids_read):
+    settings |= {"pooling_mode": "eos_token", "max_seq_length": 8, "stop_after_n_steps": 1}
+    assert run(settings | {"gradient_checkpointing": False}) == 0
+    assert {ids[-1] for ids in ids_read} == {2} and max(map(len, ids_read)) == 8  # a text that is cut has it too
+    ids_read.clear()
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    embeddings = opened.encode(["w1 w2 w3", "w4"], convert_to_tensor=True)
+    assert [ids[-2:] for ids in ids_read] == [[6, 2], [7, 2]]
+    end = opened[0].model(input_ids=torch.tensor([ids_read[0]]))[0][0, -1]
+    torch.testing.assert_close(embeddings[0], end, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": False}])
+def test_the_end_token_is_appended_once_and_kept_in_the_folder(tmp_path, flags):
+    from bidirect_patch.cli.simcse.end_token import append_end_token
+
+    make_tokenizer(**flags).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    before = tokenizer("w1 w2")["input_ids"]
+    for _ in range(2):
+        append_end_token(tokenizer)
+        assert tokenizer("w1 w2")["input_ids"] == [*before, EOS]
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("w1 w2")["input_ids"] == [*before, EOS]
 
 
 def test_pairs_and_triplets_by_file(settings, place):

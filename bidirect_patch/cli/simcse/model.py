@@ -12,6 +12,7 @@ from ...patch import disable_bidirectional, enable_bidirectional
 from ..loading import loading
 from ..lora import with_lora
 from ..versions import DTYPE_ARGUMENT
+from .end_token import append_end_token
 from .settings import DROPOUT, EncoderArguments, PoolingMode
 
 # The name of a pooling mode in LLM2Vec -> its name in sentence-transformers.
@@ -49,6 +50,8 @@ def load_encoder(settings: EncoderArguments) -> tuple[Any, int]:
     module.model = model = with_lora(model, settings)
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
+    if settings.pooling_mode == "eos_token":
+        append_end_token(module.tokenizer)
     pooling = Pooling(model.config.hidden_size, pooling_mode=POOLING[settings.pooling_mode])
     limit = _limit(module, settings)
     if settings.max_seq_length is not None:
