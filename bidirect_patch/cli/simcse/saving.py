@@ -7,8 +7,8 @@ from typing import Any
 def save_merged(model: Any, folder: str, max_seq_length: int) -> None:
     """Write a SentenceTransformer with its adapter merged.
 
-    The model itself keeps its adapter, because a copy is merged. Dropout that was only for training is not written, nor is the length
-    that texts were cut to.
+    The model itself keeps its adapter, because a copy is merged. Dropout and a limit of tokens that were only for
+    training are not written.
 
     Args:
         model: The SentenceTransformer.

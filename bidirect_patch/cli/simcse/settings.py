@@ -33,7 +33,9 @@ class EncoderArguments(CommonModelArguments):
         default=None, metadata={"help": "Its adapter of the step before (MNTP), merged into it first."}
     )
     bidirectional: bool = field(default=True, metadata={"help": "Train with bidirectional attention."})
-    max_seq_length: int | None = field(default=None, metadata={"help": "Tokens per text in training. Default: the model's limit."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens per text in training. Default: the model's limit."}
+    )
     encode_max_seq_length: int | None = field(
         default=None, metadata={"help": "Tokens per text that the result reads. Default: the model's limit."}
     )
