@@ -3,6 +3,7 @@
 This module does not need PEFT, so that `bidirect-patch check` runs without it.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,4 +29,7 @@ def loading(what: str, failure: str = "can't load") -> Iterator[None]:
         raise
     except Exception as error:  # a missing or broken checkpoint raises errors of many classes
         kind = BackendError if isinstance(error, ImportError) else ConfigError
-        raise kind(f"{failure} {what}: {one_line(error)}") from error
+        message = f"{failure} {what}: {one_line(error)}"
+        if kind is BackendError and re.search("flash.?att", message, re.IGNORECASE):
+            message += " Install it, or give --attn_implementation sdpa."
+        raise kind(message) from error

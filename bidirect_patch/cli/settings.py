@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from ..errors import ConfigError
 from . import Parser, one_line, underscored
-from .versions import translate_settings
+from .versions import has_accelerator, translate_settings
 
 
 @dataclass
@@ -46,13 +46,16 @@ class _SettingsParser(HfArgumentParser, Parser):
         raise ConfigError(message)
 
 
-def parse_settings(kinds: Sequence[Any], command: str, argv: list[str]) -> tuple[tuple[Any, ...], str | None]:
+def parse_settings(
+    kinds: Sequence[Any], command: str, argv: list[str], replaces: Mapping[str, Sequence[str]] | None = None
+) -> tuple[tuple[Any, ...], str | None]:
     """Read `[CONFIG.json] [--name value ...]`.
 
     Args:
         kinds: The dataclasses that hold the settings. The last one is a subclass of TrainingArguments.
         command: The name of the command.
         argv: Its arguments.
+        replaces: For the name of a flag, the settings of the file that it puts aside, besides its own.
 
     Returns:
         An instance of each dataclass; and the `output_dir` that was given, which is None where TrainingArguments makes
@@ -68,7 +71,9 @@ def parse_settings(kinds: Sequence[Any], command: str, argv: list[str]) -> tuple
     if argv and not argv[0].startswith("-"):
         settings = read_json(argv[0])
         argv = argv[1:]
-    settings |= _read_flags(argv)
+    given = _read_flags(argv)
+    aside = {name for flag in given for name in (replaces or {}).get(flag, ())}
+    settings = {name: value for name, value in settings.items() if name not in aside} | given
     types = {f.name: f.type for kind in kinds for f in fields(kind) if f.init}
     settings = translate_settings(settings, set(types))
     _check_names(settings, types)
@@ -77,6 +82,8 @@ def parse_settings(kinds: Sequence[Any], command: str, argv: list[str]) -> tuple
         # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     _check_training_numbers(values)
+    if (values["bf16"] or values["bf16_full_eval"]) and not has_accelerator():
+        values["use_cpu"] = True  # transformers asks for it
     with transformers_errors():
         parsed = parser.parse_dict(values)
     for part in parsed:

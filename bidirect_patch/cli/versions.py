@@ -18,6 +18,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
+from transformers.utils import is_torch_xla_available
 
 from ..errors import ConfigError
 
@@ -121,6 +122,15 @@ def remove_gguf_mark(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer:
         quantizer.remove_quantization_config(model)
+
+
+def has_accelerator() -> bool:
+    """Say whether there is a device besides the CPU to train on."""
+    if is_torch_xla_available():
+        return True
+    if hasattr(torch, "accelerator"):  # from PyTorch 2.6 on
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def allow_numpy_state() -> AbstractContextManager[Any]:

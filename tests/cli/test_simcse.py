@@ -1,17 +1,19 @@
 """The contrastive step, run as a user runs it: a tiny Llama, a settings file, sentence-transformers' own trainer."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, LlamaModel
+from transformers import AutoModel, AutoTokenizer, LlamaModel
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
 
 from ..helpers.sentences import reaches_back, write_folder
+from ..helpers.words import EOS, make_tokenizer
 
 st = pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
 peft = pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
@@ -95,6 +97,106 @@ def test_published_settings_train_a_folder_that_opens_bidirectional(settings, pl
     assert 0 < moved < away
     checkpoint = st.SentenceTransformer(str(Path(out, "checkpoint-2")), device="cpu")
     assert reaches_back(checkpoint[0].model)
+
+
+@pytest.fixture
+def ids_read(monkeypatch):
+    """The token ids of every text that a model gets, without padding."""
+    from sentence_transformers.models import Transformer
+
+    seen = []
+    forward = Transformer.forward
+
+    def recorded(self, features, **kwargs):
+        masks = features["attention_mask"].bool()
+        seen.extend(ids[mask].tolist() for ids, mask in zip(features["input_ids"], masks))
+        return forward(self, features, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", recorded)
+    return seen
+
+
+def with_tokenizer(settings, place, tmp_path, **changes):
+    """The settings, with a copy of the model whose tokenizer has these attributes."""
+    folder = shutil.copytree(place / "model", tmp_path / "changed")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    small = {"gradient_checkpointing": False, "stop_after_n_steps": 1}
+    return settings | small | {"model_name_or_path": str(folder), "peft_model_name_or_path": None}
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_a_chat_template_only_if_it_is_asked_for(settings, place, tmp_path, ids_read, asked_for):
+    template = "{% for m in messages %}w59 {{ m['content'] }} w58{% endfor %}"
+    settings = with_tokenizer(settings, place, tmp_path, chat_template=template)
+    assert run(settings | ({"chat_template": True} if asked_for else {})) == 0
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    first, last = tokenizer("w59 w58", add_special_tokens=False)["input_ids"]
+
+    def wrapped(ids):
+        return first in ids[:2] and ids[-1] == last
+
+    plain = [tokenizer(line)["input_ids"] for line in (place / "texts.txt").read_text().splitlines()]
+    if asked_for:
+        assert all(wrapped(ids) for ids in ids_read)
+    else:
+        assert all(ids in plain for ids in ids_read)
+    ids_read.clear()
+    st.SentenceTransformer(settings["output_dir"], device="cpu").encode(["w1 w2 w3"])
+    (ids,) = ids_read
+    assert wrapped(ids) if asked_for else ids == tokenizer("w1 w2 w3")["input_ids"]
+
+
+def test_a_chat_template_that_the_tokenizer_lacks_is_refused(settings, capsys):
+    assert run(settings | {"chat_template": True}) == 2
+    assert "chat_template is given, and the tokenizer has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit, read", [({}, 20), ({"encode_max_seq_length": 12}, 12)])
+def test_the_length_for_training_is_not_the_encoders_limit(settings, ids_read, limit, read):
+    settings |= {"max_seq_length": 8, "stop_after_n_steps": 1, "gradient_checkpointing": False}
+    assert run(settings | limit) == 0
+    assert max(map(len, ids_read)) == 8
+    ids_read.clear()
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    opened.encode(" ".join(["w1"] * 20))
+    assert list(map(len, ids_read)) == [read]
+    assert opened.max_seq_length == limit.get("encode_max_seq_length", 256)  # the tokenizer's own limit
+    assert json.loads(Path(settings["output_dir"], "tokenizer.json").read_text())["truncation"] is None
+
+
+def test_a_limit_beyond_the_models_is_refused(settings, capsys):
+    assert run(settings | {"encode_max_seq_length": 257}) == 2
+    assert "encode_max_seq_length must be at most 256" in capsys.readouterr().err
+
+
+def test_eos_token_pools_an_end_token_that_is_appended(settings, ids_read):
+    settings |= {"pooling_mode": "eos_token", "max_seq_length": 8, "stop_after_n_steps": 1}
+    assert run(settings | {"gradient_checkpointing": False}) == 0
+    assert {ids[-1] for ids in ids_read} == {2} and max(map(len, ids_read)) == 8  # a text that is cut has it too
+    ids_read.clear()
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    embeddings = opened.encode(["w1 w2 w3", "w4"], convert_to_tensor=True)
+    assert [ids[-2:] for ids in ids_read] == [[6, 2], [7, 2]]
+    end = opened[0].model(input_ids=torch.tensor([ids_read[0]]))[0][0, -1]
+    torch.testing.assert_close(embeddings[0], end, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": False}])
+def test_the_end_token_is_appended_once_and_kept_in_the_folder(tmp_path, flags):
+    from bidirect_patch.cli.simcse.end_token import append_end_token
+
+    make_tokenizer(**flags).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    before = tokenizer("w1 w2")["input_ids"]
+    for _ in range(2):
+        append_end_token(tokenizer)
+        assert tokenizer("w1 w2")["input_ids"] == [*before, EOS]
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("w1 w2")["input_ids"] == [*before, EOS]
 
 
 def test_pairs_and_triplets_by_file(settings, place):

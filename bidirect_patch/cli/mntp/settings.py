@@ -83,6 +83,14 @@ class MNTPTrainingArguments(TrainingArguments):
     )
 
 
+# A flag that names texts puts aside the texts of the settings file: all of them, or those that contradict it.
+REPLACES = {
+    "dataset_name": ("dataset_config_name", "train_file", "validation_file"),
+    "train_file": ("dataset_name", "dataset_config_name", "validation_file"),
+    "validation_file": ("dataset_name", "dataset_config_name"),
+    "dataset_config_name": ("train_file", "validation_file"),
+}
+
 KINDS = (ModelArguments, DataArguments, MNTPArguments, MNTPTrainingArguments)
 
 
@@ -101,7 +109,7 @@ def parse(argv: list[str]) -> Settings:
     Raises:
         ConfigError: A file or a setting cannot be used. The message names it.
     """
-    parsed, output_dir = parse_settings(KINDS, "mntp", argv)
+    parsed, output_dir = parse_settings(KINDS, "mntp", argv, REPLACES)
     settings = Settings(*parsed)
     training = settings.training
     if not (training.do_train or training.do_eval):

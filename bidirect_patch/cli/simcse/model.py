@@ -12,27 +12,36 @@ from ...patch import disable_bidirectional, enable_bidirectional
 from ..loading import loading
 from ..lora import with_lora
 from ..versions import DTYPE_ARGUMENT
+from .end_token import append_end_token
 from .settings import DROPOUT, EncoderArguments, PoolingMode
 
 # The name of a pooling mode in LLM2Vec -> its name in sentence-transformers.
 POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmean", "eos_token": "lasttoken"}
 
+# What sentence-transformers' Transformer reads: texts as they are.
+PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
-def load_encoder(settings: EncoderArguments) -> Any:
+
+def load_encoder(settings: EncoderArguments) -> tuple[Any, int]:
     """Load the model as a SentenceTransformer, with a new LoRA adapter.
 
     The adapter of the step before is merged into the model first. The model is bidirectional unless the settings say
     otherwise.
 
+    Returns:
+        The model, which cuts texts for training, and how many tokens of a text it is to read once it is trained.
+
     Raises:
         BackendError: The attention backend is not installed.
-        ConfigError: There is no such model or adapter.
+        ConfigError: There is no such model or adapter, or it cannot have these settings.
         UnsupportedModelError: The model cannot be made bidirectional.
     """
     what = " under ".join(p for p in (settings.peft_model_name_or_path, settings.model_name_or_path) if p)
     with loading(what):
         module = _load_module(settings)
         model = module.model
+        if settings.chat_template and "message" not in module.modality_config:
+            raise ConfigError("chat_template is given, and the tokenizer has none")
         enable_bidirectional(model)  # an adapter that was trained on a bidirectional model is loaded onto one
         if settings.peft_model_name_or_path:
             model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
@@ -41,8 +50,13 @@ def load_encoder(settings: EncoderArguments) -> Any:
     module.model = model = with_lora(model, settings)
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
+    if settings.pooling_mode == "eos_token":
+        append_end_token(module.tokenizer)
     pooling = Pooling(model.config.hidden_size, pooling_mode=POOLING[settings.pooling_mode])
-    return SentenceTransformer(modules=[module, pooling])
+    limit = _limit(module, settings)
+    if settings.max_seq_length is not None:
+        module.max_seq_length = settings.max_seq_length
+    return SentenceTransformer(modules=[module, pooling]), limit
 
 
 def check_views_differ(model: Any, text: str) -> None:
@@ -72,9 +86,19 @@ def _load_module(settings: EncoderArguments) -> Any:
     config: dict[str, Any] = {"attention_dropout": settings.simcse_dropout}
     if not settings.bidirectional:
         config["is_causal"] = True  # whatever the checkpoint says
+    # By itself, sentence-transformers takes a chat template wherever the tokenizer has one. The folder keeps this setting.
+    plain = {} if settings.chat_template else {"modality_config": PLAIN_TEXT, "module_output_name": "token_embeddings"}
     return Transformer(
         settings.model_name_or_path,
         model_kwargs={DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation},
         config_kwargs=config,
-        max_seq_length=settings.max_seq_length,
+        **plain,
     )
+
+
+def _limit(module: Any, settings: EncoderArguments) -> int:
+    own: int = module.max_seq_length  # the tokenizer's limit or the model's, whichever is lower
+    wanted = settings.encode_max_seq_length
+    if wanted is not None and wanted > own:
+        raise ConfigError(f"encode_max_seq_length must be at most {own}, the model's own limit; got {wanted}")
+    return wanted or own

@@ -33,7 +33,15 @@ class EncoderArguments(CommonModelArguments):
         default=None, metadata={"help": "Its adapter of the step before (MNTP), merged into it first."}
     )
     bidirectional: bool = field(default=True, metadata={"help": "Train with bidirectional attention."})
-    max_seq_length: int | None = field(default=None, metadata={"help": "Tokens per text that are read."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens per text in training. Default: the model's limit."}
+    )
+    encode_max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens per text that the result reads. Default: the model's limit."}
+    )
+    chat_template: bool = field(
+        default=False, metadata={"help": "Put the tokenizer's chat template round each text, now and when it encodes."}
+    )
     pooling_mode: PoolingMode = field(default="mean", metadata={"help": "How token vectors become one."})
     simcse_dropout: float | None = field(
         default=None, metadata={"help": f"Dropout of attention while training; {DROPOUT} for single texts, else none."}
@@ -98,7 +106,7 @@ def parse(argv: list[str]) -> Settings:
     _check_training(settings.training)
     check_dropout(encoder, "simcse_dropout")
     check_lora(encoder)
-    check_counts(encoder, "max_seq_length", "stop_after_n_steps")
+    check_counts(encoder, "max_seq_length", "encode_max_seq_length", "stop_after_n_steps")
     if encoder.loss_scale <= 0:
         raise ConfigError(f"loss_scale must be above 0; got {encoder.loss_scale}")
     return settings

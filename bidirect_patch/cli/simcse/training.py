@@ -30,7 +30,7 @@ def _make_trainer(settings: Settings) -> SimCSETrainer:
     data, single = load_examples(texts)
     if encoder.simcse_dropout is None:
         encoder.simcse_dropout = DROPOUT if single else 0.0
-    model = load_encoder(encoder)
+    model, max_seq_length = load_encoder(encoder)
     if single:
         check_views_differ(model, first_example(data)["anchor"])
         set_seed(training.seed)  # the check has drawn random numbers
@@ -42,5 +42,6 @@ def _make_trainer(settings: Settings) -> SimCSETrainer:
             args=training,
             train_dataset=data,
             loss=loss,
+            saved_max_seq_length=max_seq_length,
             stop_after_n_steps=encoder.stop_after_n_steps,
         )

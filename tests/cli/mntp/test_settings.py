@@ -29,6 +29,51 @@ def test_flags_win_over_the_file_and_types_are_the_same_either_way(settings):
     assert again[1].max_eval_samples == 3 and again[3].learning_rate == 0.01 and again[3].use_cpu is True
 
 
+HUB = {"dataset_name": "wikitext", "dataset_config_name": "wikitext-103"}
+FILES = {"train_file": "train.txt", "validation_file": "validation.txt"}
+
+
+@pytest.mark.parametrize(
+    "hub, flag, left",
+    [
+        (True, "train_file", {}),
+        (True, "validation_file", {}),
+        (True, "dataset_name", {}),
+        (True, "dataset_config_name", {"dataset_name": "wikitext"}),
+        (False, "dataset_name", {}),
+        (False, "train_file", {}),
+        (False, "validation_file", {"train_file": "train.txt"}),
+    ],
+)
+def test_a_flag_for_texts_replaces_the_texts_of_the_file(settings, tmp_path, hub, flag, left):
+    from bidirect_patch.cli.mntp.settings import parse
+
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings | dict.fromkeys(HUB | FILES) | (HUB if hub else FILES)))
+    data = parse([str(path), "--do_eval", f"--{flag}", "given"])[1]
+    assert {name: getattr(data, name) for name in HUB | FILES if getattr(data, name)} == left | {flag: "given"}
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--bf16_full_eval"])
+def test_bf16_without_an_accelerator_trains_on_the_cpu(settings, monkeypatch, tmp_path, flag):
+    from bidirect_patch.cli import settings as module
+    from bidirect_patch.cli.mntp.settings import parse
+
+    monkeypatch.setattr(module, "has_accelerator", lambda: False)
+    del settings["use_cpu"]
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+    assert parse([str(path), "--do_train", flag])[3].use_cpu is True
+
+
+def test_without_flash_attention_another_backend_is_named():
+    from bidirect_patch.cli.loading import loading
+    from bidirect_patch.errors import BackendError
+
+    with pytest.raises(BackendError, match=r"give --attn_implementation sdpa\.$"), loading("it"):
+        raise ImportError("FlashAttention2 has been toggled on, but flash_attn is not installed.")
+
+
 @pytest.mark.parametrize("place_of_it", ["flag", "key"])
 def test_deepspeeds_settings_reach_trainers_arguments_as_they_are(settings, monkeypatch, tmp_path, place_of_it):
     """Whether or not deepspeed is installed: what transformers would hand it is caught."""
