@@ -7,6 +7,8 @@ import pytest
 
 from .helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow  # the same on every release of transformers
+
 PACKAGE = ROOT / "bidirect_patch"
 # The commands have no examples; importing `__main__` runs one.
 MODULES = sorted(

@@ -11,6 +11,8 @@ import bidirect_patch
 from .helpers.paths import ROOT
 from .helpers.source_tree import imports, sources
 
+pytestmark = pytest.mark.slow  # the same on every release of transformers
+
 FACE = "bidirect_patch"
 PACKAGE = ROOT / FACE
 
