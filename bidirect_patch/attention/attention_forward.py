@@ -11,10 +11,10 @@ from ..model.config import backend_of
 from ..model.facts import CROSS_ATTENTION, bias_parameter, mask_parameter, parameter_names, takes_any_keyword
 from ..swap.classes import Swapped, set_forward
 from ..swap.plan import settings_of
-from . import trust
+from . import mask_origin
 from .flash import are_sequence_numbers, how_to_run
 from .handling import MaskHandling
-from .masked_positions import MaskedPositions
+from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
 from .ready_mask import pick
 
@@ -149,7 +149,7 @@ def _own_mask(settings: AttentionSettings, mask: Any, backend: str) -> Any:
     """The module's mask out of what its model handed on."""
     if settings.handling.kind != "ready":
         return mirrored_mask(mask, settings.handling.inverted)
-    if not trust.mask_is_ours():
+    if not mask_origin.mask_is_ours():
         return mirrored_mask(pick(mask, settings.span, settings.spans, False))
     return pick(mask, settings.span, settings.spans, backend in settings.omits_mask_on)
 

@@ -6,8 +6,8 @@ A mask that hides nothing has stride 0 in every dim, so that it takes no memory;
 import torch
 from torch import Tensor
 
-from ..model.span import Span
-from .sequences import Sequences
+from ..model.windows import Span
+from .padding_and_packing import Sequences
 from .versions import HAS_MASKING_UTILS
 
 

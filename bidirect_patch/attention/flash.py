@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import AttentionMaskError
-from ..model.span import Span
-from .sequences import Sequences, is_graph_captured, run_starts
+from ..model.windows import Span
+from .padding_and_packing import Sequences, is_graph_captured, run_starts
 
 
 def sequence_numbers(sequences: Sequences, spans: tuple[Span, ...]) -> Tensor | None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from ..model.span import Span
-from .sequences import Sequences, in_window, run_starts
+from ..model.windows import Span
+from .padding_and_packing import Sequences, in_window, run_starts
 
 
 class SpanBlockMasks(BlockMask):

@@ -11,7 +11,7 @@ from ..errors import LabelLeakWarning
 from ..model.facts import parameter_names
 from ..swap.classes import has_mixin, original
 from .model_forward import BidirectionalModel
-from .sequences import is_graph_captured
+from .padding_and_packing import is_graph_captured
 
 IGNORED = -100
 _ENOUGH = 4  # scored tokens to judge by; fewer could all be visible by chance, since MNTP leaves one in ten unchanged

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .sequences import with_padding
+from .padding_and_packing import with_padding
 
 
 def mirrored_buffer(buffer: Tensor) -> Tensor:

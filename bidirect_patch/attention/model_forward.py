@@ -9,14 +9,14 @@ from torch import Tensor
 from ..errors import ArgumentError, AttentionMaskError, CacheError
 from ..model.config import backend_of, text_config
 from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names
-from ..model.span import Span
+from ..model.windows import Span
 from ..swap.classes import Swapped, original, set_forward
 from ..swap.modes import check_caller, running
 from ..swap.plan import settings_of
-from . import trust
+from . import mask_origin
 from .handling import MaskHandling
+from .padding_and_packing import is_graph_captured, read_boundaries, read_positions, read_sequences
 from .ready_mask import is_users_own, make_mask, users_mask
-from .sequences import is_graph_captured, read_boundaries, read_positions, read_sequences
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class BidirectionalModel(Swapped):
                 settings = settings_of(self, ModelSettings)
                 assert settings is not None  # the class is this one
                 kwargs = arguments(self, settings, kwargs)
-                before = trust.enter_recorded()
+                before = mask_origin.enter_recorded()
                 try:
                     return inner(self, **kwargs)
                 finally:
-                    trust.leave_recorded(before)
+                    mask_origin.leave_recorded(before)
             with running(self):
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
-                with trust.patched_forward():
+                with mask_origin.patched_forward():
                     return inner(self, **arguments(self, settings, kwargs))
 
         set_forward(cls, forward, below)
@@ -223,7 +223,7 @@ def _step_aside(cls: Any, original: Any) -> None:
 
     def _update_causal_mask(self: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
         settings = settings_of(self, ModelSettings)
-        is_ready = settings is not None and settings.handling.kind == "ready" and trust.mask_is_ours()
+        is_ready = settings is not None and settings.handling.kind == "ready" and mask_origin.mask_is_ours()
         if settings is not None and (is_ready or getattr(attention_mask, "ndim", 2) == 4):
             return attention_mask
         return original._update_causal_mask(self, attention_mask, *args, **kwargs)

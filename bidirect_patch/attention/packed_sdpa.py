@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..model.span import Span
-from .sequences import Sequences, in_window, is_graph_captured
+from ..model.windows import Span
+from .padding_and_packing import Sequences, in_window, is_graph_captured
 
 # What one more call of SDPA costs, in pairs of positions: forward and backward on a CPU, heads of 64, as measured.
 PAIRS_PER_CALL = 2048

@@ -10,7 +10,7 @@ from ..model.buffers import is_banded, triangular_buffers
 from ..model.config import ConfigView, backend_of, text_config
 from ..model.facts import mask_parameter, parameter_names
 from ..model.find import Attention, Decoder, causal_flags, says_bidirectional
-from ..model.span import Span
+from ..model.windows import Span
 from ..swap.classes import Swapped, original
 from ..swap.plan import Plan, before_patch, own_before_patch
 from .attention_forward import AttentionSettings, BidirectionalAttention, BidirectionalPart

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..errors import AttentionMaskError
 from ..model.config import Backend
-from ..model.span import Span
+from ..model.windows import Span
 from . import packed_sdpa
 from .dense import additive, dense_mask, hides_nothing
 from .flash import sequence_numbers
-from .sequences import Sequences, check_readable, is_graph_captured
+from .padding_and_packing import Sequences, check_readable, is_graph_captured
 from .versions import FLEX_TAKES_BLOCK_MASK, HAS_MASKING_UTILS, READY_MASKS_ARE_INVERTED
 
 

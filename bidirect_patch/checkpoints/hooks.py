@@ -4,7 +4,6 @@ Each is put once on the class, with wrapt. It looks at the instance that it is g
 the stock way.
 """
 
-import inspect
 import warnings
 from typing import Any
 
@@ -18,7 +17,7 @@ from .load import HUB_OPTIONS, holds_decoder, is_bidirectional_now, loaded_bidir
 from .save import save_causal, save_model
 
 warns = True  # whether loading warns of what belongs to bidirectional attention; bidirect_patch.auto enables it instead
-_put: list[tuple[Any, str, Any]] = []  # class, method, what was there before
+_put: list[tuple[Any, str, Any]] = []  # class, method, what the class itself had there
 
 
 def install() -> None:
@@ -46,7 +45,7 @@ def _install() -> None:
 
 def put(cls: Any, name: str, wrapper: Any) -> None:
     """Put a wrapt wrapper on a method of a class, on top of what is there."""
-    _put.append((cls, name, inspect.getattr_static(cls, name)))
+    _put.append((cls, name, cls.__dict__.get(name)))
     wrapt.wrap_function_wrapper(cls, name, wrapper)
 
 
@@ -54,7 +53,10 @@ def uninstall() -> None:
     """Take every hook off again, the last one first. Wrappers of others that were put on top since go with them."""
     while _put:
         cls, name, before = _put.pop()
-        setattr(cls, name, before)
+        if before is None:  # the method is inherited
+            delattr(cls, name)
+        else:
+            setattr(cls, name, before)
 
 
 def _install_peft(module: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention.sequences import starts
+from ..attention.padding_and_packing import starts
 from ..errors import CollatorError
 from .features import Row, join, read_rows, without_padding
 from .tokens import check_tokenizer, find_mask_token_id, largest_id, pad_token_id, special_ids

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.sequences import is_graph_captured
+from ..attention.padding_and_packing import is_graph_captured
 from ..errors import HeadError
 from ..model.config import text_config
 from ..swap.classes import original

@@ -27,7 +27,7 @@ from .facts import (
     mask_parameter,
     reads_layer_kinds,
 )
-from .span import Span, span_of
+from .windows import Span, span_of
 
 _FLAGS = ("is_causal", "causal")  # what an attention module, or in XLM the model, says of itself
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from ..attention.padding_and_packing import is_graph_captured
 from ..attention.plan import bidirectional_plans
-from ..attention.sequences import is_graph_captured
 from ..errors import UnsupportedModelError
 from ..model.find import Decoder, decoders
 from ..swap import modes

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bidirect_patch.attention.flash import how_to_run, sequence_numbers
+from bidirect_patch.attention.padding_and_packing import read_sequences
 from bidirect_patch.attention.ready_mask import make_mask, pick
-from bidirect_patch.attention.sequences import read_sequences
 from bidirect_patch.errors import AttentionMaskError
-from bidirect_patch.model.span import Span
+from bidirect_patch.model.windows import Span
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.attention import packed_sdpa as packed
+from bidirect_patch.attention.padding_and_packing import read_sequences
 from bidirect_patch.attention.ready_mask import make_mask, pick
-from bidirect_patch.attention.sequences import read_sequences
 from bidirect_patch.attention.versions import READY_MASKS_ARE_INVERTED
-from bidirect_patch.model.span import Span
+from bidirect_patch.model.windows import Span
 
 from ..helpers.tiny_models import FAMILIES, tiny_model
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -195,3 +196,23 @@ def test_disabled_again_it_is_saved_without_the_flag(tmp_path):
     disable_bidirectional(enable_bidirectional(model)).save_pretrained(tmp_path / "causal")
     assert "is_causal" not in json.loads((tmp_path / "causal" / "config.json").read_text())
     assert model.config.is_causal is False
+
+
+@pytest.mark.slow
+def test_hooks_come_off_again():
+    """In a process of its own: other tests need them."""
+    code = """
+        from transformers import GenerationMixin, PreTrainedModel
+        names = "save_pretrained", "from_pretrained", "load_adapter"
+        before = [dict(vars(PreTrainedModel)), dict(vars(GenerationMixin))]
+        from bidirect_patch.checkpoints import hooks
+        hooks.install()
+        hooks.install()
+        assert vars(GenerationMixin)["generate"] is not before[1]["generate"]
+        assert all(vars(PreTrainedModel)[name] is not before[0].get(name) for name in names)
+        hooks.uninstall()
+        assert [dict(vars(PreTrainedModel)), dict(vars(GenerationMixin))] == before
+    """
+    where = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=where, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

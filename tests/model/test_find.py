@@ -7,7 +7,7 @@ from torch import nn
 
 from bidirect_patch.errors import UnsupportedModelError
 from bidirect_patch.model.find import causal_flags, decoders, is_attention, says_bidirectional
-from bidirect_patch.model.span import Span
+from bidirect_patch.model.windows import Span
 
 from ..helpers.tiny_models import each_family, tiny_config, tiny_model
 

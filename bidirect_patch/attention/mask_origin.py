@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .sequences import is_graph_captured
+from .padding_and_packing import is_graph_captured
 
 
 class _Recorded:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.jit._trace import is_tracing
 
 from ..errors import AttentionMaskError
-from ..model.span import Span
+from ..model.windows import Span
 
 
 def is_graph_captured() -> bool:

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from bidirect_patch.model.find import decoders
-from bidirect_patch.model.span import Span
+from bidirect_patch.model.windows import Span
 
 FULL, W, C = Span(), Span(window=4), Span(chunk=4)
 COMMON = dict(
