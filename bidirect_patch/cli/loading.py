@@ -25,11 +25,17 @@ def loading(what: str, failure: str = "can't load") -> Iterator[None]:
     """
     try:
         yield
+    except BackendError as error:
+        raise BackendError(_with_way_out(str(error))) from error
     except BidirectPatchError:
         raise
     except Exception as error:  # a missing or broken checkpoint raises errors of many classes
         kind = BackendError if isinstance(error, ImportError) else ConfigError
         message = f"{failure} {what}: {one_line(error)}"
-        if kind is BackendError and re.search("flash.?att", message, re.IGNORECASE):
-            message += " Install it, or give --attn_implementation sdpa."
-        raise kind(message) from error
+        raise kind(_with_way_out(message) if kind is BackendError else message) from error
+
+
+def _with_way_out(message: str) -> str:
+    """The message of a missing package; for FlashAttention, with what to do instead."""
+    is_flash = re.search("flash.?att", message, re.IGNORECASE)
+    return f"{message} Install it, or give --attn_implementation sdpa." if is_flash else message

@@ -34,7 +34,8 @@ def check_model(settings: ModelArguments) -> None:
     """
     config = _load(AutoConfig, settings.model_name_or_path, settings)
     try:
-        small = tiny_like(config, settings.attn_implementation, settings.trust_remote_code)
+        with loading(str(settings.model_name_or_path)):
+            small = tiny_like(config, settings.attn_implementation, settings.trust_remote_code)
     except UnsupportedModelError:  # the model itself may load all the same, or its error says more
         return
     apply_mntp_head(enable_bidirectional(small))
