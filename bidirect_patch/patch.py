@@ -11,7 +11,7 @@ from torch import nn
 from .attention.handling import possible_handlings
 from .attention.labels import unwatch_labels, watch_labels
 from .attention.model_forward import CausalBlock
-from .attention.plan import all_mixins, bidirectional_plans, causal_block_plans
+from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
 from .checkpoints import hooks
 from .errors import ArgumentError, OrderError, UnsupportedModelError
 from .model.find import Decoder, decoders, says_bidirectional
@@ -308,7 +308,7 @@ def _patch_of(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> l
     if not staying:
         modules |= {id(module): module for module in model.modules()}
     kept = {id(module) for decoder in staying for module in decoder_modules(decoder)}
-    ours = {*all_mixins(), Unverified}
+    ours = {*MIXINS, Unverified}
     return [
         (module, plan.mixin)
         for key, module in modules.items()

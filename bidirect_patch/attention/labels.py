@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import LabelLeakWarning
 from ..model.facts import parameter_names
-from ..swap.classes import has_mixin, original
-from .model_forward import BidirectionalModel
+from ..swap.classes import original
+from .model_forward import holds_bidirectional
 from .padding_and_packing import is_graph_captured
 
 IGNORED = -100
@@ -63,7 +63,7 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
     hidden = scored & (labels[:, 1:] != input_ids[:, 1:])
     if int(scored.sum()) < _ENOUGH:
         return
-    if not any(has_mixin(module, BidirectionalModel) for module in model.modules()):
+    if not holds_bidirectional(model):
         return  # in a causal block
     _judged.add(model)
     if not hidden.any():

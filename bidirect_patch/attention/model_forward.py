@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, AttentionMaskError, CacheError
 from ..model.config import backend_of, text_config
 from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names
 from ..model.windows import Span
-from ..swap.classes import Swapped, original, set_forward
+from ..swap.classes import Swapped, has_mixin, original, set_forward
 from ..swap.modes import check_caller, running
 from ..swap.plan import settings_of
 from . import mask_origin
@@ -79,6 +79,11 @@ class BidirectionalModel(Swapped):
         if attention_mask.dim() == 4:
             return attention_mask
         return super().get_extended_attention_mask(attention_mask, *args, **kwargs)  # type: ignore[misc]  # the original's
+
+
+def holds_bidirectional(model: nn.Module) -> bool:
+    """Whether a decoder in `model` is bidirectional by the patch."""
+    return any(has_mixin(module, BidirectionalModel) for module in model.modules())
 
 
 class CausalBlock(Swapped):

@@ -19,8 +19,6 @@ from .mirror import mirrored_buffer
 from .model_forward import BidirectionalModel, CausalBlock, ModelSettings
 from .versions import FLASH_WINDOW_IS_INCLUSIVE, MAX_WINDOW_LAYERS_FOR_WINDOW, SEE_ALL_WITHOUT_MASK
 
-MIXINS: tuple[type[Swapped], ...] = (BidirectionalModel, BidirectionalAttention, BidirectionalPart, CausalBlock)
-
 
 def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tuple[nn.Module, Plan]]:
     """The plan of every module that has to change for `decoder` to be bidirectional.
@@ -68,9 +66,14 @@ class _WithConfig(Swapped):
     rank = 1
 
 
-def all_mixins() -> tuple[type[Swapped], ...]:
-    """Every mixin that the patch puts on a module."""
-    return (*MIXINS, _WithConfig)
+# Every mixin that these plans put on a module.
+MIXINS: tuple[type[Swapped], ...] = (
+    BidirectionalModel,
+    BidirectionalAttention,
+    BidirectionalPart,
+    CausalBlock,
+    _WithConfig,
+)
 
 
 def _mirrored(module: nn.Module) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import wrapt
 
+from ..attention.model_forward import holds_bidirectional
 from ..errors import GenerateError
 from ..swap import modes
-from ..verify.state import holds_bidirectional
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
 from .load import HUB_OPTIONS, holds_decoder, is_bidirectional_now, loaded_bidirectional, says_bidirectional
 from .save import save_causal, save_model

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..errors import AttentionMaskError, UnseenLayersError, UnsupportedModelError
+from ..model.config import parts
 from ..model.facts import parameter_names
 from .dependence import CAUSAL, by_gradient, by_perturbation, random_rows, relative_distance, threshold, verdict_of
 from .tensors import Grid, find_states, from_rows, output_rows, to_rows
@@ -295,10 +296,9 @@ def left_as_it_was(*models: nn.Module) -> Iterator[None]:
 
 def _random_ids(config: Any, vocabulary: int, length: int) -> Tensor:
     """Return (length,) int64: random tokens, none of them special, which may stand for an image or padding."""
-    configs = [config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))]
     special = {
         value
-        for c in configs
+        for c in parts(config)
         for name, values in vars(c).items()
         if name.endswith(("token_id", "token_index", "pad_index"))
         for value in (values if isinstance(values, list) else [values])

@@ -34,11 +34,6 @@ def attends_both_ways(decoder: Decoder) -> bool:
     return not decoder.unsupported_layers and (is_patched(decoder) or _is_native(decoder))
 
 
-def holds_bidirectional(model: nn.Module) -> bool:
-    """Whether a decoder in `model` is bidirectional by the patch."""
-    return any(has_mixin(module, BidirectionalModel) for module in model.modules())
-
-
 def _is_native(decoder: Decoder) -> bool:
     return not has_any_patch(decoder) and is_natively_bidirectional(decoder)
 
