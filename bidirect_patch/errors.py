@@ -70,3 +70,7 @@ class ConfigError(BidirectPatchError, ValueError):
 
 class LabelLeakWarning(UserWarning):
     """The labels of a bidirectional model are visible in its input, so that it learns to copy them."""
+
+
+class CausalMaskWarning(UserWarning):
+    """A bidirectional model was given a ready mask in which no token sees a later one, and follows it."""

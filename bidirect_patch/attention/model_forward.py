@@ -14,6 +14,7 @@ from ..swap.classes import Swapped, has_mixin, original, set_forward
 from ..swap.modes import check_caller, running
 from ..swap.plan import settings_of
 from . import mask_origin
+from .causal_masks import warn_if_causal
 from .handling import MaskHandling
 from .padding_and_packing import is_graph_captured, read_boundaries, read_positions, read_sequences
 from .ready_mask import is_users_own, make_mask, users_mask
@@ -195,7 +196,9 @@ def _mask(model: Any, settings: ModelSettings, mask: Any, inputs: Tensor, kwargs
             read_boundaries(kwargs["cu_seq_lens_q"], batch, length, inputs.device)
         _check_boundaries(kwargs)
         inverted = handling.inverted and handling.kind == "ready"
-        return users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, inverted)
+        ready = users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, inverted)
+        warn_if_causal(model, mask)
+        return ready
     _check_boundaries(kwargs)
     sequences = read_sequences(
         mask, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), batch, length, inputs.device

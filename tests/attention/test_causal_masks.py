@@ -1,0 +1,65 @@
+"""A ready mask that makes a bidirectional model causal is followed, and said."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+
+from bidirect_patch import bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.errors import CausalMaskWarning
+
+from ..reliability.small import BOTH, CAUSAL, IDS, SIZES, llama, moves
+
+N = IDS.shape[1]
+LOWER = torch.ones(N, N).tril().bool()[None, None]
+
+
+def additive(visible):
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("mask", [LOWER, additive(LOWER)], ids=["bool", "additive"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_causal_mask_is_followed_and_said_once(backend, mask):
+    model = enable_bidirectional(llama(backend=backend))
+    with pytest.warns(CausalMaskWarning, match="no token sees a later one"):
+        assert moves(model, attention_mask=mask) == CAUSAL
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moves(model, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "visible",
+    [
+        torch.ones(1, 1, N, N).bool(),
+        torch.eye(N).bool()[None, None],  # nobody sees another
+        torch.ones(N, N).triu().bool()[None, None],
+        LOWER | (torch.arange(N) < 4),  # a prefix that all see
+    ],
+    ids=["full", "alone", "upper", "prefix"],
+)
+def test_other_masks_are_followed_without_a_word(visible):
+    model = enable_bidirectional(llama())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moved = moves(model, attention_mask=visible)
+        assert moved[-1] == "1" and (moved == BOTH) == bool(visible[..., -1].all())
+        with bidirectional(model, enabled=False):
+            moves(model, attention_mask=LOWER)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma3Config"), reason="Gemma 3 came with transformers 4.50")
+def test_an_inner_model_whose_mask_is_made_outside():
+    text = transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4).to_dict()
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    outer = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    inner = next(m for name, m in outer.named_modules() if name.endswith("language_model"))
+    enable_bidirectional(inner)
+    assert not is_bidirectional(outer)
+    with pytest.warns(CausalMaskWarning, match="enable_bidirectional on that model"):
+        assert moves(outer) == CAUSAL
+    enable_bidirectional(outer)
+    assert is_bidirectional(outer) and moves(outer)[-6:] == BOTH[:6]
