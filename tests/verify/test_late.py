@@ -1,6 +1,8 @@
 """A class that can't be made bidirectional is refused before anything is changed; what can't run yet, at its first forward."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import LlamaModel
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
+from bidirect_patch.verify import late
 
 from ..helpers import flash_double as double
 from ..helpers.seeing import IDS, MASK, hidden, sees_all, sees_only_the_past
@@ -113,6 +116,37 @@ def test_a_stubborn_model_on_meta_gives_no_output():
         with pytest.raises(UnsupportedModelError, match="Late was not made bidirectional"):
             hidden(model)
     assert sees_only_the_past(disable_bidirectional(model))
+
+
+def test_no_thread_gets_an_output_while_another_verifies(monkeypatch):
+    class Slow(StubbornModel):  # a class that nobody has tried
+        pass
+
+    with torch.device("meta"):
+        model = bare(Slow)
+    enable_bidirectional(model)
+    materialized(model, bare(Slow))
+    begun, got = threading.Event(), []
+
+    def slow(*args, verify=late.verify, **kwargs):
+        begun.set()
+        time.sleep(0.5)  # the other thread calls the model meanwhile
+        return verify(*args, **kwargs)
+
+    def call():
+        try:
+            got.append(hidden(model))
+        except UnsupportedModelError:
+            got.append("refused")
+
+    monkeypatch.setattr(late, "verify", slow)
+    first, second = threading.Thread(target=call), threading.Thread(target=call)
+    first.start()
+    assert begun.wait(60)
+    second.start()
+    first.join()
+    second.join()
+    assert got == ["refused", "refused"]
 
 
 def test_what_was_not_verified_stays_that_through_a_causal_block():
