@@ -8,7 +8,7 @@ import torch
 
 @contextlib.contextmanager
 def backend_there(backend: str, dry: bool) -> Iterator[None]:
-    """In a dry run, the tests' FlashAttention double while the block lasts, or FlexAttention without its compiler.
+    """In a dry run, the tests' FlashAttention double while the block lasts, and nothing is compiled.
 
     Args:
         backend: A name of `attn_implementation`.
@@ -21,7 +21,7 @@ def backend_there(backend: str, dry: bool) -> Iterator[None]:
             from tests.helpers.flash_double import FlashDouble
 
             FlashDouble(stack.enter_context(pytest.MonkeyPatch.context())).install(int(backend[-1]))
-        if dry and backend == "flex_attention":
+        if dry:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
