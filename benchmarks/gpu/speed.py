@@ -37,7 +37,7 @@ def by_loss(run: Run, rate: float) -> None:
     """All tokens real, SDPA: stock logits, Liger-Kernel and ours."""
     columns = ("size", "trained", "batch", "loss", "tokens / s", "over stock", "growth, MB", "matmul rate's share")
     table = run.table(*columns)
-    for size, lora, seconds in LOSS_RUNS:
+    for size, lora, seconds in LOSS_RUNS[:2] if run.dry else LOSS_RUNS:
         trained = "LoRA" if lora else "full"
         if not run.allows(f"{size}, {trained}", 0 if run.dry else seconds):
             continue
@@ -61,7 +61,7 @@ def by_loss(run: Run, rate: float) -> None:
 def by_layout(run: Run) -> None:
     """Attention backends on batches without padding, padded, and padding-free; all weights trained, our head."""
     table = run.table("size", "attention", "layout", "real tokens / s", "over SDPA dense or padded", "growth, MB")
-    for size, seconds in LAYOUT_RUNS:
+    for size, seconds in LAYOUT_RUNS[:1] if run.dry else LAYOUT_RUNS:
         if not run.allows(f"{size}, attention backends", 0 if run.dry else seconds):
             continue
         setting = sized(SIZES[size], run.dry)
@@ -69,7 +69,7 @@ def by_layout(run: Run) -> None:
         model = make(setting, run.device)
         how = {
             f"{backend}, {layout}": (backend, "ours", layouts[layout])
-            for backend in ("sdpa", *flash_backends(run.dry), "flex_attention")
+            for backend in ("sdpa", *flash_backends(run.dry)[-1 if run.dry else 0 :], "flex_attention")
             for layout in layouts
         }
         found = take_turns(run, ways(model, how, run.dry), 1 if run.dry else 3)
