@@ -71,7 +71,7 @@ def run_parts(options: argparse.Namespace, whole: Deadline, write: Callable[[str
     for i, name in enumerate(options.parts):
         title, part, share = PARTS[name]
         seconds = max(0.0, whole.left()) * share / sum(PARTS[later][2] for later in options.parts[i:])
-        write(f"\n## {title}\n")
+        write(f"\n### {title}")
         run = Run(device, options.dry_run, Deadline(seconds), write, options)
         start = time.perf_counter()
         try:
@@ -128,7 +128,7 @@ def dry_parts(folder: Path) -> str:
     (folder / "data" / "sts").mkdir(parents=True)
     lines = [f"Paragraph {i} says that {i} and {i + 1} are numbers. Nothing else is said here of {i}." for i in range(20)]
     (folder / "data" / "wikipedia.txt").write_text("\n".join(lines), encoding="utf-8")
-    rows = [f"The number {i} is here.,{'A' if i % 2 else 'No'} number {i} is seen.,{i % 3}" for i in range(6)]
+    rows = [f"The number {i} is here.,{'A' if i % 2 else 'No'} number {i} is seen.,{7 * i % 5}" for i in range(6)]
     for name in ("stsb-test", "sts2012"):
         table = "\n".join(["sentence1,sentence2,score", *rows])
         (folder / "data" / "sts" / f"{name}.csv").write_text(table, encoding="utf-8")

@@ -71,12 +71,19 @@ def prepare(data: Path, model: Path | str, gguf_file: str | None, parts: Path, m
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from bidirect_patch.cli.versions import plain_gguf_weights, remove_gguf_mark
+
     where = {"gguf_file": gguf_file} if gguf_file else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tokenizer = AutoTokenizer.from_pretrained(model, **where)
         tokenizer.save_pretrained(folder / "model")
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, **where).save_pretrained(folder / "model")
+        plain = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16, **where, **plain_gguf_weights(gguf_file)
+        )
+        if gguf_file:
+            remove_gguf_mark(plain)
+        plain.save_pretrained(folder / "model")
         paragraphs = [line for line in (data / "wikipedia.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
         sentences = [s for p in paragraphs for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", p) if len(s.split()) >= 5]
         _save(folder / "paragraphs.npz", tokenizer, paragraphs, None)

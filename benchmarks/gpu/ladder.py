@@ -4,7 +4,6 @@
 won't do for all steps, the first ones tell how many it does for, the learning rate falls over those, and the row says so.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +105,13 @@ def climb(run: Run, folder: Path, plan: Plan) -> None:
     ladder = Ladder(run, plan, folder, tokenizer, run.table(*columns), sets)
     rates = run.options.mntp_rate, run.options.simcse_rate
 
+    steps = plan.steps
     causal = ladder.load(bidirectional=False)
     ladder.row("causal", causal)
     if run.allows("causal + SimCSE", 0 if run.dry else 60):
-        trained = train_simcse(ladder, causal, rates[1], run.deadline.left() * 0.3)
+        trained = train_simcse(ladder, causal, rates[1], plan.steps, run.deadline.left() * 0.3)
         ladder.row("causal + SimCSE", causal, trained)
+        steps = trained.steps  # the same for both
     del causal
     clean(run.device)
 
@@ -120,7 +121,7 @@ def climb(run: Run, folder: Path, plan: Plan) -> None:
         trained = train_mntp(ladder, model, rates[0], run.deadline.left() * 0.55)
         ladder.row("+ MNTP", model, trained)
     if run.allows("+ MNTP + SimCSE", 0 if run.dry else 30):
-        trained = train_simcse(ladder, model, rates[1], run.deadline.left() * 0.85)
+        trained = train_simcse(ladder, model, rates[1], steps, run.deadline.left() * 0.85)
         ladder.row("+ MNTP + SimCSE", model, trained)
 
 
@@ -141,13 +142,13 @@ def train_mntp(ladder: Ladder, model: Any, rate: float, seconds: float) -> Train
 
     apply_mntp_head(model)
     try:
-        return train(ladder, model, losses(), rate, seconds)
+        return train(ladder.run, model, losses(), rate, ladder.plan.steps, seconds)
     finally:
         remove_mntp_head(model)
 
 
-def train_simcse(ladder: Ladder, model: Any, rate: float, seconds: float) -> Trained:
-    """Each sentence twice under dropout, the rest of the batch as negatives; the adapter is merged at the end."""
+def train_simcse(ladder: Ladder, model: Any, rate: float, steps: int, seconds: float) -> Trained:
+    """Each sentence twice under dropout, the rest of the batch as negatives, for at most `steps` and at most `seconds`."""
     sentences = carried.load_texts(ladder.folder / "sentences.npz")
     decoder, plan = model.get_decoder(), ladder.plan
 
@@ -165,7 +166,7 @@ def train_simcse(ladder: Ladder, model: Any, rate: float, seconds: float) -> Tra
     for module in with_dropout:
         module.attention_dropout = SIMCSE_DROPOUT
     try:
-        return train(ladder, model, losses(), rate, seconds)
+        return train(ladder.run, model, losses(), rate, steps, seconds)
     finally:
         for module in with_dropout:
             module.attention_dropout = 0.0
@@ -185,20 +186,30 @@ def shuffled(count: int, batch: int) -> Iterator[np.ndarray]:
         yield from (order[i : i + batch] for i in range(0, count - batch + 1, batch))
 
 
-def train(ladder: Ladder, model: Any, losses: Iterator[Callable[[], Tensor]], rate: float, seconds: float) -> Trained:
-    """Put a LoRA adapter on `model`, train it, and merge it. The learning rate falls to 0 in a straight line."""
+def train(
+    run: Run, model: Any, losses: Iterator[Callable[[], Tensor]], rate: float, steps: int, seconds: float
+) -> Trained:
+    """Put a LoRA adapter on `model`, train it, and merge it. The learning rate falls to 0 in a straight line.
+
+    Args:
+        run: Whose device the model is on.
+        model: A `*ForCausalLM`, changed in place.
+        losses: For each step, what computes its loss.
+        rate: The learning rate of the first step.
+        steps: At most so many.
+        seconds: What these may take. The first TIMED_STEPS are always trained, and say how many this does for.
+    """
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=LORA_DROPOUT, target_modules="all-linear")
-    adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora).train()
     weights = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=ladder.run.device.type == "cuda")
-    steps, seen = ladder.plan.steps, []
-    clock = synchronized_clock(ladder.run.device)
-    start = time.perf_counter()
-    adapted.train()
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=run.device.type == "cuda")
+    clock = synchronized_clock(run.device)
+    seen: list[Tensor] = []
+    start = clock()
     for step, loss in enumerate(losses):
-        if step == TIMED_STEPS // 2:
+        if step == TIMED_STEPS // 2:  # the steps before it warm up
             timed_from = clock()
         if step == TIMED_STEPS:
             each = (clock() - timed_from) / (TIMED_STEPS - TIMED_STEPS // 2)
@@ -207,15 +218,15 @@ def train(ladder: Ladder, model: Any, losses: Iterator[Callable[[], Tensor]], ra
             break
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / steps)
-        with torch.autocast(ladder.run.device.type, torch.bfloat16):
+        with torch.autocast(run.device.type, torch.bfloat16):
             value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen.append(value.detach())
-    last = torch.stack(seen[-max(1, len(seen) // 10) :]).mean()
+    last = float(torch.stack(seen[-max(1, len(seen) // 10) :]).mean())
     took = clock() - start
     adapted.merge_and_unload()
     model.requires_grad_(True).eval()
-    return Trained(len(seen), took, float(last))
+    return Trained(len(seen), took, last)

@@ -66,9 +66,9 @@ def on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def clean(device: torch.device) -> None:
-    """Give back the memory of models that are gone."""
-    gc.collect()
+    """Give back a card's memory of models that are gone."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
