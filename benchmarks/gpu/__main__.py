@@ -126,7 +126,9 @@ def dry_parts(folder: Path) -> str:
     import bidirect_patch
 
     (folder / "data" / "sts").mkdir(parents=True)
-    lines = [f"Paragraph {i} says that {i} and {i + 1} are numbers. Nothing else is said here of {i}." for i in range(20)]
+    lines = [
+        f"Paragraph {i} says that {i} and {i + 1} are numbers. Nothing else is said here of {i}." for i in range(20)
+    ]
     (folder / "data" / "wikipedia.txt").write_text("\n".join(lines), encoding="utf-8")
     rows = [f"The number {i} is here.,{'A' if i % 2 else 'No'} number {i} is seen.,{7 * i % 5}" for i in range(6)]
     for name in ("stsb-test", "sts2012"):

@@ -56,7 +56,9 @@ class Texts(Sequence[np.ndarray]):
         return self.ids[begin : self.ends[i]].astype(np.int64)
 
 
-def prepare(data: Path, model: Path | str, gguf_file: str | None, parts: Path, most_bytes: int = MOST_BYTES) -> list[Path]:
+def prepare(
+    data: Path, model: Path | str, gguf_file: str | None, parts: Path, most_bytes: int = MOST_BYTES
+) -> list[Path]:
     """Write the parts.
 
     Args:
@@ -84,7 +86,9 @@ def prepare(data: Path, model: Path | str, gguf_file: str | None, parts: Path, m
         if gguf_file:
             remove_gguf_mark(plain)
         plain.save_pretrained(folder / "model")
-        paragraphs = [line for line in (data / "wikipedia.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+        paragraphs = [
+            line for line in (data / "wikipedia.txt").read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
         sentences = [s for p in paragraphs for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", p) if len(s.split()) >= 5]
         _save(folder / "paragraphs.npz", tokenizer, paragraphs, None)
         _save(folder / "sentences.npz", tokenizer, sentences, SENTENCE_TOKENS)

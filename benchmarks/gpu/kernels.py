@@ -190,7 +190,9 @@ def stock(dtype: str, kind: str, window: bool, device: torch.device, dry: bool) 
     hidden, gradients, _ = reference(dtype, kind, window, dry)
     model = copy.deepcopy(make_model(window, dry)).to(device, DTYPES[dtype])
     seen = visible(kind, window, dry)[:, None].to(device)
-    mask = torch.zeros(seen.shape, dtype=DTYPES[dtype], device=device).masked_fill(~seen, torch.finfo(DTYPES[dtype]).min)
+    mask = torch.zeros(seen.shape, dtype=DTYPES[dtype], device=device).masked_fill(
+        ~seen, torch.finfo(DTYPES[dtype]).min
+    )
     batch = make_batch(kind, dry)
     inputs = batch.inputs(device) | {"attention_mask": mask}
     found = model(**inputs).last_hidden_state[batch.real.to(device)]

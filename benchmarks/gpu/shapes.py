@@ -17,8 +17,12 @@ from benchmarks.gpu.timing import Step, Way, synchronized_clock
 from benchmarks.head import Setting, make_batch, make_model
 from benchmarks.measure import matmul_rate
 
-SMALL = Setting(vocab=49_152, hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, batch=32, length=512, tied=True)
-ONE = Setting(vocab=128_256, hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, batch=16, length=512, tied=True)
+SMALL = Setting(
+    vocab=49_152, hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, batch=32, length=512, tied=True
+)
+ONE = Setting(
+    vocab=128_256, hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, batch=16, length=512, tied=True
+)
 EIGHT = Setting(vocab=128_256, hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, batch=4, length=512)
 SIZES = {"SmolLM2-135M": SMALL, "Llama-3.2-1B": ONE, "Llama-3.1-8B": EIGHT}
 TINY = dict(vocab=500, hidden=32, intermediate=48, layers=1, heads=4, kv_heads=2, batch=2, length=12)
@@ -76,8 +80,6 @@ def card_rate(run: Run) -> float:
     """FLOPs a second of a square bfloat16 matmul on the device."""
     with new_tensors(run.device, torch.float32):
         return matmul_rate(64 if run.dry else 8192, torch.bfloat16, synchronized_clock(run.device))
-
-
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from packaging.version import Version
 import bidirect_patch
 from benchmarks.gpu import kernels
 
+from ..helpers.references.plain_decoder import reach
+from ..helpers.tiny_models import tiny_model
 from ..helpers.versions import TRANSFORMERS
 
 CPU = torch.device("cpu")
@@ -56,3 +58,39 @@ def test_a_mask_that_is_slightly_off_is_seen(monkeypatch, wrong):
     else:
         monkeypatch.setattr(kernels.Batch, "inputs", lambda batch, device: {"input_ids": batch.ids})
     assert not kernels.check(case, CPU, dry=True).fits
+
+
+IDS = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(6))
+PADDED = (torch.arange(10) < torch.tensor([[10], [6]])).long()
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7]])
+READY = torch.zeros(2, 1, 10, 10).masked_fill(~reach(PADDED.bool(), window=3)[:, None], torch.finfo(torch.float32).min)
+
+
+@pytest.mark.skipif(TRANSFORMERS < Version("5.0"), reason="transformers' own forward looks at masks there")
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        dict(attention_mask=PADDED),
+        dict(position_ids=PACKED),
+        dict(attention_mask=PADDED, position_ids=PACKED),
+        dict(attention_mask=READY),
+    ],
+    ids=["padded", "packed", "packed and padded", "ready"],
+)
+def test_nothing_is_read_back_while_a_cuda_graph_is_captured(monkeypatch, inputs):
+    """A capture can't wait for the GPU, and the graph runs on other values later."""
+    model = bidirect_patch.enable_bidirectional(tiny_model("mistral", "sdpa", sliding_window=3))
+
+    def read(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with torch.no_grad():
+        expected = model.model(IDS, **inputs).last_hidden_state
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            for way in ("tolist", "item", "__bool__", "__int__", "__float__"):
+                patch.setattr(torch.Tensor, way, read)
+            found = model.model(IDS, **inputs).last_hidden_state
+    real = PADDED.bool() if "attention_mask" in inputs else slice(None)
+    torch.testing.assert_close(found[real], expected[real])
