@@ -27,6 +27,7 @@ Made by `python -m benchmarks`. Each section is one script, run in a process of 
 seconds on one thread, in turns: one round runs each way once, and a ratio is taken within a round. `a / b / c` is the
 minimum, median and maximum over rounds; `b [a, c]` is the median and the quartiles.
 """
+GPU_TITLE = "## On a GPU"
 SECTIONS = (  # title, script and its arguments
     ("The MNTP head against the stock step", ("head", "--quick", "--rounds", "3")),
     ("Growth with vocabulary, length, layers and scored share", ("growth",)),
@@ -84,6 +85,12 @@ def _head_goal(body: str) -> str:
     )
 
 
+def gpu_section(text: str) -> str:
+    """The section of RESULTS.md about a GPU, which this script doesn't measure and keeps as it is."""
+    found = re.search(rf"^{re.escape(GPU_TITLE)}$.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return f"\n{found[0].rstrip()}\n" if found else ""
+
+
 def _time_goal(took: dict[str, float]) -> str:
     minutes = sum(took.values()) / 60
     longest = " and ".join(f"{title} ({took[title]:.0f} s)" for title in sorted(took, key=took.__getitem__)[-2:])
@@ -124,6 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         print(text)
         return
+    if os.path.exists(options.output):
+        with open(options.output) as file:
+            text += gpu_section(file.read())
     with open(options.output, "w") as file:
         file.write(text)
 

@@ -32,6 +32,8 @@ class Setting:
     kv_heads: int = 2  # Llama-3's four queries a key
     batch: int = 8
     length: int = 256
+    tied: bool = False  # one matrix for both ends of the vocabulary
+    lora: bool = False  # the layers' weights are frozen too; the adapters' own arithmetic is not counted
 
 
 def make_model(setting: Setting) -> torch.nn.Module:
@@ -45,7 +47,7 @@ def make_model(setting: Setting) -> torch.nn.Module:
         num_hidden_layers=setting.layers,
         num_attention_heads=setting.heads,
         num_key_value_heads=setting.kv_heads,
-        tie_word_embeddings=False,
+        tie_word_embeddings=setting.tied,
         use_cache=False,
     )
     model = LlamaForCausalLM(config).train()
@@ -85,13 +87,14 @@ def make_step(way: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor])
 
 
 def flops(setting: Setting, scored_only: bool) -> float:
-    """Of one step's matmuls: 2 per weight and position forward, twice that backward (half that for a frozen head)."""
+    """Of one step's matmuls: 2 per weight and position forward, twice that backward (half that for frozen weights)."""
     s, tokens = setting, setting.batch * setting.length
     projections = 2 * s.hidden**2 * (1 + s.kv_heads / s.heads)
     layers = s.layers * (projections + 3 * s.hidden * s.intermediate)
     attention = s.layers * 2 * s.length * s.hidden
     rows = tokens * (s.share if scored_only else 1)
-    return 6 * tokens * (layers + attention) + (4 if s.frozen else 6) * rows * s.vocab * s.hidden
+    body = (4 if s.lora else 6) * layers + 6 * attention
+    return tokens * body + (4 if s.frozen or s.lora else 6) * rows * s.vocab * s.hidden
 
 
 def times(setting: Setting, rounds: int) -> dict[str, list[float]]:

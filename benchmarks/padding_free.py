@@ -37,15 +37,15 @@ def make_model(layers: int, hidden: int = 576):
     return apply_mntp_head(LlamaForCausalLM(config).train())
 
 
-def make_batches(count: int, size: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+def make_batches(count: int, size: int, vocab: int = VOCAB) -> dict[str, list[dict[str, torch.Tensor]]]:
     """`count` batches of `size` texts for each way of laying them out."""
     from bidirect_patch import MNTPCollator
 
-    made = texts(sentence_lengths(5 * count * size), VOCAB)
+    made = texts(sentence_lengths(5 * count * size), vocab)
     ordered = sorted(made, key=lambda text: len(text["input_ids"]))
     sets = [made[i * size : (i + 1) * size] for i in range(count)]
     grouped = [ordered[i * size : (i + 1) * size] for i in range(2, 5 * count, 5)]
-    words = tokenizer(VOCAB)
+    words = tokenizer(vocab)
 
     def collate(batches, **settings):
         collator = MNTPCollator(words, seed=0, **settings)

@@ -74,3 +74,11 @@ def test_padded_and_padding_free_batches_train_alike(capsys):
     importlib.import_module("benchmarks.padding_free").main(["--quick"])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("|")[3].strip() == "100%" for row in rows] == [False, False, True, True]
+
+
+def test_measuring_again_keeps_what_a_gpu_gave():
+    module = importlib.import_module("benchmarks.__main__")
+    section = "## On a GPU\n\nCard: H100.\n\n### Speed\n\n| a |\n"
+    assert module.gpu_section(f"# All\n\n## One\n\n{section}") == f"\n{section}"
+    assert module.gpu_section(f"{section}\n## Two\n") == f"\n{section}"
+    assert module.gpu_section("## One\n") == ""

@@ -16,7 +16,13 @@ from ..swap.plan import settings_of
 from . import mask_origin
 from .causal_masks import warn_if_causal
 from .handling import MaskHandling
-from .padding_and_packing import is_graph_captured, read_boundaries, read_positions, read_sequences
+from .padding_and_packing import (
+    is_graph_captured,
+    read_boundaries,
+    read_positions,
+    read_sequences,
+    values_are_unknown,
+)
 from .ready_mask import is_users_own, make_mask, users_mask
 
 
@@ -147,7 +153,7 @@ def _check_input(inputs: Any, kwargs: dict[str, Any]) -> None:
 def _check_boundaries(kwargs: dict[str, Any]) -> None:
     """Raise AttentionMaskError if the boundaries of keys are not those of queries."""
     queries, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if keys is None or keys is queries or is_graph_captured():
+    if keys is None or keys is queries or values_are_unknown():
         return
     given = [each.tolist() if isinstance(each, Tensor) else type(each).__name__ for each in (queries, keys)]
     if not isinstance(keys, Tensor) or given[0] != given[1]:

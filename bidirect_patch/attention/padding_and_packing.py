@@ -23,6 +23,11 @@ def is_graph_captured() -> bool:
     return torch.compiler.is_compiling() or is_tracing()
 
 
+def values_are_unknown() -> bool:
+    """Whether what tensors hold can't be read: the code is being recorded, or launched into a CUDA graph by the user."""
+    return is_graph_captured() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
 def in_window(query: Any, key: Any, window: int) -> Any:
     """Whether positions `query` and `key` (tensors of one shape or broadcastable) are within a window."""
     return (query - key).abs() < window
@@ -145,7 +150,7 @@ def read_sequences(
     elif text is not None:
         if length > 1:
             text = text.to(device).expand(batch, length)
-            if is_graph_captured() or bool((torch.diff(text, dim=-1) != 1).any()):
+            if values_are_unknown() or bool((torch.diff(text, dim=-1) != 1).any()):
                 number = starts(text, real).cumsum(-1)
     return Sequences(batch, length, device, real, number)
 
@@ -177,7 +182,7 @@ def _read_mask(mask: Any, batch: int, length: int, device: torch.device) -> Tens
         )
     mask = mask.to(device)
     real = mask.to(torch.bool)
-    if is_graph_captured():
+    if values_are_unknown():
         return real
     is_binary = torch.ones((), dtype=torch.bool, device=device) if mask.dtype == torch.bool else (mask == real).all()
     is_binary, all_real = torch.stack([is_binary, real.all()]).tolist()
@@ -232,7 +237,7 @@ def read_boundaries(boundaries: Any, batch: int, length: int, device: torch.devi
             f"cu_seq_lens_q must be a 1D tensor of integers, got {what}: give boundaries that rise from 0 to {length}"
         )
     boundaries = boundaries.to(device=device, dtype=torch.int64)
-    if not is_graph_captured():
+    if not values_are_unknown():
         ends = boundaries.tolist()
         if batch != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(a >= b for a, b in zip(ends, ends[1:])):
             raise AttentionMaskError(

@@ -23,7 +23,7 @@ from ..model.windows import Span
 from . import packed_sdpa
 from .dense import additive, dense_mask, hides_nothing
 from .flash import sequence_numbers
-from .padding_and_packing import Sequences, check_readable, is_graph_captured
+from .padding_and_packing import Sequences, check_readable, values_are_unknown
 from .versions import FLEX_TAKES_BLOCK_MASK, HAS_MASKING_UTILS, READY_MASKS_ARE_INVERTED
 
 
@@ -139,7 +139,7 @@ def _check(mask: Tensor, batch: int, length: int, heads: int, backend: Backend) 
             "to the scores (0 where visible)"
         )
     check_readable("attention_mask", mask, mask.device)
-    if mask.is_floating_point() and mask.numel() and not (mask.is_meta or is_graph_captured()):
+    if mask.is_floating_point() and mask.numel() and not (mask.is_meta or values_are_unknown()):
         _check_additive(mask)
     if backend == "flash":
         raise AttentionMaskError(
