@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CausalMaskWarning
-from .padding_and_packing import is_graph_captured
+from .padding_and_packing import values_are_unknown
 
 _judged: "WeakSet[nn.Module]" = WeakSet()
 
@@ -26,7 +26,7 @@ def warn_if_causal(model: nn.Module, mask: Any) -> None:
         model: to whose patched forward the mask was given.
         mask: (batch, heads, length, length), bool (True is visible) or additive; a BlockMask; or a dict of such by kind of layer.
     """
-    if is_graph_captured() or model in _judged:
+    if values_are_unknown() or model in _judged:
         return
     for each in mask.values() if isinstance(mask, dict) else [mask]:
         seen = _visible(each)

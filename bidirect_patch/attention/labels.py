@@ -11,7 +11,7 @@ from ..errors import LabelLeakWarning
 from ..model.facts import parameter_names
 from ..swap.classes import original
 from .model_forward import holds_bidirectional
-from .padding_and_packing import is_graph_captured
+from .padding_and_packing import values_are_unknown
 
 IGNORED = -100
 _ENOUGH = 4  # scored tokens to judge by; fewer could all be visible by chance, since MNTP leaves one in ten unchanged
@@ -53,7 +53,7 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
         input_ids: (batch, length), int64, other types are ignored.
         labels: (batch, length), int64, -100 where not scored, or anything else.
     """
-    if is_graph_captured() or model in _judged or not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
+    if values_are_unknown() or model in _judged or not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
         return
     if input_ids.dim() != 2 or input_ids.shape != labels.shape or input_ids.device != labels.device:
         return
