@@ -24,6 +24,11 @@ _OF_LLM2VEC = {
     "enable_bidirectional": "the model is always bidirectional: leave it out; disable_bidirectional(encoder) makes it causal",
 }
 
+_QWEN2 = (
+    "LLM2Vec 0.2.3 leaves Qwen2 causal on eager and SDPA, and makes it bidirectional on FlashAttention alone; this encoder is "
+    "bidirectional. For weights that LLM2Vec trained on eager or SDPA, call disable_bidirectional(encoder)"
+)
+
 
 class _Source(NamedTuple):
     """Where the parts of an encoder are."""
@@ -50,6 +55,9 @@ def load_llm2vec(
     instruction and a text; such pairs may be given here too. Adapters are merged into the model. What is saved keeps its embeddings
     when it is opened again by `SentenceTransformer(folder)`, in a process that has imported this package, or elsewhere with
     `trust_remote_code=True`.
+
+    LLM2Vec 0.2.3 has a fault in Qwen2, which stays causal unless it runs on FlashAttention. Here it is bidirectional, with a warning;
+    `disable_bidirectional(encoder)` gives LLM2Vec's embeddings on the other backends.
 
     Where LLM2Vec's own result depends on what else is in the batch, or has no meaning, this function differs from it. The mean of an
     empty text is that of its instruction and beginning token, or zeros if there are none. If a text has fewer tokens behind its
@@ -126,6 +134,8 @@ def _load_parts(
 def _load_model(source: _Source, config: Any, model_kwargs: dict[str, Any], hub: dict[str, Any]) -> Any:
     from transformers import AutoModel
 
+    if config.model_type == "qwen2":
+        warnings.warn(_QWEN2, stacklevel=4)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the checkpoint .*trained with bidirectional attention")  # it will be
         model = AutoModel.from_pretrained(source.model, config=config, **model_kwargs)
