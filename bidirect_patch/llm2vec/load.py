@@ -102,9 +102,7 @@ def load_llm2vec(
     with extra_needed("llm2vec", subject="load_llm2vec"):
         from sentence_transformers import SentenceTransformer
 
-        from .modules import LLM2VecPooling, LLM2VecTransformer, with_dtype
-    default = None if model_kwargs.get("quantization_config") else torch.float32  # LLM2Vec's release of transformers has that
-    model_kwargs = with_dtype(model_kwargs, default)
+        from .modules import LLM2VecPooling, LLM2VecTransformer
     model, tokenizer, settings = _load_parts(base, peft, settings, model_kwargs)
     text = LLM2VecTransformer(model, tokenizer, **asdict(settings))
     pooling = LLM2VecPooling(text.get_embedding_dimension(), settings.pooling_mode, tokenizer.bos_token_id)
@@ -132,13 +130,13 @@ def _load_parts(
 
 
 def _load_model(source: _Source, config: Any, model_kwargs: dict[str, Any], hub: dict[str, Any]) -> Any:
-    from transformers import AutoModel
+    from .decoder import load_decoder
 
     if config.model_type == "qwen2":
         warnings.warn(_QWEN2, stacklevel=4)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the checkpoint .*trained with bidirectional attention")  # it will be
-        model = AutoModel.from_pretrained(source.model, config=config, **model_kwargs)
+    # float32 is the default of LLM2Vec's release of transformers, whatever the checkpoint's own type is
+    dtype = None if model_kwargs.get("quantization_config") else torch.float32
+    model = load_decoder(source.model, dtype, config=config, **model_kwargs)
     enable_bidirectional(model)
     if source.adapters:
         from peft import PeftModel
@@ -146,6 +144,7 @@ def _load_model(source: _Source, config: Any, model_kwargs: dict[str, Any], hub:
         account = {name: hub[name] for name in ("cache_dir", "token") if name in hub}  # the revision is the base's
         for adapter in source.adapters:
             model = PeftModel.from_pretrained(model, adapter, **account).merge_and_unload()
+            vars(model).pop("peft_config", None)  # older releases of PEFT leave it there
     return model.eval()
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from sentence_transformers.base.modules.input_module import InputModule
 from sentence_transformers.base.modules.module import Module
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
-from ..attention.versions import DTYPE_ARGUMENT
 from ..checkpoints.load import loaded_bidirectional
 from ..errors import ConfigError
 from ..patch import enable_bidirectional
+from .decoder import load_decoder
 from .reading import TextFormat, check_tokenizer, read, split_inputs
 from .settings import FILE_NAME, EncoderSettings, check_settings
 
@@ -110,8 +110,8 @@ class LLM2VecTransformer(InputModule):
         hub = {name: options[name] for name in (*places, "trust_remote_code") if options.get(name)}
         hub |= {"subfolder": subfolder} if subfolder else {}
         hub |= {"cache_dir": options["cache_folder"]} if options.get("cache_folder") else {}
-        model_kwargs = with_dtype({**hub, **(options.get("model_kwargs") or {})}, default="auto")
-        model = AutoModel.from_pretrained(model_name_or_path, **model_kwargs, **(options.get("config_kwargs") or {}))
+        model_kwargs = {**hub, **(options.get("config_kwargs") or {}), **(options.get("model_kwargs") or {})}
+        model = load_decoder(model_name_or_path, "auto", **model_kwargs)
         if loaded_bidirectional(model):
             enable_bidirectional(model)
         given = options.get("processor_kwargs") or options.get("tokenizer_kwargs") or {}
@@ -174,17 +174,3 @@ class LLM2VecPooling(Module):
         """Write the settings to a folder."""
         os.makedirs(output_path, exist_ok=True)
         self.save_config(output_path)
-
-
-def with_dtype(model_kwargs: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Arguments of `from_pretrained` with the type of the weights under the name that the installed release has.
-
-    Args:
-        model_kwargs: Arguments, with `dtype` or `torch_dtype` or neither.
-        default: The type if none is given; None leaves it to `from_pretrained`.
-    """
-    names = ("dtype", "torch_dtype")
-    given = [model_kwargs[name] for name in names if model_kwargs.get(name) is not None]
-    rest = {name: value for name, value in model_kwargs.items() if name not in names}
-    wanted = given[0] if given else default
-    return rest if wanted is None else {**rest, DTYPE_ARGUMENT: wanted}

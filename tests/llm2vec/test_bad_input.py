@@ -71,12 +71,16 @@ def test_a_settings_file(bases, tmp_path, nothing_is_loaded, text, says):
         load_llm2vec(folder)
 
 
+@pytest.fixture
+def written_adapter(adapter):
+    return adapter()
+
+
 @pytest.mark.parametrize("named", [None, "", "/no/such/base"])
-def test_an_adapter_whose_base_is_not_there(adapter, nothing_is_loaded, named):
-    folder = adapter()
-    change_json(Path(folder) / "adapter_config.json", base_model_name_or_path=named)
+def test_an_adapter_whose_base_is_not_there(written_adapter, nothing_is_loaded, named):
+    change_json(Path(written_adapter) / "adapter_config.json", base_model_name_or_path=named)
     with pytest.raises(ConfigError, match="is an adapter, and its base model .* can't be read: give the base model as base"):
-        load_llm2vec(folder)
+        load_llm2vec(written_adapter)
 
 
 def test_a_model_where_an_adapter_is_asked_for(bases, nothing_is_loaded):
