@@ -13,7 +13,8 @@ def load_decoder(name_or_path: str, default_dtype: Any, **model_kwargs: Any) -> 
 
     Args:
         name_or_path: Folder or hub name.
-        default_dtype: The type of the weights if model_kwargs has neither `dtype` nor `torch_dtype`; None leaves it to transformers.
+        default_dtype: The type of the weights if model_kwargs has neither `dtype` nor `torch_dtype`. None leaves it to
+            transformers.
         **model_kwargs: The other arguments.
     """
     names = ("dtype", "torch_dtype")  # one argument under the names of two releases

@@ -51,42 +51,44 @@ def load_llm2vec(
 ) -> "SentenceTransformer":
     """Load what LLM2Vec made, or a base and an adapter as LLM2Vec would, with LLM2Vec's embeddings.
 
-    `encode(texts)` gives what `LLM2Vec.encode(texts)` gives, and `encode(texts, prompt=instruction)` what it gives for pairs of this
-    instruction and a text; such pairs may be given here too. Adapters are merged into the model. What is saved keeps its embeddings
-    when it is opened again by `SentenceTransformer(folder)`, in a process that has imported this package, or elsewhere with
-    `trust_remote_code=True`.
+    `encode(texts)` gives what `LLM2Vec.encode(texts)` gives, and `encode(texts, prompt=instruction)` what it gives for pairs of
+    this instruction and a text; such pairs may be given here too. Adapters are merged into the model. What is saved keeps its
+    embeddings when it is opened again by `SentenceTransformer(folder)`, in a process that has imported this package, or elsewhere
+    with `trust_remote_code=True`.
 
-    LLM2Vec 0.2.3 has a fault in Qwen2, which stays causal unless it runs on FlashAttention. Here it is bidirectional, with a warning;
-    `disable_bidirectional(encoder)` gives LLM2Vec's embeddings on the other backends.
+    LLM2Vec 0.2.3 has a fault in Qwen2, which stays causal unless it runs on FlashAttention. Here it is bidirectional, with a
+    warning; `disable_bidirectional(encoder)` gives LLM2Vec's embeddings on the other backends.
 
-    Where LLM2Vec's own result depends on what else is in the batch, or has no meaning, this function differs from it. The mean of an
-    empty text is that of its instruction and beginning token, or zeros if there are none. If a text has fewer tokens behind its
-    instruction than alone, its mean stops at the row's padding. A text with two beginning tokens is pooled by the first.
+    Some results of LLM2Vec depend on what else is in the batch, or have no meaning, and differ here. The mean of an empty text is
+    that of its instruction and beginning token, or zeros if there are none; LLM2Vec's takes padding in. So does its mean where a
+    text has more tokens alone than its row has. A text with two beginning tokens is pooled by the first.
 
     Args:
-        base: Folder or hub name of the base model and its tokenizer, of a full or merged model that LLM2Vec saved, or of an adapter
-            that names its base model.
+        base: Folder or hub name of the base model and its tokenizer, of a full or merged model that LLM2Vec saved, or of an
+            adapter that names its base model.
         peft: Folder or hub name of an adapter over `base`.
         pooling_mode: "mean", "weighted_mean", "eos_token", "last_token" or "bos_token". None here and for the next three: what
             llm2vec_config.json in the folder of `peft`, else of `base`, says, else LLM2Vec's default ("mean").
         max_length: Tokens of an instruction and its text together (512).
         doc_max_length: Tokens of a text alone (400).
         skip_instruction: Whether only the text's own tokens are pooled (True). The beginning token is then left out too.
-        **model_kwargs: Arguments of `from_pretrained`, such as dtype (float32 if it isn't given), attn_implementation, device_map.
+        **model_kwargs: Arguments of `from_pretrained`, such as dtype (float32 if it isn't given), attn_implementation and
+            device_map.
 
     Returns:
         A bidirectional SentenceTransformer of two modules. Its embeddings are float32.
 
     Raises:
-        ConfigError: There is no such model or adapter, or a setting has no meaning. Where that can be known, before weights are loaded.
+        ConfigError: There is no such model or adapter, or a setting has no meaning. Where that can be known without weights, none
+            are loaded.
         BackendError: sentence-transformers 5.4 or newer, or PEFT, isn't installed.
         UnsupportedModelError: The model can't be made bidirectional.
 
     Example:
-        >>> load_llm2vec("my-decoder", pooling_mode="max")
+        >>> load_llm2vec("my-decoder", max_length=0)
         Traceback (most recent call last):
         ...
-        bidirect_patch.errors.ConfigError: pooling_mode must be one of mean, weighted_mean, eos_token, last_token, bos_token; got 'max'
+        bidirect_patch.errors.ConfigError: max_length must be a number of tokens, 1 or more; got 0
     """
     given = {
         "pooling_mode": pooling_mode,

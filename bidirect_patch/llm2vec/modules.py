@@ -124,8 +124,8 @@ class LLM2VecPooling(Module):
 
     Args:
         embedding_dimension: The width of a token embedding, and of the result.
-        pooling_mode: "mean"; "weighted_mean", in which the n-th of the pooled tokens has weight n; "eos_token" and "last_token", the
-            row's last token; "bos_token", the row's first beginning token.
+        pooling_mode: "mean"; "weighted_mean", in which the n-th of the pooled tokens has weight n; "eos_token" and "last_token",
+            the row's last token; "bos_token", the row's first beginning token.
         bos_token_id: The beginning token's id.
     """
 
@@ -165,7 +165,7 @@ class LLM2VecPooling(Module):
         return features
 
     def _first_bos(self, ids: torch.Tensor) -> torch.Tensor:
-        is_bos = ids == self.bos_token_id
+        is_bos = ids.eq(-1 if self.bos_token_id is None else self.bos_token_id)
         if not bool(is_bos.any(1).all()):
             raise ConfigError("pooling_mode='bos_token' and a text without a beginning token: truncate on the right")
         return is_bos & (is_bos.cumsum(1) == 1)
