@@ -4,12 +4,9 @@ From 6.0 on, it takes module classes from elsewhere only with `trust_remote_code
 trusted already, so its own classes are taken without that; of any other class nothing changes.
 """
 
-from importlib import import_module
 from typing import Any
 
 import wrapt
-
-_MODULES = f"{__package__}.modules"
 
 
 def install(base_model: Any) -> None:
@@ -21,4 +18,8 @@ def install(base_model: Any) -> None:
 def _class_of(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     reference = str(args[0] if args else kwargs.get("class_ref"))
     module, _, name = reference.rpartition(".")
-    return getattr(import_module(_MODULES), name) if module == _MODULES else wrapped(*args, **kwargs)
+    if module != f"{__package__}.modules":
+        return wrapped(*args, **kwargs)
+    from . import modules  # not before sentence-transformers itself is imported
+
+    return getattr(modules, name)
