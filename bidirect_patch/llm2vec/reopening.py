@@ -16,9 +16,8 @@ def install(base_model: Any) -> None:
 
 
 def _class_of(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    reference = str(args[0] if args else kwargs.get("class_ref"))
-    module, _, name = reference.rpartition(".")
-    if module != f"{__package__}.modules":
+    module, _, name = str(args[0] if args else kwargs.get("class_ref")).rpartition(".")
+    if module != f"{__package__}.modules" or name not in ("LLM2VecTransformer", "LLM2VecPooling"):
         return wrapped(*args, **kwargs)
     from . import modules  # not before sentence-transformers itself is imported
 
