@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     with_llm2vec = [python for python, place in places.items() if place[2]]
     if with_llm2vec:
         jobs.append(("Beside llm2vec 0.2.3", ("llm2vec_peer",), with_llm2vec[0]))
+        jobs.append(("Embeddings beside llm2vec 0.2.3", ("llm2vec_embeddings",), with_llm2vec[0]))
     parts = [INTRODUCTION, f"Machine: {machine()}.\n"]
     took: dict[str, float] = {}
     for title, command, python in jobs:

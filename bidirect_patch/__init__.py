@@ -24,6 +24,7 @@ _HOME = {
     "apply_mntp_head": "mntp.head",
     "remove_mntp_head": "mntp.head",
     "mntp_metrics": "mntp.metrics",
+    "load_llm2vec": "llm2vec.load",
     "BidirectPatchError": "errors",
     "LabelLeakWarning": "errors",
 }
@@ -35,13 +36,20 @@ def _install_hooks(_: object) -> None:
     import_module(f"{__name__}.checkpoints.hooks").install()
 
 
+def _install_reopening(base_model: object) -> None:
+    import_module(f"{__name__}.llm2vec.reopening").install(base_model)
+
+
 # From now on, an adapter that was trained bidirectionally is known for one, whenever PEFT is imported.
 register_post_import_hook(_install_hooks, "peft.peft_model")
+# And sentence-transformers finds the modules of an encoder that `load_llm2vec` made.
+register_post_import_hook(_install_reopening, "sentence_transformers.base.model")
 
 if TYPE_CHECKING:
     from .architectures import supported_architectures as supported_architectures
     from .errors import BidirectPatchError as BidirectPatchError
     from .errors import LabelLeakWarning as LabelLeakWarning
+    from .llm2vec.load import load_llm2vec as load_llm2vec
     from .mntp.collator import MNTPCollator as MNTPCollator
     from .mntp.head import apply_mntp_head as apply_mntp_head
     from .mntp.head import remove_mntp_head as remove_mntp_head

@@ -3,6 +3,9 @@
 An error of a call that changes something is raised before anything is changed. Each says what was given and what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BidirectPatchError(Exception):
     """Base of every error raised by bidirect_patch."""
@@ -65,7 +68,7 @@ class HeadError(BidirectPatchError, TypeError):
 
 
 class ConfigError(BidirectPatchError, ValueError):
-    """A command's flags, JSON file or data can't be used."""
+    """Settings, a command's flags, a JSON file, a folder or data that can't be used."""
 
 
 class LabelLeakWarning(UserWarning):
@@ -74,3 +77,25 @@ class LabelLeakWarning(UserWarning):
 
 class CausalMaskWarning(UserWarning):
     """A bidirectional model was given a ready mask in which no token sees a later one, and follows it."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line, or the name of its class if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def extra_needed(extra: str, subject: str) -> Iterator[None]:
+    """Name the package that a failed import lacks, and how to install it.
+
+    Args:
+        extra: The extra of this package that brings what is imported in the `with` block.
+        subject: Who needs it, as the subject of the message.
+
+    Raises:
+        BackendError: An import in the `with` block failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise BackendError(f"{subject} needs {error.name}: pip install 'bidirect-patch[{extra}]'") from error

@@ -35,7 +35,7 @@ def test_examples(name):
 def test_the_public_functions_have_examples():
     """A check on the list above: these modules are in it, and each has examples."""
     shown = {"mntp.collator", "mntp.head", "mntp.metrics", "patch", "verify.report"}
-    shown |= {"model.shrink", "model.tiny", "model.wrappers"}
+    shown |= {"llm2vec.load", "llm2vec.reading", "model.shrink", "model.tiny", "model.wrappers"}
     assert {f"bidirect_patch.{name}" for name in shown} <= set(MODULES)
     for name in shown:
         assert ">>> " in (PACKAGE / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"), name

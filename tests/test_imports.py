@@ -29,6 +29,7 @@ ALLOWED = {
     "auto": BELOW_PATCH | {"patch"},
     "mntp": BELOW_PATCH - {"checkpoints"} | {"patch"},
     "head": {"mntp"},
+    "llm2vec": BELOW_PATCH | {"patch"},
     "architectures": {"errors"},
     "cli": BELOW_PATCH | {"face", "patch", "auto", "mntp", "head", "architectures"},
     "face": set(),
@@ -39,6 +40,7 @@ ALLOWED = {
 # Where a module of the package is imported by its name in a string, which no import statement shows.
 BY_NAME = {
     ("bidirect_patch", "_install_hooks"),  # once PEFT is there
+    ("bidirect_patch", "_install_reopening"),  # once sentence-transformers is there
     ("bidirect_patch", "__getattr__"),  # names that load on first use
     ("bidirect_patch.cli", "_dispatch"),  # the command that was asked for
     ("bidirect_patch.swap.classes", "_rebuild"),  # unpickling may be the first use of the package

@@ -1,4 +1,4 @@
-"""Every fact about a release of transformers that the forward pass needs, by name."""
+"""Every fact about a release of transformers that the forward pass needs, or that loading needs, by name."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -9,6 +9,8 @@ from transformers import __version__
 
 _VERSION = Version(__version__)
 
+# The argument of `from_pretrained` that says which type the weights are loaded in.
+DTYPE_ARGUMENT = "dtype" if _VERSION >= Version("4.56") else "torch_dtype"
 # 4.53: mask functions of their own, which hand on a ready 4D mask or BlockMask as it is.
 HAS_MASKING_UTILS = find_spec("transformers.masking_utils") is not None
 # Until 4.42, mask code takes a ready 4D mask as ones (visible) and zeros, and inverts it.

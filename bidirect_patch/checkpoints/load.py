@@ -27,7 +27,7 @@ def says_bidirectional(name_or_path: Any, **hub: Any) -> bool:
     """
     hub = {name: value for name, value in hub.items() if name in (*HUB_OPTIONS, "local_files_only")}
     return any(
-        _config_says_so(_read(name_or_path, file_name, hub)) for file_name in ("adapter_config.json", "config.json")
+        _config_says_so(read_json(name_or_path, file_name, hub)) for file_name in ("adapter_config.json", "config.json")
     )
 
 
@@ -58,7 +58,8 @@ def _config_says_so(config: dict[str, Any]) -> bool:
     return any(part.get("is_causal") is False for part in inner) or any(map(_LLM2VEC_CLASS.search, classes))
 
 
-def _read(name_or_path: Any, file_name: str, hub: dict[str, Any]) -> dict[str, Any]:
+def read_json(name_or_path: Any, file_name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """A JSON file of a folder or hub name, as a dict; empty where there is none that can be read."""
     from transformers.utils import cached_file
 
     try:

@@ -6,14 +6,14 @@ asked for.
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import BackendError, BidirectPatchError, ConfigError
+from ..errors import BidirectPatchError, ConfigError
+from ..errors import extra_needed as extra_needed
+from ..errors import one_line as one_line
 
 COMMANDS = {
     "demo": "show every step on a small model, with no network",
@@ -68,28 +68,6 @@ def underscored(word: str) -> str:
         return word
     name, equals, value = word[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line, or the name of its class if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def extra_needed(extra: str, subject: str) -> Iterator[None]:
-    """Name the package that a failed import lacks, and how to install it.
-
-    Args:
-        extra: The extra of this package that brings what is imported in the `with` block.
-        subject: Who needs it, as the subject of the message.
-
-    Raises:
-        BackendError: An import in the `with` block failed.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise BackendError(f"{subject} needs {error.name}: pip install 'bidirect-patch[{extra}]'") from error
 
 
 def _dispatch(argv: list[str]) -> int:

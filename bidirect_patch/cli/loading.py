@@ -1,4 +1,4 @@
-"""One message for whatever goes wrong while a model is loaded.
+"""What `checkpoints.loading` does, with the flag that is the way out where FlashAttention is missing.
 
 This module does not need PEFT, so that `bidirect-patch check` runs without it.
 """
@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import BackendError, BidirectPatchError, ConfigError
-from . import one_line
+from ..checkpoints import loading as checkpoints_loading
+from ..errors import BackendError
 
 
 @contextmanager
@@ -24,15 +24,10 @@ def loading(what: str, failure: str = "can't load") -> Iterator[None]:
         ConfigError: There is nothing of that name, or it is broken.
     """
     try:
-        yield
+        with checkpoints_loading.loading(what, failure):
+            yield
     except BackendError as error:
-        raise BackendError(_with_way_out(str(error))) from error
-    except BidirectPatchError:
-        raise
-    except Exception as error:  # a missing or broken checkpoint raises errors of many classes
-        kind = BackendError if isinstance(error, ImportError) else ConfigError
-        message = f"{failure} {what}: {one_line(error)}"
-        raise kind(_with_way_out(message) if kind is BackendError else message) from error
+        raise BackendError(_with_way_out(str(error))) from error.__cause__
 
 
 def _with_way_out(message: str) -> str:

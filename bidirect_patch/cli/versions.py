@@ -16,14 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.utils import is_torch_xla_available
 
+from ..attention.versions import DTYPE_ARGUMENT as DTYPE_ARGUMENT
 from ..errors import ConfigError
-
-# The argument of `from_pretrained` that says which type the weights are loaded in.
-DTYPE_ARGUMENT = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 RENAMED = (  # each pair is one setting under two names
     ("evaluation_strategy", "eval_strategy"),

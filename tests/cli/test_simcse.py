@@ -15,7 +15,7 @@ from bidirect_patch.cli import main
 from ..helpers.sentences import reaches_back, write_folder
 from ..helpers.words import EOS, make_tokenizer
 
-st = pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
+st = pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
 peft = pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
 
 
