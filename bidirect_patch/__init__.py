@@ -24,6 +24,7 @@ _HOME = {
     "apply_mntp_head": "mntp.head",
     "remove_mntp_head": "mntp.head",
     "mntp_metrics": "mntp.metrics",
+    "save_merged": "checkpoints.merged",
     "BidirectPatchError": "errors",
     "LabelLeakWarning": "errors",
 }
@@ -40,6 +41,7 @@ register_post_import_hook(_install_hooks, "peft.peft_model")
 
 if TYPE_CHECKING:
     from .architectures import supported_architectures as supported_architectures
+    from .checkpoints.merged import save_merged as save_merged
     from .errors import BidirectPatchError as BidirectPatchError
     from .errors import LabelLeakWarning as LabelLeakWarning
     from .mntp.collator import MNTPCollator as MNTPCollator
