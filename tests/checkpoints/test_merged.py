@@ -1,7 +1,6 @@
 """`save_merged`: folders that need neither the adapters nor PEFT, and say that they are bidirectional."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -89,30 +88,29 @@ def test_bad_input_writes_nothing(tmp_path):
     assert not folder.exists()
 
 
-# A SentenceTransformer, opened in processes of which some have never heard of this package.
+# A SentenceTransformer, opened in a process that has never heard of this package, and after `import bidirect_patch.auto` again.
 
 ENCODE = """
 import json, sys
-{before}
 from sentence_transformers import SentenceTransformer
-encoder = SentenceTransformer(sys.argv[1], device="cpu")
-encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
-assert ("bidirect_patch" in sys.modules) is bool({before!r})
-print(json.dumps(encoder.encode(sys.argv[2:]).tolist()))
+
+def encode():
+    encoder = SentenceTransformer(sys.argv[1], device="cpu")
+    encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
+    return encoder.encode(sys.argv[2:]).tolist()
+
+stock = encode()
+assert "bidirect_patch" not in sys.modules
+import bidirect_patch.auto
+print(json.dumps([stock, encode()]))
 """
 
 
-def encode_elsewhere(folder, before=""):
-    return torch.tensor(json.loads(in_a_new_process(ENCODE.format(before=before), folder, *TEXTS).splitlines()[-1]))
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A bidirectional SentenceTransformer with an adapter, and what it gives for TEXTS with its adapter and causally."""
+@pytest.mark.slow
+def test_a_sentence_transformer_opens_merged_in_a_new_process(tmp_path):
     st = pytest.importorskip("sentence_transformers", reason="sentence-transformers isn't installed")
-    folder = tmp_path_factory.mktemp("place")
-    write_folder(folder)
-    encoder = enable_bidirectional(st.SentenceTransformer(str(folder / "model"), device="cpu"))
+    write_folder(tmp_path)
+    encoder = enable_bidirectional(st.SentenceTransformer(str(tmp_path / "model"), device="cpu"))
     encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
     if lacks_add_adapter():
         encoder[0].model = lora(encoder[0].model)
@@ -120,17 +118,12 @@ def encoder(tmp_path_factory):
         torch.manual_seed(0)
         encoder.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
     want = torch.tensor(encoder.encode(TEXTS))
+    save_merged(encoder, tmp_path / "merged")
+    same(torch.tensor(encoder.encode(TEXTS)), want)
     causal = torch.tensor(disable_bidirectional(encoder).encode(TEXTS))
-    enable_bidirectional(encoder)
     assert (causal - want).abs().max() > 1e-2
-    return encoder, want, causal
-
-
-@pytest.mark.parametrize("before", ["", "import bidirect_patch.auto"], ids=["stock", "auto"])
-def test_a_sentence_transformer_opens_merged_in_a_new_process(encoder, tmp_path, before):
-    model, want, causal = encoder
-    save_merged(model, tmp_path)
-    same(torch.tensor(model.encode(TEXTS)), want)
-    assert "adapter_model.safetensors" not in [path.name for path in Path(tmp_path).rglob("*")]
-    native = TRANSFORMERS >= Version("5.2")  # before, stock transformers knows no flag, and the weights run causally
-    same(encode_elsewhere(tmp_path, before), want if before or native else causal)
+    assert not list((tmp_path / "merged").rglob("adapter_*"))
+    stock, auto = map(torch.tensor, json.loads(in_a_new_process(ENCODE, tmp_path / "merged", *TEXTS).splitlines()[-1]))
+    same(auto, want)
+    # before 5.2, stock transformers knows no flag, and the merged weights run causally
+    same(stock, want if TRANSFORMERS >= Version("5.2") else causal)
