@@ -1,7 +1,7 @@
 """Saving with every adapter merged, so that the folder holds a whole model.
 
-A folder that holds an adapter alone has no config.json, and nothing in it makes another process bidirectional. The config.json of a
-whole model says `is_causal: false`.
+A folder that holds an adapter alone has no config.json, and nothing in it makes another process bidirectional. The config.json of
+a whole model says `is_causal: false`.
 """
 
 import copy
@@ -18,7 +18,7 @@ from ..swap.view import view
 def save_merged(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> None:
     """Save a model with its adapters merged, in the form that opens without them and without PEFT.
 
-    The active adapters are merged into a copy, which is saved. The model itself keeps its adapters. For as long as the call takes,
+    The active adapters are merged into a copy, which is saved. The model itself keeps its adapters. While the call runs,
     the model that holds adapters is in memory twice.
 
     Args:
