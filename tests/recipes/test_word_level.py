@@ -6,7 +6,12 @@ import pytest
 import torch
 from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PreTrainedTokenizerFast, Trainer
+from transformers import (
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
 
 from bidirect_patch import enable_bidirectional
 
