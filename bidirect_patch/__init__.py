@@ -25,8 +25,10 @@ _HOME = {
     "remove_mntp_head": "mntp.head",
     "mntp_metrics": "mntp.metrics",
     "load_llm2vec": "llm2vec.load",
+    "save_merged": "checkpoints.merged",
     "BidirectPatchError": "errors",
     "LabelLeakWarning": "errors",
+    "CausalMaskWarning": "errors",
 }
 __all__ = [*_HOME, "__version__"]
 
@@ -47,7 +49,9 @@ register_post_import_hook(_install_reopening, "sentence_transformers.base.model"
 
 if TYPE_CHECKING:
     from .architectures import supported_architectures as supported_architectures
+    from .checkpoints.merged import save_merged as save_merged
     from .errors import BidirectPatchError as BidirectPatchError
+    from .errors import CausalMaskWarning as CausalMaskWarning
     from .errors import LabelLeakWarning as LabelLeakWarning
     from .llm2vec.load import load_llm2vec as load_llm2vec
     from .mntp.collator import MNTPCollator as MNTPCollator

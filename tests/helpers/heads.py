@@ -73,7 +73,7 @@ class Data(torch.utils.data.Dataset):
         return {k: v[0] for k, v in batch(shape=(1, 17), seed=i).items()}
 
 
-def trainer(model, tmp_path, **kwargs):
+def trainer_arguments(tmp_path, **kwargs):
     accelerate = Version(importlib.metadata.version("accelerate"))
     if TRANSFORMERS < Version("4.41") and accelerate >= Version("1.0"):
         pytest.skip(f"the Trainer of transformers {TRANSFORMERS} can't be made with accelerate {accelerate}")
@@ -88,6 +88,10 @@ def trainer(model, tmp_path, **kwargs):
         dataloader_pin_memory=False,
         remove_unused_columns=True,
     )
+    return TrainingArguments(output_dir=str(tmp_path), **settings | kwargs)
+
+
+def trainer(model, tmp_path, **kwargs):
     metrics = {k: kwargs.pop(k) for k in ("compute_metrics",) if k in kwargs}
-    arguments = TrainingArguments(output_dir=str(tmp_path), **settings, **kwargs)
+    arguments = trainer_arguments(tmp_path, **kwargs)
     return Trainer(model=model, args=arguments, train_dataset=Data(), eval_dataset=Data(), **metrics)

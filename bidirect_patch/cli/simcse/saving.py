@@ -1,10 +1,11 @@
 """Writing a trained encoder so that it opens without the adapters of the steps before."""
 
-import copy
 from typing import Any
 
+from ...checkpoints.merged import with_adapters_merged
 
-def save_merged(model: Any, folder: str, max_seq_length: int) -> None:
+
+def save_encoder(model: Any, folder: str, max_seq_length: int) -> None:
     """Write a SentenceTransformer with its adapter merged.
 
     The model itself keeps its adapter, because a copy is merged. Dropout and a limit of tokens that were only for
@@ -17,8 +18,7 @@ def save_merged(model: Any, folder: str, max_seq_length: int) -> None:
     """
     module = model[0]
     trained = module.model
-    if hasattr(trained, "peft_config"):
-        module.model = copy.deepcopy(trained).merge_and_unload()
+    module.model = with_adapters_merged(trained)
     config = module.model.config
     dropout = getattr(config, "attention_dropout", None)
     if dropout is not None:

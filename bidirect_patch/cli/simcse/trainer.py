@@ -5,7 +5,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformerTrainer
 
 from ..callbacks import StopAfter
-from .saving import save_merged
+from .saving import save_encoder
 
 
 class SimCSETrainer(SentenceTransformerTrainer):
@@ -24,4 +24,4 @@ class SimCSETrainer(SentenceTransformerTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:  # newer releases of transformers call this in every process
-            save_merged(self.model, str(output_dir or self.args.output_dir), self.saved_max_seq_length)
+            save_encoder(self.model, str(output_dir or self.args.output_dir), self.saved_max_seq_length)
