@@ -47,7 +47,9 @@ WORKERS, RANK = Range(0, 4096), Range(0, LARGEST_RANK)
 
 # The numbers among transformers' training arguments. A release that lacks one of them is not checked for it.
 TRAINING_RANGES = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT
+    ),
     **dict.fromkeys(("eval_accumulation_steps", "dataloader_prefetch_factor", "torch_empty_cache_steps"), COUNT),
     **dict.fromkeys(("save_total_limit", "eval_delay", "ddp_timeout", "warmup_steps"), COUNT_OR_ZERO),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha"), NUMBER),
@@ -89,4 +91,3 @@ def check_text(name: str, value: Any) -> None:
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
             raise ConfigError(f"{name} holds a character that no path and no name can have: {text!r}")
-

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from ..errors import ConfigError
 from . import Parser, one_line, underscored
+from .output_folder import check_output_dir as check_output_dir
 from .ranges import BELOW_ONE, COUNT, RANK, check_range, check_text, check_training_numbers
 from .versions import has_accelerator, translate_settings
 
@@ -147,13 +148,6 @@ def check_lora(settings: CommonModelArguments) -> None:
     """Raise ConfigError if no LoRA adapter can have these settings."""
     check_dropout(settings, "lora_dropout")
     check_range("lora_r", settings.lora_r, RANK)
-
-
-def check_output_dir(path: str | None, what: str) -> None:
-    """Raise ConfigError if no folder is given, or if a file has its name; `what` says what the folder is for."""
-    check_given("output_dir", path, what)
-    if path and os.path.exists(path) and not os.path.isdir(path):
-        raise ConfigError(f"output_dir {path} is a file: give a folder")
 
 
 def _read_flags(argv: list[str]) -> dict[str, Any]:
