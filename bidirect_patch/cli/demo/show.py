@@ -86,7 +86,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Materials, PreTrainedModel]:
     folder = _make_folder(options.output_dir)
     training = _training_arguments(options, folder)
     # The name of the file is only what errors call the text.
-    data = DataArguments(train_file="pydoc_data.topics", max_seq_length=LENGTH, max_eval_samples=EVALUATED)
+    data = DataArguments(train_file=["pydoc_data.topics"], max_seq_length=LENGTH, max_eval_samples=EVALUATED)
     sequences = {
         split: tokenize(Dataset.from_dict({"text": texts[split]}), split, tokenizer, data, training) for split in texts
     }

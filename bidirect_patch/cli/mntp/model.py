@@ -16,7 +16,6 @@ from ..loading import loading
 from ..lora import with_lora
 from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .settings import ModelArguments
-from .vocabulary import add_rows
 
 POSITIONS = "max_position_embeddings"  # in every config; some have it under another name too
 
@@ -49,15 +48,8 @@ def check_model(settings: ModelArguments) -> int | None:
     return getattr(config, POSITIONS, None) if _has_position_table(small) else None
 
 
-def load_model(settings: ModelArguments, tokenizer: Any) -> tuple[PreTrainedModel, list[int]]:
+def load_model(settings: ModelArguments) -> PreTrainedModel:
     """Load the causal model of the settings, make it bidirectional and give it an MNTP head. Its weights stay as they were.
-
-    Args:
-        settings: Which model.
-        tokenizer: The model gets rows for those of its tokens that it lacks.
-
-    Returns:
-        The model, and the ids of the rows that it got.
 
     Raises:
         BackendError: The attention backend is not installed.
@@ -76,8 +68,7 @@ def load_model(settings: ModelArguments, tokenizer: Any) -> tuple[PreTrainedMode
     )
     if settings.gguf_file:
         remove_gguf_mark(model)
-    new_rows = add_rows(model, tokenizer)
-    return apply_mntp_head(model, eval_logits="scores"), new_rows
+    return apply_mntp_head(model, eval_logits="scores")
 
 
 def add_adapter(model: PreTrainedModel, settings: ModelArguments, new_rows: Sequence[int] = ()) -> None:
