@@ -216,6 +216,13 @@ def test_a_backend_that_is_not_installed(capsys, settings):
     assert "flash" in said.lower() and said.rstrip().endswith("Install it, or give --attn_implementation sdpa.")
 
 
+def test_a_kernel_that_is_not_installed(capsys, settings):
+    if find_spec("liger_kernel"):
+        pytest.skip("liger-kernel is installed here, so there is nothing to refuse")
+    said = refused(capsys, settings | {"do_train": True, "use_liger_kernel": True})
+    assert "use_liger_kernel" in said  # releases before 4.45 have no such setting
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(capsys, settings):
     folder = Path(settings["output_dir"])
     folder.mkdir()
