@@ -95,14 +95,16 @@ def adapter_of(model: PreTrainedModel) -> PeftModel | None:
 def _has_position_table(small: PreTrainedModel) -> bool:
     """Say whether a small model fails on a text that is longer than its config allows, as with learned positions."""
     limit = getattr(small.config, POSITIONS, None)
-    if not isinstance(limit, int):
-        return False
+    return isinstance(limit, int) and _reads(small, limit) and not _reads(small, limit + 1)
+
+
+def _reads(small: PreTrainedModel, length: int) -> bool:
     try:
         with torch.no_grad():
-            small(input_ids=torch.ones(1, limit + 1, dtype=torch.long))
-    except (IndexError, RuntimeError):
-        return True
-    return False
+            small(input_ids=torch.ones(1, length, dtype=torch.long))
+    except Exception:  # which one depends on the model, and on the backend
+        return False
+    return True
 
 
 def _load(auto_class: Any, name: str | None, settings: ModelArguments, **options: Any) -> Any:

@@ -104,8 +104,9 @@ def _check_space(settings: Settings, model: PreTrainedModel) -> None:
     training = settings.training
     if training.do_train and training.should_save:
         strategy = getattr(training.save_strategy, "value", training.save_strategy)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        check_space(str(training.output_dir), trained, checkpoints=strategy != "no")
+        with_optimizer = not training.save_only_model  # whose state is two numbers for each
+        copies = 1 if strategy == "no" else 4 if with_optimizer else 2  # the result, and a checkpoint
+        check_space(str(training.output_dir), (p for p in model.parameters() if p.requires_grad), copies)
 
 
 def _check_learned(trainer: MNTPTrainer, loss: float) -> None:
