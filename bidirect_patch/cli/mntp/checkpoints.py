@@ -3,25 +3,87 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...errors import ConfigError
+from .. import one_line
 from .settings import MNTPTrainingArguments
 
 STATE = "trainer_state.json"  # the trainer writes this file of a checkpoint last
+ADAPTER_CONFIG = "adapter_config.json"
+LONGEST_REASON = 300  # characters; some errors name every weight of a model
 
 
-def checkpoint_to_resume(training: MNTPTrainingArguments) -> str | None:
+def checkpoint_to_resume(training: MNTPTrainingArguments, lora_r: int) -> str | None:
     """Choose where training starts, as run_mlm.py does: the checkpoint that is asked for, else the newest in output_dir.
+
+    Args:
+        training: Says which checkpoint is asked for.
+        lora_r: The rank of the adapter that is to be trained, or 0.
 
     Returns:
         The folder of the checkpoint, or None to start anew.
 
     Raises:
-        ConfigError: There is no such checkpoint, or output_dir holds something else.
+        ConfigError: There is no such checkpoint, it is of another kind of run, or output_dir holds something else.
     """
+    checkpoint = _choose(training)
+    if checkpoint is not None:
+        with resuming(checkpoint):
+            _check_kind(checkpoint, lora_r)
+    return checkpoint
+
+
+@contextmanager
+def resuming(checkpoint: Any) -> Iterator[None]:
+    """Raise ConfigError for any error in the `with` block, which reads a checkpoint, with a message that names it."""
+    try:
+        yield
+    except Exception as error:  # a broken file raises errors of many classes
+        raise ConfigError(_refusal(checkpoint, error)) from error
+
+
+def check_same_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError if saved weights have other names or shapes than those that they are to replace."""
+    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if missing or unknown:
+        count, example = (len(missing), f"no {missing[0]}") if missing else (len(unknown), f"{unknown[0]} besides")
+        raise ConfigError(f"its weights are not those of this model: it has {example} ({count} such names)")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            shapes = f"{tuple(saved[name].shape)} and not {tuple(tensor.shape)}"
+            raise ConfigError(f"its weights are not those of this model: {name} is {shapes}")
+
+
+def _refusal(checkpoint: Any, error: Exception) -> str:
+    return (
+        f"can't resume from {checkpoint}: {one_line(error)[:LONGEST_REASON]}; give overwrite_output_dir to start anew, or "
+        "another checkpoint"
+    )
+
+
+def _check_kind(checkpoint: str, lora_r: int) -> None:
+    state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
+    if not isinstance(state.global_step, int) or not isinstance(state.epoch, (int, float, type(None))):
+        raise ConfigError(f"{STATE} holds global_step={state.global_step!r}, epoch={state.epoch!r}")
+    path = os.path.join(checkpoint, ADAPTER_CONFIG)
+    if not os.path.isfile(path):
+        if lora_r:
+            raise ConfigError(f"it holds no adapter, and lora_r is {lora_r}")
+        return
+    with open(path, encoding="utf-8") as file:
+        rank = json.load(file)["r"]
+    if rank != lora_r:
+        raise ConfigError(f"it holds an adapter of rank {rank}, and lora_r is {lora_r}")
+
+
+def _choose(training: MNTPTrainingArguments) -> str | None:
     if not training.do_train:
         return None
     asked = training.resume_from_checkpoint

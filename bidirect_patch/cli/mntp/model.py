@@ -1,6 +1,7 @@
 """The tokenizer and the model that are trained for masked next token prediction."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ..lora import with_lora
 from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .settings import ModelArguments
 
+POSITIONS = "max_position_embeddings"  # in every config; some have it under another name too
+
 
 def load_tokenizer(settings: ModelArguments) -> Any:
     """Load the tokenizer of the settings.
@@ -27,18 +30,22 @@ def load_tokenizer(settings: ModelArguments) -> Any:
     return _load(AutoTokenizer, name, settings, use_fast=settings.use_fast_tokenizer)
 
 
-def check_model(settings: ModelArguments) -> None:
+def check_model(settings: ModelArguments) -> int | None:
     """Raise the errors of `load_model` that concern the model's class and backend.
 
     This reads the config alone and builds a small random model from it, which is faster than loading the weights.
+
+    Returns:
+        The largest number of tokens that the model can read, or None if it has no such limit.
     """
     config = _load(AutoConfig, settings.model_name_or_path, settings)
     try:
         with loading(str(settings.model_name_or_path)):
             small = tiny_like(config, settings.attn_implementation, settings.trust_remote_code)
     except UnsupportedModelError:  # the model itself may load all the same, or its error says more
-        return
+        return None
     apply_mntp_head(enable_bidirectional(small))
+    return getattr(config, POSITIONS, None) if _has_position_table(small) else None
 
 
 def load_model(settings: ModelArguments) -> PreTrainedModel:
@@ -64,20 +71,40 @@ def load_model(settings: ModelArguments) -> PreTrainedModel:
     return apply_mntp_head(model, eval_logits="scores")
 
 
-def add_adapter(model: PreTrainedModel, settings: ModelArguments) -> None:
+def add_adapter(model: PreTrainedModel, settings: ModelArguments, new_rows: Sequence[int] = ()) -> None:
     """Put a LoRA adapter on the backbone of a model, in place. With `lora_r` 0 there is no adapter and all weights train.
 
     As in LLM2Vec, the adapter is on the backbone and not on the model with its head, because an encoder has no head. The
     head is frozen too, so what is saved is all that was trained.
+
+    Args:
+        model: The model.
+        settings: The rank and the dropout of the adapter.
+        new_rows: The ids whose embeddings are trained too, because they were never trained.
     """
     if settings.lora_r:
         model.requires_grad_(False)
-        setattr(model, model.base_model_prefix, with_lora(model.base_model, settings))
+        setattr(model, model.base_model_prefix, with_lora(model.base_model, settings, new_rows))
 
 
 def adapter_of(model: PreTrainedModel) -> PeftModel | None:
     """Return the backbone with its adapter, or None if there is no adapter."""
     return model.base_model if isinstance(model.base_model, PeftModel) else None
+
+
+def _has_position_table(small: PreTrainedModel) -> bool:
+    """Say whether a small model fails on a text that is longer than its config allows, as with learned positions."""
+    limit = getattr(small.config, POSITIONS, None)
+    return isinstance(limit, int) and _reads(small, limit) and not _reads(small, limit + 1)
+
+
+def _reads(small: PreTrainedModel, length: int) -> bool:
+    try:
+        with torch.no_grad():
+            small(input_ids=torch.ones(1, length, dtype=torch.long))
+    except Exception:  # which one depends on the model, and on the backend
+        return False
+    return True
 
 
 def _load(auto_class: Any, name: str | None, settings: ModelArguments, **options: Any) -> Any:
