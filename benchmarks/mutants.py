@@ -9,6 +9,7 @@ Tests that killed before come first, then the cheapest. A mutant that no test ca
 """
 
 import argparse
+import gc
 import importlib.abc
 import importlib.util
 import os
@@ -59,19 +60,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # which tests are to kill the mutants of 
     "mntp/loss.py": HEAD_TESTS,
     "mntp/strategies.py": HEAD_TESTS,
 }
-PRELOADED = (  # what the tests import and what doesn't import the package
-    "torch._dynamo",
-    "torch.nn.attention.flex_attention",
-    "transformers.trainer",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.mistral.modeling_mistral",
-    "transformers.models.gemma.modeling_gemma",
-    "transformers.models.qwen2.modeling_qwen2",
-    "accelerate",
-    "peft",
-    "hypothesis",
-    "_pytest.assertion.rewrite",
-)
+OWN = (PACKAGE, "tests", "benchmarks", "conftest", "__main__")  # what each fork imports for itself
 
 
 class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -96,6 +85,7 @@ class Run:
     killed: bool = True
     killer: str = ""  # the first test that failed
     seconds: dict[str, float] = field(default_factory=dict)  # of each test that ran
+    modules: list[str] = field(default_factory=list)  # that were imported by then
 
 
 class Watcher:
@@ -112,6 +102,9 @@ class Watcher:
         seconds[report.nodeid] = seconds.get(report.nodeid, 0) + report.duration
         if report.failed and not self.run.killer:
             self.run.killer = report.nodeid
+
+    def pytest_sessionfinish(self) -> None:
+        self.run.modules = list(sys.modules)
 
 
 def in_a_fork(changed: Changed | None, tests: Iterable[str], order: dict[str, tuple[float, float]], limit: float) -> Run:
@@ -189,6 +182,7 @@ def tested(path: Path, module: str, name: str, tests: tuple[str, ...], options: 
     if first.killed:
         sys.exit(f"{' '.join(tests)} fails without any change: {first.killer}")
     limit = 30 + 3 * (time.monotonic() - start)
+    preload(first.modules)
     killers: Counter[str] = Counter()
     result = Result(name)
     for mutant in chosen(mutants_of(path.read_text()), options, name):
@@ -210,14 +204,16 @@ def tested(path: Path, module: str, name: str, tests: tuple[str, ...], options: 
     return result
 
 
-def preload() -> None:
-    """Import what every child needs, and not the package."""
-    for name in PRELOADED:
-        with suppress(ImportError):
-            import_module(name)
+def preload(names: Iterable[str]) -> None:
+    """Import what each fork would import else, but not the package: a fork imports the changed module."""
+    for name in names:
+        if name.split(".")[0] not in OWN:
+            with suppress(Exception):
+                import_module(name)
     loaded = [name for name in sys.modules if name.split(".")[0] == PACKAGE]
     if loaded:
         sys.exit(f"{loaded[0]} is imported already, so no mutant would take its place")
+    gc.freeze()  # what all forks share is not looked through for garbage
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -235,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"no tests are named for {name}: give some of {', '.join(TESTS)}")
     start = time.monotonic()
     os.chdir(ROOT)
-    preload()
+    preload(["torch", "transformers"])
     results = []
     for name in options.files or TESTS:
         module = f"{PACKAGE}.{name.removesuffix('.py').replace('/', '.')}"
