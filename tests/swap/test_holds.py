@@ -111,8 +111,9 @@ def test_an_own_forward_forbids_no_change(module):
 
 
 def test_a_forward_that_raised_is_over(module):
-    with pytest.raises(KeyError), modes.running(module):
+    with pytest.raises(KeyError) as kept, modes.running(module):
         raise KeyError
+    assert kept.value.__traceback__, "which keeps the frame of the forward alive"
     assert in_other_thread(conflicts, modes.check, module, True, False) is None
 
 
