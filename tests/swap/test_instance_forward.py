@@ -181,6 +181,7 @@ def test_unwrapping_a_forward_that_nobody_wrapped_keeps_the_patch(module):
     assert run(module) == PATCHED + 100 and calls_the_patch(module)
     apply(remove=[(module, PlusOne), (module, PlusHundred)])
     assert run(module) == STOCK and type(module) is Double
+    assert module.forward.__func__ is Double.forward, "no function of the patch is left"
 
 
 def test_every_step_of_the_chain_runs_the_patch(module):
@@ -291,6 +292,7 @@ def test_new_settings_leave_a_wrapper_where_it_is(module):
     assert module.forward is forward and run(module) == PATCHED * 10
     apply(remove=[(module, PlusOne)])
     assert not hasattr(module, "is_causal")
+    assert module.forward is forward and run(module) == STOCK * 10
 
 
 def test_new_settings_leave_a_wrapper_inside(module):
