@@ -36,8 +36,10 @@ from benchmarks.mutations import Mutant, mutants_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "bidirect_patch"
-HEAD_TESTS = tuple(f"tests/mntp/test_head_{name}.py" for name in ("strategies", "loss", "bad_input", "on_and_off", "outputs", "chunks"))
-COLLATOR_TESTS = tuple(f"tests/mntp/test_{name}.py" for name in ("tokens", "features", "draws", "collator", "collator_settings"))
+OF_THE_HEAD = ("strategies", "loss", "bad_input", "on_and_off", "outputs", "chunks")
+HEAD_TESTS = tuple(f"tests/mntp/test_head_{name}.py" for name in OF_THE_HEAD)
+OF_THE_COLLATOR = ("tokens", "features", "draws", "collator", "collator_settings")
+COLLATOR_TESTS = tuple(f"tests/mntp/test_{name}.py" for name in OF_THE_COLLATOR)
 MASK_TESTS = (
     "tests/attention/test_arguments.py",
     "tests/attention/test_users_masks.py",
@@ -120,7 +122,7 @@ def in_a_fork(changed: Changed | None, tests: Iterable[str], order: dict[str, tu
     os.close(writing)
     told = b""
     ends = time.monotonic() + limit
-    while (left := ends - time.monotonic()) > 0 and select.select([reading], [], [], left)[0]:
+    while select.select([reading], [], [], max(0, ends - time.monotonic()))[0]:
         if not (part := os.read(reading, 1 << 16)):
             break
         told += part
@@ -131,7 +133,7 @@ def in_a_fork(changed: Changed | None, tests: Iterable[str], order: dict[str, tu
     try:
         return pickle.loads(told)
     except (EOFError, pickle.UnpicklingError):  # it hung, or it died
-        return Run(killer="too slow" if left <= 0 else "the process died")
+        return Run(killer="too slow" if time.monotonic() >= ends else "the process died")
 
 
 def _be_the_child(changed: Changed | None, tests: Iterable[str], order: Any, writing: int) -> None:

@@ -132,8 +132,6 @@ def _changes(node: ast.AST) -> Iterator[Change]:
     test = getattr(node, "test", None)
     if isinstance(test, ast.expr) and not isinstance(test, (ast.Compare, ast.UnaryOp)):  # these have a change of their own
         yield _to(test, ast.UnaryOp(ast.Not(), test))
-    for condition in getattr(node, "ifs", ()):
-        yield _to(condition, ast.Constant(True))
     if _may_go(node):
         yield node, ast.Pass(), f"{ast.unparse(node)} -> pass"
 

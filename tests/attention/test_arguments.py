@@ -93,7 +93,15 @@ def test_numbers_count_the_sequences_of_each_row():
 
 @pytest.mark.parametrize(
     "shape, found",
-    [((4,), (1, 4)), ((1, 4), (1, 4)), ((2, 4), (2, 4)), ((3, 2, 4), None), ((3, 1, 4), None), ((4, 2, 4), (2, 4)), ((5, 2, 4), None)],
+    [
+        ((4,), (1, 4)),
+        ((1, 4), (1, 4)),
+        ((2, 4), (2, 4)),
+        ((3, 2, 4), None),
+        ((3, 1, 4), None),
+        ((4, 2, 4), (2, 4)),
+        ((5, 2, 4), None),
+    ],
     ids=str,
 )
 def test_positions_of_each_shape(shape, found):
