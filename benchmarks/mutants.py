@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -179,14 +180,20 @@ def chosen(mutants: list[Mutant], options: argparse.Namespace, name: str) -> lis
     return [mutants[index] for index in sorted(order[:count])]
 
 
-def tested(path: Path, module: str, name: str, tests: tuple[str, ...], options: argparse.Namespace) -> Result:
-    """Run `tests` on mutants of the file of `module` and print what survives."""
+@cache
+def without_change(tests: tuple[str, ...]) -> tuple[Run, float]:
+    """The run of tests on the code as it is, and how many seconds they may take on a mutant."""
     start = time.monotonic()
     first = in_a_fork(None, tests, {}, 3600)
     if first.killed:
         sys.exit(f"{' '.join(tests)} fails without any change: {first.killer}")
-    limit = 30 + 3 * (time.monotonic() - start)
     preload(first.modules)
+    return first, 30 + 3 * (time.monotonic() - start)
+
+
+def tested(path: Path, module: str, name: str, tests: tuple[str, ...], options: argparse.Namespace) -> Result:
+    """Run `tests` on mutants of the file of `module` and print what survives."""
+    first, limit = without_change(tests)
     killers: Counter[str] = Counter()
     result = Result(name)
     for mutant in chosen(mutants_of(path.read_text()), options, name):
