@@ -304,6 +304,31 @@ def test_new_settings_leave_a_wrapper_inside(module):
     assert module.forward is forward
 
 
+def bind(module):
+    """The stock forward on the instance, as a tool leaves it that took its wrapper off."""
+    module.forward = MethodType(Double.forward, module)
+
+
+@pytest.mark.parametrize("put", [hook, bind])
+def test_new_settings_leave_a_forward_that_the_patch_replaced(module, put):
+    put(module)
+    before, stock = dict(vars(module)), run(module)
+    apply([(module, ONE)])
+    patched = run(module)
+    apply([(module, Plan(PlusOne, One(), {"is_causal": False}))])
+    assert run(module) == patched > stock and calls_the_patch(module)
+    apply(remove=[(module, PlusOne)])
+    assert run(module) == stock and vars(module) == before
+
+
+def test_new_settings_after_somebody_took_the_forward_off(module):
+    bind(module)
+    apply([(module, ONE)])
+    del module.forward
+    apply([(module, Plan(PlusOne, One(), {"is_causal": False}))])
+    assert run(module) == PATCHED and calls_the_patch(module)
+
+
 def test_a_replaced_forward_before_the_patch_is_an_error(module):
     other = Double()
     replace(module)
