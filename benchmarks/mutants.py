@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n" + table([result.row for result in results]))
     print(
         f"\n{killed} of {run} mutants killed ({killed / max(run, 1):.1%}), {equivalent} more are equivalent, in "
-        f"{(time.monotonic() - start) / 60:.0f} minutes"
+        f"{(time.monotonic() - start) / 60:.0f} min"
     )
 
 

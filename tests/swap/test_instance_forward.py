@@ -8,58 +8,17 @@ import copy
 import functools
 import inspect
 import pickle
-from dataclasses import dataclass
 from types import MethodType
 
 import pytest
-import torch
 from torch import nn
 
 from bidirect_patch.errors import OrderError
 from bidirect_patch.swap.apply import apply
-from bidirect_patch.swap.classes import Swapped, set_forward
 from bidirect_patch.swap.instance_forward import calls_the_patch
-from bidirect_patch.swap.plan import Plan, settings_of
+from bidirect_patch.swap.plan import Plan
 
-
-class Double(nn.Module):
-    def forward(self, x):
-        return x * 2
-
-
-@dataclass(frozen=True)
-class One:
-    pass
-
-
-@dataclass(frozen=True)
-class Hundred:
-    pass
-
-
-class PlusOne(Swapped):
-    @classmethod
-    def build(cls, below, original):
-        def forward(inner, self, x):
-            return inner(self, x) + (0 if settings_of(self, One) is None else 1)
-
-        set_forward(cls, forward, below)
-
-
-class PlusHundred(Swapped):
-    rank = 1
-
-    @classmethod
-    def build(cls, below, original):
-        def forward(inner, self, x):
-            return inner(self, x) + (0 if settings_of(self, Hundred) is None else 100)
-
-        set_forward(cls, forward, below)
-
-
-ONE, HUNDRED = Plan(PlusOne, One()), Plan(PlusHundred, Hundred())
-X = torch.tensor([3.0])
-STOCK, PATCHED = 6.0, 7.0
+from ..helpers.double import HUNDRED, ONE, PATCHED, STOCK, Double, One, PlusHundred, PlusOne, X
 
 
 def run(module):
