@@ -108,7 +108,7 @@ def users_mask(
         return mask
     _check(mask, batch, length, heads, backend)
     # Until 4.42, ones and zeros were the only 4D form, so a floating point mask with a value above 0 is that.
-    if READY_MASKS_ARE_INVERTED and mask.is_floating_point() and bool(mask.max() > 0):
+    if READY_MASKS_ARE_INVERTED and mask.is_floating_point() and not mask.is_meta and bool((mask > 0).any()):
         mask = mask > 0
     if inverted:
         mask = (mask if mask.dtype == torch.bool else mask >= 0).to(dtype)

@@ -235,7 +235,7 @@ class MNTPCollator:
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator whose stream depends on each of `numbers`, which are integers of at least 0."""
+    """A CPU generator whose stream depends on each of `numbers`, integers of at least 0, but for zeros at their end."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 

@@ -117,6 +117,16 @@ def test_buffers_that_moved_come_back_where_the_module_is(module):
     assert module.scale.tolist() == [1.0, 2.0] and type(module) is Scale
 
 
+def test_a_buffer_of_None_comes_back_and_one_that_was_set_to_None_too(module):
+    before = state(module)
+    apply([(module, Plan(Silent, buffers={"empty": torch.ones(1), "scale": torch.zeros(2)}))])
+    assert module.empty is not None and buffers_before_patch(module)["empty"] is None
+    module.scale = None
+    apply(remove=[(module, Silent)])
+    assert module.empty is None and module.scale is before[2]["scale"]
+    assert_same(before, state(module))
+
+
 def test_buffers_that_moved_to_meta_come_back_there(module):
     apply([(module, Plan(Silent, buffers={"scale": torch.tensor([8.0, 9.0])}))])
     module.to("meta")

@@ -8,58 +8,17 @@ import copy
 import functools
 import inspect
 import pickle
-from dataclasses import dataclass
 from types import MethodType
 
 import pytest
-import torch
 from torch import nn
 
 from bidirect_patch.errors import OrderError
 from bidirect_patch.swap.apply import apply
-from bidirect_patch.swap.classes import Swapped, set_forward
 from bidirect_patch.swap.instance_forward import calls_the_patch
-from bidirect_patch.swap.plan import Plan, settings_of
+from bidirect_patch.swap.plan import Plan
 
-
-class Double(nn.Module):
-    def forward(self, x):
-        return x * 2
-
-
-@dataclass(frozen=True)
-class One:
-    pass
-
-
-@dataclass(frozen=True)
-class Hundred:
-    pass
-
-
-class PlusOne(Swapped):
-    @classmethod
-    def build(cls, below, original):
-        def forward(inner, self, x):
-            return inner(self, x) + (0 if settings_of(self, One) is None else 1)
-
-        set_forward(cls, forward, below)
-
-
-class PlusHundred(Swapped):
-    rank = 1
-
-    @classmethod
-    def build(cls, below, original):
-        def forward(inner, self, x):
-            return inner(self, x) + (0 if settings_of(self, Hundred) is None else 100)
-
-        set_forward(cls, forward, below)
-
-
-ONE, HUNDRED = Plan(PlusOne, One()), Plan(PlusHundred, Hundred())
-X = torch.tensor([3.0])
-STOCK, PATCHED = 6.0, 7.0
+from ..helpers.double import HUNDRED, ONE, PATCHED, STOCK, Double, One, PlusHundred, PlusOne, X
 
 
 def run(module):
@@ -181,6 +140,7 @@ def test_unwrapping_a_forward_that_nobody_wrapped_keeps_the_patch(module):
     assert run(module) == PATCHED + 100 and calls_the_patch(module)
     apply(remove=[(module, PlusOne), (module, PlusHundred)])
     assert run(module) == STOCK and type(module) is Double
+    assert module.forward.__func__ is Double.forward, "no function of the patch is left"
 
 
 def test_every_step_of_the_chain_runs_the_patch(module):
@@ -291,6 +251,7 @@ def test_new_settings_leave_a_wrapper_where_it_is(module):
     assert module.forward is forward and run(module) == PATCHED * 10
     apply(remove=[(module, PlusOne)])
     assert not hasattr(module, "is_causal")
+    assert module.forward is forward and run(module) == STOCK * 10
 
 
 def test_new_settings_leave_a_wrapper_inside(module):
@@ -300,6 +261,31 @@ def test_new_settings_leave_a_wrapper_inside(module):
     assert run(module) == STOCK * 10 + 1
     apply(remove=[(module, PlusOne)])
     assert module.forward is forward
+
+
+def bind(module):
+    """The stock forward on the instance, as a tool leaves it that took its wrapper off."""
+    module.forward = MethodType(Double.forward, module)
+
+
+@pytest.mark.parametrize("put", [hook, bind])
+def test_new_settings_leave_a_forward_that_the_patch_replaced(module, put):
+    put(module)
+    before, stock = dict(vars(module)), run(module)
+    apply([(module, ONE)])
+    patched = run(module)
+    apply([(module, Plan(PlusOne, One(), {"is_causal": False}))])
+    assert run(module) == patched > stock and calls_the_patch(module)
+    apply(remove=[(module, PlusOne)])
+    assert run(module) == stock and vars(module) == before
+
+
+def test_new_settings_after_somebody_took_the_forward_off(module):
+    bind(module)
+    apply([(module, ONE)])
+    del module.forward
+    apply([(module, Plan(PlusOne, One(), {"is_causal": False}))])
+    assert run(module) == PATCHED and calls_the_patch(module)
 
 
 def test_a_replaced_forward_before_the_patch_is_an_error(module):
