@@ -7,7 +7,6 @@ import contextlib
 import doctest
 import io
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ import torch
 import transformers
 
 import bidirect_patch
-
-from .helpers.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = Path(bidirect_patch.__file__).parent / "demo_model"

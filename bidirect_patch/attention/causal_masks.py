@@ -35,9 +35,9 @@ def warn_if_causal(model: nn.Module, mask: Any) -> None:
         _judged.add(model)
         if not seen.triu(1).any():
             warnings.warn(
-                f"{type(model).__name__} attends in both directions and was given a ready attention mask in which no token sees a "
-                "later one, so that its result is causal. If a model around it made that mask, call "
-                "enable_bidirectional on that model; if you want a causal result, use `with bidirectional(model, enabled=False):`",
+                f"{type(model).__name__} attends in both directions and was given a ready attention mask in which no token sees "
+                "a later one, so that its result is causal. If a model around it made that mask, call enable_bidirectional on "
+                "that model; if you want a causal result, use `with bidirectional(model, enabled=False):`",
                 CausalMaskWarning,
                 stacklevel=2,
             )
