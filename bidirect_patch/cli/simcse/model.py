@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from ...errors import ConfigError
 from ...patch import disable_bidirectional, enable_bidirectional
@@ -13,6 +14,7 @@ from ..loading import loading
 from ..lora import with_lora
 from ..versions import DTYPE_ARGUMENT
 from .end_token import append_end_token
+from .prompt_tokens import with_countable_prompts
 from .settings import DROPOUT, EncoderArguments, PoolingMode
 
 # The name of a pooling mode in LLM2Vec -> its name in sentence-transformers.
@@ -22,11 +24,15 @@ POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmea
 PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
-def load_encoder(settings: EncoderArguments) -> tuple[Any, int]:
+def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[Any, int]:
     """Load the model as a SentenceTransformer, with a new LoRA adapter.
 
     The adapter of the step before is merged into the model first. The model is bidirectional unless the settings say
     otherwise.
+
+    Args:
+        settings: What is loaded and how.
+        prompts: The prompts by name, which the model keeps and leaves out of pooling.
 
     Returns:
         The model, which cuts texts for training, and how many tokens of a text it is to read once it is trained.
@@ -48,15 +54,19 @@ def load_encoder(settings: EncoderArguments) -> tuple[Any, int]:
     if not settings.bidirectional:
         disable_bidirectional(model)
     module.model = model = with_lora(model, settings)
+    if prompts:
+        module.processor = with_countable_prompts(module.tokenizer, prompts.values())
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
     if settings.pooling_mode == "eos_token":
         append_end_token(module.tokenizer)
-    pooling = Pooling(model.config.hidden_size, pooling_mode=POOLING[settings.pooling_mode])
+    mode = POOLING[settings.pooling_mode]
+    pooling = Pooling(model.config.hidden_size, pooling_mode=mode, include_prompt=not prompts)
     limit = _limit(module, settings)
     if settings.max_seq_length is not None:
         module.max_seq_length = settings.max_seq_length
-    return SentenceTransformer(modules=[module, pooling]), limit
+    _check_room(module, prompts)
+    return SentenceTransformer(modules=[module, pooling], prompts=prompts), limit
 
 
 def check_views_differ(model: Any, text: str) -> None:
@@ -102,3 +112,14 @@ def _limit(module: Any, settings: EncoderArguments) -> int:
     if wanted is not None and wanted > own:
         raise ConfigError(f"encode_max_seq_length must be at most {own}, the model's own limit; got {wanted}")
     return wanted or own
+
+
+def _check_room(module: Any, prompts: dict[str, str]) -> None:
+    """Raise ConfigError if a prompt leaves no token for a text."""
+    for name, prompt in prompts.items():
+        length = len(module.tokenizer(prompt)["input_ids"])
+        if length >= module.max_seq_length:
+            raise ConfigError(
+                f"the instruction of {name} has {length} tokens, and max_seq_length={module.max_seq_length} leaves none "
+                "for the text"
+            )

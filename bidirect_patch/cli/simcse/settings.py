@@ -3,6 +3,7 @@
 The names and defaults are those of LLM2Vec's run_simcse.py and run_supervised.py.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -20,7 +21,9 @@ from ..settings import (
     parse_settings,
 )
 
-DROPOUT = 0.3  # the default of simcse_dropout for single texts, as in LLM2Vec
+DROPOUT = 0.3  # the default of simcse_dropout for single texts, as in LLM2Vec's files
+SCALE, PAIR_SCALE = 20.0, 50.0  # the defaults of loss_scale for single texts and for pairs, as in LLM2Vec's files
+E5 = "E5"  # the dataset_name whose instructions are known
 
 PoolingMode = Literal["mean", "weighted_mean", "eos_token"]
 
@@ -49,7 +52,9 @@ class EncoderArguments(CommonModelArguments):
     loss_class: Literal["HardNegativeNLLLoss"] = field(
         default="HardNegativeNLLLoss", metadata={"help": "Cross-entropy over cosines with the batch's positives."}
     )
-    loss_scale: float = field(default=20.0, metadata={"help": "Factor on the cosines."})
+    loss_scale: float | None = field(
+        default=None, metadata={"help": f"Factor on the cosines; {SCALE} for single texts, else {PAIR_SCALE}."}
+    )
     stop_after_n_steps: int | None = field(default=None, metadata={"help": "Stop here, wherever the schedule is."})
     experiment_id: str | None = field(default=None, metadata={"help": "A label of your own."})
 
@@ -58,9 +63,15 @@ class EncoderArguments(CommonModelArguments):
 class TextArguments:
     """The texts, pairs or triplets."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Wiki1M, E5 or a label of your own."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "E5 for its instructions; else Wiki1M or a label of your own."}
+    )
     dataset_file_path: str | None = field(
         default=None, metadata={"help": "Lines of text (.txt), .jsonl or .csv of columns, or a folder of such files."}
+    )
+    instruction_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON of tasks (files without their ending) and instructions. E5 has its own by default."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many at most."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the data's cache is kept."})
@@ -107,7 +118,9 @@ def parse(argv: list[str]) -> Settings:
     check_dropout(encoder, "simcse_dropout")
     check_lora(encoder)
     check_counts(encoder, "max_seq_length", "encode_max_seq_length", "stop_after_n_steps")
-    if encoder.loss_scale <= 0:
+    if encoder.chat_template and (settings.texts.instruction_file or settings.texts.dataset_name == E5):
+        raise ConfigError("instructions can't be left out of pooling under a chat template: give no chat_template")
+    if encoder.loss_scale is not None and not 0 < encoder.loss_scale < math.inf:
         raise ConfigError(f"loss_scale must be above 0; got {encoder.loss_scale}")
     return settings
 
@@ -117,6 +130,8 @@ def _check_training(training: SimCSETrainingArguments) -> None:
         raise ConfigError("nothing to do: give do_train")
     if training.do_eval:
         raise ConfigError("simcse only trains: take do_eval and eval_strategy out, and evaluate what it writes")
+    if training.prompts:
+        raise ConfigError("prompts is set from the instructions: give instruction_file")
     if training.resume_from_checkpoint:
         raise ConfigError("checkpoints of simcse are merged models, to be opened and not resumed from: start anew")
     folder = str(training.output_dir)

@@ -1,13 +1,14 @@
 """A run of contrastive training, from its settings to the saved encoder."""
 
-from sentence_transformers.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import set_seed
 
 from ...errors import ConfigError
 from ..settings import transformers_errors
 from .data import first_example, load_examples
+from .instructions import column_prompts
 from .model import check_views_differ, load_encoder
-from .settings import DROPOUT, Settings
+from .settings import DROPOUT, PAIR_SCALE, SCALE, Settings
 from .trainer import SimCSETrainer
 
 
@@ -27,20 +28,23 @@ def train(settings: Settings) -> None:
 def _make_trainer(settings: Settings) -> SimCSETrainer:
     encoder, texts, training = settings
     set_seed(training.seed)
-    data, single = load_examples(texts)
+    examples = load_examples(texts)
     if encoder.simcse_dropout is None:
-        encoder.simcse_dropout = DROPOUT if single else 0.0
-    model, max_seq_length = load_encoder(encoder)
-    if single:
-        check_views_differ(model, first_example(data)["anchor"])
+        encoder.simcse_dropout = DROPOUT if examples.single else 0.0
+    if encoder.loss_scale is None:
+        encoder.loss_scale = SCALE if examples.single else PAIR_SCALE
+    model, max_seq_length = load_encoder(encoder, examples.prompts)
+    if examples.single:
+        check_views_differ(model, first_example(examples.data)["anchor"])
         set_seed(training.seed)  # the check has drawn random numbers
+    training.prompts = column_prompts(examples.data, examples.prompts)
     across = training.world_size > 1  # the texts of every rank are negatives, as in LLM2Vec
     with transformers_errors():
         loss = MultipleNegativesRankingLoss(model, scale=encoder.loss_scale, gather_across_devices=across)
         return SimCSETrainer(
             model=model,
             args=training,
-            train_dataset=data,
+            train_dataset=examples.data,
             loss=loss,
             saved_max_seq_length=max_seq_length,
             stop_after_n_steps=encoder.stop_after_n_steps,

@@ -12,69 +12,36 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
 
-from ..helpers.sentences import reaches_back, write_folder
-from ..helpers.words import EOS, make_tokenizer
+from ...helpers.sentences import reaches_back
+from ...helpers.simcse_runs import PUBLISHED, published, run, write_e5
+from ...helpers.words import EOS, make_tokenizer
 
 st = pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
 peft = pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with `model`, a tiny causal Llama, `mntp`, an adapter over it, and `texts.txt`."""
-    folder = tmp_path_factory.mktemp("place")
-    write_folder(folder)
-    return folder
+ONE_OF_EACH = ("supervised/Llama2", "simcse/Llama2")  # the others differ from them in names alone
 
 
-@pytest.fixture
-def settings(place, tmp_path):
-    """The keys of LLM2Vec's train_configs/simcse/*.json, all of them, with a model and data that fit a test."""
-    published = {
-        "model_name_or_path": str(place / "model"),
-        "peft_model_name_or_path": str(place / "mntp"),
-        "simcse_dropout": 0.3,
-        "bidirectional": True,
-        "pooling_mode": "mean",
-        "dataset_name": "Wiki1M",
-        "dataset_file_path": str(place / "texts.txt"),
-        "remove_unused_columns": False,
-        "learning_rate": 3e-5,
-        "loss_scale": 20,
-        "per_device_train_batch_size": 128,
-        "gradient_accumulation_steps": 1,
-        "do_train": True,
-        "disable_tqdm": False,
-        "max_seq_length": 128,
-        "overwrite_output_dir": True,
-        "output_dir": str(tmp_path / "out"),
-        "logging_steps": 50,
-        "save_steps": 200,
-        "save_only_model": True,
-        "stop_after_n_steps": 1000,
-        "lora_r": 16,
-        "gradient_checkpointing": True,
-        "torch_dtype": "bfloat16",
-        "attn_implementation": "sdpa",
-        "seed": 42,
-    }
-    here = {"use_cpu": True, "report_to": "none", "cache_dir": str(tmp_path / "cache"), "disable_tqdm": True}
-    small = {
-        "per_device_train_batch_size": 16,
-        "learning_rate": 1e-2,
-        "stop_after_n_steps": 3,
-        "torch_dtype": "float32",
-    }
-    return published | here | small
+@pytest.mark.parametrize(
+    "file", [file if file in ONE_OF_EACH else pytest.param(file, marks=pytest.mark.slow) for file in PUBLISHED]
+)
+def test_a_published_settings_file_runs_with_only_model_data_and_backend_replaced(place, tmp_path, monkeypatch, file):
+    """The paths in the file are relative to the working folder."""
+    monkeypatch.chdir(tmp_path)
+    settings = published(file)
+    replaced = {"model_name_or_path": str(place / "model"), "peft_model_name_or_path": str(place / "mntp")}
+    replaced |= {"attn_implementation": "sdpa", "dataset_file_path": str(place / "texts.txt")}
+    if file.startswith("supervised"):
+        write_e5(tmp_path / "e5")
+        replaced["dataset_file_path"] = "e5"
+    (tmp_path / "settings.json").write_text(json.dumps(settings | replaced))
+    assert main(["simcse", "settings.json", "--use_cpu", "--report_to=none", "--cache_dir=cache"]) == 0
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    assert reaches_back(opened[0].model)
 
 
-def run(settings):
-    path = Path(settings["output_dir"]).with_suffix(".json")
-    path.write_text(json.dumps(settings))
-    return main(["simcse", str(path)])
-
-
-def test_published_settings_train_a_folder_that_opens_bidirectional(settings, place):
+def test_training_gives_a_folder_that_opens_bidirectional(settings, place):
     settings |= {"save_steps": 2}
     assert run(settings) == 0
     out = settings["output_dir"]
@@ -97,23 +64,6 @@ def test_published_settings_train_a_folder_that_opens_bidirectional(settings, pl
     assert 0 < moved < away
     checkpoint = st.SentenceTransformer(str(Path(out, "checkpoint-2")), device="cpu")
     assert reaches_back(checkpoint[0].model)
-
-
-@pytest.fixture
-def ids_read(monkeypatch):
-    """The token ids of every text that a model gets, without padding."""
-    from sentence_transformers.models import Transformer
-
-    seen = []
-    forward = Transformer.forward
-
-    def recorded(self, features, **kwargs):
-        masks = features["attention_mask"].bool()
-        seen.extend(ids[mask].tolist() for ids, mask in zip(features["input_ids"], masks))
-        return forward(self, features, **kwargs)
-
-    monkeypatch.setattr(Transformer, "forward", recorded)
-    return seen
 
 
 def with_tokenizer(settings, place, tmp_path, **changes):
@@ -199,12 +149,10 @@ def test_the_end_token_is_appended_once_and_kept_in_the_folder(tmp_path, flags):
     assert tokenizer("w1 w2")["input_ids"] == [*before, EOS]
 
 
-def test_pairs_and_triplets_by_file(settings, place):
+def test_pairs_and_triplets_by_file(supervised):
     """A folder of files, each a task of its own: in-batch negatives come from the same one."""
-    del settings["simcse_dropout"]
-    settings |= {"dataset_name": "E5", "dataset_file_path": str(place / "E5"), "gradient_checkpointing": False}
-    assert run(settings | {"pooling_mode": "eos_token", "stop_after_n_steps": 1}) == 0
-    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    assert run(supervised | {"pooling_mode": "eos_token", "stop_after_n_steps": 1}) == 0
+    opened = st.SentenceTransformer(supervised["output_dir"], device="cpu")
     assert reaches_back(opened[0].model)
     assert opened[1].pooling_mode in ("lasttoken", ["lasttoken"], ("lasttoken",))
 
