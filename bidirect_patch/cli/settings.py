@@ -25,6 +25,7 @@ class CommonModelArguments:
     """The model, how it is loaded, and the adapter to train. The names and defaults are those of LLM2Vec's scripts."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or hub name of a causal model."})
+    gguf_file: str | None = field(default=None, metadata={"help": "Load this GGUF file of the model's folder."})
     torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="float32", metadata={"help": "The type that the weights are loaded in."}
     )
@@ -197,7 +198,7 @@ def _convert(
     ours = {f.name for kind in kinds[:-1] for f in fields(kind)}
     for name, value in structured.items():
         kind = str(types[name]).lower()
-        if name in ours or (re.search("int|float|bool", kind) and not re.search("dict|list", kind)):
+        if (name in ours and "list" not in kind) or (re.search("int|float|bool", kind) and not re.search("dict|list", kind)):
             raise ConfigError(f"{name} is one value; got {value!r}")
     flags = [f"--{name}={value}" for name, value in settings.items() if name not in structured and value is not None]
     return vars(parser.parse_args(flags)) | structured

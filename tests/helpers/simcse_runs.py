@@ -106,3 +106,21 @@ def write_e5(folder, count=4):
 
     folder.mkdir()
     return {task: write_rows(folder / f"{task}.jsonl", count) for task in E5_INSTRUCTIONS}
+
+
+def write_pairs(path, count=24, seed=0):
+    """Write a file of pairs with scores: the more words two texts share, the higher."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        texts = [[rng.randrange(60) for _ in range(6)] for _ in range(2)]
+        shared = rng.randrange(7)
+        texts[1][:shared] = texts[0][:shared]
+        one, two = (" ".join(f"w{i}" for i in words) for words in texts)
+        rows.append({"sentence1": one, "sentence2": two, "score": shared / 6})
+    if path.suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows

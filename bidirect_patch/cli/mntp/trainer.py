@@ -4,14 +4,12 @@ import os
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
-from peft.utils import load_peft_weights
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 
 from ...mntp.collator import MNTPCollator
 from ..callbacks import StopAfter
+from ..lora import load_adapter_weights
 from ..versions import allow_numpy_state
-from .checkpoints import STATE
 from .collator import RepeatableCollator
 from .evaluation import masked_token_sums, summarize
 from .model import adapter_of
@@ -60,11 +58,6 @@ class MNTPTrainer(Trainer):
         sums = masked_token_sums(outputs.logits, inputs["labels"])
         return None, sums, sums
 
-    def load_finished(self, checkpoint: str) -> None:
-        """Take a checkpoint of the last step as the result. Nothing is left to train."""
-        self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
-
     # The methods below replace private methods of Trainer.
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -80,7 +73,7 @@ class MNTPTrainer(Trainer):
         if adapter is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            set_peft_model_state_dict(adapter, load_peft_weights(resume_from_checkpoint, device="cpu"))
+            load_adapter_weights(adapter, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from ...errors import ConfigError
+from ..checkpoints import checkpoint_to_resume, put_aside_checkpoints, train_from
 from ..settings import transformers_errors
-from .checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from .collator import make_collator
 from .data import load_sequences
-from .evaluation import Report, evaluate_baselines
+from .evaluation import evaluate_baselines, make_report
 from .model import add_adapter, check_model, load_model, load_tokenizer
 from .settings import Settings
 from .trainer import MNTPTrainer
@@ -23,14 +23,14 @@ def train(settings: Settings) -> None:
     checkpoint = checkpoint_to_resume(training)
     set_seed(training.seed)
     trainer, model = _make_trainer(settings)
-    report = Report(trainer)
+    report = make_report(trainer)
     if training.do_train and checkpoint is None and training.should_save:
         put_aside_checkpoints(str(training.output_dir))
     if training.do_eval and settings.mntp.eval_baselines and checkpoint is None:
         with torch.random.fork_rng(devices=[]):  # so that training is the same without baselines
             evaluate_baselines(trainer, model, report)
     if training.do_train:
-        _train_from(checkpoint, trainer, settings.mntp.stop_after_n_steps)
+        train_from(checkpoint, trainer, settings.mntp.stop_after_n_steps)
     if training.do_eval:
         label = f"after {trainer.state.global_step} steps" if training.do_train else "bidirectional"
         report.add("eval", label, trainer.evaluate())
@@ -75,13 +75,3 @@ def _make_folder(path: Any) -> None:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {path} can't be made: {error.strerror}") from error
-
-
-def _train_from(checkpoint: str | None, trainer: MNTPTrainer, stop_after_n_steps: int) -> None:
-    if checkpoint and is_finished(checkpoint, stop_after_n_steps=stop_after_n_steps, max_steps=trainer.args.max_steps):
-        trainer.load_finished(checkpoint)
-    else:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_metrics("train", result.metrics)
-    trainer.save_model()
-    trainer.save_state()

@@ -12,7 +12,7 @@ from ...errors import ConfigError
 from ...patch import disable_bidirectional, enable_bidirectional
 from ..loading import loading
 from ..lora import with_lora
-from ..versions import DTYPE_ARGUMENT
+from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .end_token import append_end_token
 from .prompt_tokens import with_countable_prompts
 from .settings import DROPOUT, EncoderArguments, PoolingMode
@@ -53,7 +53,7 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
             model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
     if not settings.bidirectional:
         disable_bidirectional(model)
-    module.model = model = with_lora(model, settings)
+    module.model = model = with_lora(model.requires_grad_(True), settings)  # PEFT froze what it was put on
     if prompts:
         module.processor = with_countable_prompts(module.tokenizer, prompts.values())
     if module.tokenizer.pad_token is None:
@@ -63,6 +63,9 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
     mode = POOLING[settings.pooling_mode]
     pooling = Pooling(model.config.hidden_size, pooling_mode=mode, include_prompt=not prompts)
     limit = _limit(module, settings)
+    longest = max(settings.matryoshka_dims or [0])
+    if longest > model.config.hidden_size:
+        raise ConfigError(f"matryoshka_dims must be at most {model.config.hidden_size}, the model's; got {longest}")
     if settings.max_seq_length is not None:
         module.max_seq_length = settings.max_seq_length
     _check_room(module, prompts)
@@ -98,12 +101,18 @@ def _load_module(settings: EncoderArguments) -> Any:
         config["is_causal"] = True  # whatever the checkpoint says
     # By itself, sentence-transformers takes a chat template wherever the tokenizer has one. The folder keeps this setting.
     plain = {} if settings.chat_template else {"modality_config": PLAIN_TEXT, "module_output_name": "token_embeddings"}
-    return Transformer(
+    gguf: dict[str, Any] = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
+    weights = {DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation}
+    module = Transformer(
         settings.model_name_or_path,
-        model_kwargs={DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation},
-        config_kwargs=config,
+        model_kwargs=weights | gguf | plain_gguf_weights(settings.gguf_file),
+        config_kwargs=config | gguf,
+        processor_kwargs=gguf,
         **plain,
     )
+    if settings.gguf_file:
+        remove_gguf_mark(module.model)
+    return module
 
 
 def _limit(module: Any, settings: EncoderArguments) -> int:

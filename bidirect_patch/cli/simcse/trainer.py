@@ -1,18 +1,23 @@
 """sentence-transformers' trainer for contrastive training."""
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.sampler import BatchSamplers, DefaultBatchSampler
+from torch.utils.data import RandomSampler
 
 from ..callbacks import StopAfter
-from .saving import save_merged
+from .saving import load_checkpoint, save_checkpoint, save_encoder
 
 
 class SimCSETrainer(SentenceTransformerTrainer):
-    """A trainer whose checkpoints are whole models.
+    """A trainer that resumes exactly, from checkpoints that hold what is trained and nothing else.
 
     Args:
-        saved_max_seq_length: How many tokens of a text a saved model reads.
+        saved_max_seq_length: How many tokens of a text the saved model reads.
         stop_after_n_steps: The last step, wherever the schedule of the learning rate is. None means no limit.
         **kwargs: The other arguments of SentenceTransformerTrainer.
     """
@@ -22,6 +27,40 @@ class SimCSETrainer(SentenceTransformerTrainer):
         self.saved_max_seq_length = saved_max_seq_length
         self.add_callback(StopAfter(stop_after_n_steps))
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate. Training is the same without it: the random numbers that this draws are put back."""
+        with torch.random.fork_rng(devices=[]):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the sampler of the batches. A resumed run draws those of its epoch."""
+        if isinstance(self.train_dataset, dict) or self.args.batch_sampler != BatchSamplers.BATCH_SAMPLER:
+            return super().get_batch_sampler(dataset, *args, **kwargs)  # these draw by the epoch already
+        return EpochBatchSampler(RandomSampler(dataset, generator=kwargs["generator"]), *args, **kwargs)
+
+    # The methods below replace private methods of Trainer.
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:  # newer releases of transformers call this in every process
-            save_merged(self.model, str(output_dir or self.args.output_dir), self.saved_max_seq_length)
+        if not self.args.should_save:  # newer releases of transformers call this in every process
+            return
+        folder = str(output_dir or self.args.output_dir)
+        if os.path.abspath(folder) == os.path.abspath(str(self.args.output_dir)):
+            save_encoder(self.model, folder, self.saved_max_seq_length)
+        else:
+            save_checkpoint(self.model, folder)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        load_checkpoint(self.model, checkpoint_path)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class EpochBatchSampler(DefaultBatchSampler):
+    """Batches in an order that depends on the seed and the epoch alone, and not on the epochs drawn before."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        yield from super().__iter__()

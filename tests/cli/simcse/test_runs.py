@@ -42,7 +42,6 @@ def test_a_published_settings_file_runs_with_only_model_data_and_backend_replace
 
 
 def test_training_gives_a_folder_that_opens_bidirectional(settings, place):
-    settings |= {"save_steps": 2}
     assert run(settings) == 0
     out = settings["output_dir"]
     assert json.loads(Path(out, "config.json").read_text())["is_causal"] is False
@@ -62,8 +61,6 @@ def test_training_gives_a_folder_that_opens_bidirectional(settings, place):
         .max()
     )
     assert 0 < moved < away
-    checkpoint = st.SentenceTransformer(str(Path(out, "checkpoint-2")), device="cpu")
-    assert reaches_back(checkpoint[0].model)
 
 
 def with_tokenizer(settings, place, tmp_path, **changes):
@@ -203,3 +200,27 @@ def test_an_output_folder_that_is_a_file(settings, capsys):
     Path(settings["output_dir"]).write_text("mine")
     assert run(settings) == 2
     assert "is a file: give a folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_real_weights_from_gguf(real_weights, settings, tmp_path):
+    """The causal model's embedding of a text is no longer what the encoder gives; its tokenizer is the same."""
+    name = next(real_weights.glob("*.gguf")).name
+    settings |= {"model_name_or_path": str(real_weights), "gguf_file": name, "peft_model_name_or_path": None}
+    settings |= {"per_device_train_batch_size": 4, "max_seq_length": 8, "stop_after_n_steps": 1, "max_train_samples": 8}
+    assert run(settings) == 0
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    assert reaches_back(opened[0].model)
+    tokenizer = AutoTokenizer.from_pretrained(real_weights, gguf_file=name)
+    text = "The weather is fine today."
+    assert opened.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    base = AutoModel.from_pretrained(real_weights, gguf_file=name, dtype=torch.float32)
+    weight = "layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(opened[0].model.state_dict()[weight], base.state_dict()[weight], rtol=0.1, atol=0.1)
+
+
+def test_no_name_is_used_that_sentence_transformers_has_deprecated(settings, recwarn):
+    for name in [name for name in sys.modules if name.startswith(("bidirect_patch.cli.simcse", "sentence_transformers."))]:
+        del sys.modules[name]
+    assert run(settings | {"stop_after_n_steps": 1}) == 0
+    assert not [str(w.message) for w in recwarn if "sentence_transformers" in str(w.message)]

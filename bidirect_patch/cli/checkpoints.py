@@ -3,17 +3,17 @@
 import json
 import os
 import shutil
+from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...errors import ConfigError
-from .settings import MNTPTrainingArguments
+from ..errors import ConfigError
 
 STATE = "trainer_state.json"  # the trainer writes this file of a checkpoint last
 
 
-def checkpoint_to_resume(training: MNTPTrainingArguments) -> str | None:
+def checkpoint_to_resume(training: Any) -> str | None:
     """Choose where training starts, as run_mlm.py does: the checkpoint that is asked for, else the newest in output_dir.
 
     Returns:
@@ -74,13 +74,34 @@ def put_aside_checkpoints(folder: str) -> None:
             os.rename(path, aside)
 
 
-def is_finished(checkpoint: str, *, stop_after_n_steps: int, max_steps: int) -> bool:
-    """Say whether a checkpoint is at the last step. The trainer would take one more step from there.
+def train_from(checkpoint: str | None, trainer: Any, stop_after_n_steps: int | None) -> None:
+    """Train to the end and write the result.
 
     Args:
-        checkpoint: The folder of the checkpoint.
-        stop_after_n_steps: The last step.
-        max_steps: The last step too, if it is above 0.
+        checkpoint: The folder of the checkpoint to start from. None means to start anew.
+        trainer: The trainer of the command.
+        stop_after_n_steps: The last step. None means that of the schedule.
+
+    Raises:
+        ConfigError: The checkpoint cannot be resumed from.
     """
-    last = min(stop_after_n_steps, max_steps) if max_steps > 0 else stop_after_n_steps
-    return TrainerState.load_from_json(os.path.join(checkpoint, STATE)).global_step >= last
+    if checkpoint and _is_finished(checkpoint, (stop_after_n_steps, trainer.args.max_steps)):
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
+    else:
+        if checkpoint and not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(checkpoint)):
+            raise ConfigError(
+                f"{checkpoint} holds no optimizer, as save_only_model asks for, so the run can't go on: give "
+                "overwrite_output_dir to start anew, or another folder"
+            )
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_metrics("train", result.metrics)
+    trainer.save_model()
+    trainer.save_state()
+
+
+def _is_finished(checkpoint: str, limits: tuple[int | None, ...]) -> bool:
+    """Say whether a checkpoint is at the last step. The trainer would take one more step from there."""
+    steps = [limit for limit in limits if limit is not None and limit > 0]
+    reached = TrainerState.load_from_json(os.path.join(checkpoint, STATE)).global_step
+    return bool(steps) and reached >= min(steps)
