@@ -3,25 +3,86 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ConfigError
+from . import one_line
 
 STATE = "trainer_state.json"  # the trainer writes this file of a checkpoint last
+ADAPTER_CONFIG = "adapter_config.json"
+LONGEST_REASON = 300  # characters; some errors name every weight of a model
 
 
-def checkpoint_to_resume(training: Any) -> str | None:
+def checkpoint_to_resume(training: Any, lora_r: int) -> str | None:
     """Choose where training starts, as run_mlm.py does: the checkpoint that is asked for, else the newest in output_dir.
+
+    Args:
+        training: Says which checkpoint is asked for.
+        lora_r: The rank of the adapter that is to be trained, or 0.
 
     Returns:
         The folder of the checkpoint, or None to start anew.
 
     Raises:
-        ConfigError: There is no such checkpoint, or output_dir holds something else.
+        ConfigError: There is no such checkpoint, it is of another kind of run, or output_dir holds something else.
     """
+    checkpoint = _choose(training)
+    if checkpoint is not None:
+        with resuming(checkpoint):
+            _check_kind(checkpoint, lora_r)
+    return checkpoint
+
+
+@contextmanager
+def resuming(checkpoint: Any) -> Iterator[None]:
+    """Raise ConfigError for any error in the `with` block, which reads a checkpoint, with a message that names it."""
+    try:
+        yield
+    except Exception as error:  # a broken file raises errors of many classes
+        raise ConfigError(_refusal(checkpoint, error)) from error
+
+
+def check_same_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError if saved weights have other names or shapes than those that they are to replace."""
+    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if missing or unknown:
+        count, example = (len(missing), f"no {missing[0]}") if missing else (len(unknown), f"{unknown[0]} besides")
+        raise ConfigError(f"its weights are not those of this model: it has {example} ({count} such names)")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            shapes = f"{tuple(saved[name].shape)} and not {tuple(tensor.shape)}"
+            raise ConfigError(f"its weights are not those of this model: {name} is {shapes}")
+
+
+def _refusal(checkpoint: Any, error: Exception) -> str:
+    return (
+        f"can't resume from {checkpoint}: {one_line(error)[:LONGEST_REASON]}; give overwrite_output_dir to start anew, or "
+        "another checkpoint"
+    )
+
+
+def _check_kind(checkpoint: str, lora_r: int) -> None:
+    state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
+    if not isinstance(state.global_step, int) or not isinstance(state.epoch, (int, float, type(None))):
+        raise ConfigError(f"{STATE} holds global_step={state.global_step!r}, epoch={state.epoch!r}")
+    path = os.path.join(checkpoint, ADAPTER_CONFIG)
+    if not os.path.isfile(path):
+        if lora_r:
+            raise ConfigError(f"it holds no adapter, and lora_r is {lora_r}")
+        return
+    with open(path, encoding="utf-8") as file:
+        rank = json.load(file)["r"]
+    if rank != lora_r:
+        raise ConfigError(f"it holds an adapter of rank {rank}, and lora_r is {lora_r}")
+
+
+def _choose(training: Any) -> str | None:
     if not training.do_train:
         return None
     asked = training.resume_from_checkpoint
@@ -74,34 +135,14 @@ def put_aside_checkpoints(folder: str) -> None:
             os.rename(path, aside)
 
 
-def train_from(checkpoint: str | None, trainer: Any, stop_after_n_steps: int | None) -> None:
-    """Train to the end and write the result.
+def is_finished(checkpoint: str, *, stop_after_n_steps: int | None, max_steps: int) -> bool:
+    """Say whether a checkpoint is at the last step. The trainer would take one more step from there.
 
     Args:
-        checkpoint: The folder of the checkpoint to start from. None means to start anew.
-        trainer: The trainer of the command.
-        stop_after_n_steps: The last step. None means that of the schedule.
-
-    Raises:
-        ConfigError: The checkpoint cannot be resumed from.
+        checkpoint: The folder of the checkpoint.
+        stop_after_n_steps: The last step, if it is given.
+        max_steps: The last step too, if it is above 0.
     """
-    if checkpoint and _is_finished(checkpoint, (stop_after_n_steps, trainer.args.max_steps)):
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
-    else:
-        if checkpoint and not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(checkpoint)):
-            raise ConfigError(
-                f"{checkpoint} holds no optimizer, as save_only_model asks for, so the run can't go on: give "
-                "overwrite_output_dir to start anew, or another folder"
-            )
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_metrics("train", result.metrics)
-    trainer.save_model()
-    trainer.save_state()
-
-
-def _is_finished(checkpoint: str, limits: tuple[int | None, ...]) -> bool:
-    """Say whether a checkpoint is at the last step. The trainer would take one more step from there."""
-    steps = [limit for limit in limits if limit is not None and limit > 0]
-    reached = TrainerState.load_from_json(os.path.join(checkpoint, STATE)).global_step
-    return bool(steps) and reached >= min(steps)
+    limits = [limit for limit in (stop_after_n_steps, max_steps) if limit is not None and limit > 0]
+    reached: int = TrainerState.load_from_json(os.path.join(checkpoint, STATE)).global_step
+    return bool(limits) and reached >= min(limits)

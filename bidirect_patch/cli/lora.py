@@ -1,45 +1,56 @@
 """The LoRA adapter that both trainers train. This module needs PEFT."""
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+import torch
+from peft import LoraConfig, get_peft_model
 
-from ..errors import ConfigError
-from .loading import loading
 from .settings import CommonModelArguments
 
+WHOLE_MODULES = "modules_to_save"  # PEFT's name for what it trains and saves as a whole
 
-def with_lora(model: Any, settings: CommonModelArguments) -> Any:
+
+def with_lora(model: Any, settings: CommonModelArguments, new_rows: Sequence[int] = ()) -> Any:
     """Put a new LoRA adapter on every linear layer of a model.
 
     Args:
         model: A backbone, without a head.
         settings: The rank and the dropout of the adapter. With rank 0 there is no adapter.
+        new_rows: The ids whose rows of the input embedding are trained and saved too, because they were never trained.
 
     Returns:
         The model inside a PeftModel, or the model itself if there is no adapter.
     """
     if not settings.lora_r:
         return model
+    rows = _rows_to_train(model, new_rows) if new_rows else {}
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=2 * settings.lora_r,
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear",
+        **rows,
     )
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    if WHOLE_MODULES in rows:
+        _keep_other_rows(wrapped, new_rows)
+    return wrapped
 
 
-def load_adapter_weights(model: PeftModel, folder: str) -> None:
-    """Load the weights of an adapter from a checkpoint, in place.
+def _rows_to_train(model: Any, new_rows: Sequence[int]) -> dict[str, Any]:
+    """The arguments of LoraConfig for rows of the input embedding."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if "trainable_token_indices" in {field.name for field in fields(LoraConfig)}:  # from PEFT 0.15 on
+        return {"trainable_token_indices": {name: list(new_rows)}}
+    return {WHOLE_MODULES: [name]}
 
-    Raises:
-        ConfigError: The checkpoint cannot be read, or it is of another adapter or another model.
-    """
-    with loading(f"the adapter in {folder}"):
-        weights = load_peft_weights(folder, device="cpu")
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        raise ConfigError(f"the adapter in {folder} doesn't fit: it is of another lora_r, or of another model")
-    set_peft_model_state_dict(model, weights)
+
+def _keep_other_rows(model: Any, new_rows: Sequence[int]) -> None:
+    """Let an embedding that is trained as a whole get a gradient in its new rows alone."""
+    weight = next(p for name, p in model.named_parameters() if WHOLE_MODULES in name and p.requires_grad)
+    is_new = torch.zeros(len(weight), 1, dtype=torch.bool)
+    is_new[list(new_rows)] = True
+    weight.register_hook(lambda gradient: gradient * is_new.to(gradient))

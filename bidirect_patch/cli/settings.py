@@ -4,7 +4,6 @@ Here is what both trainers share: reading the settings into dataclasses, and the
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,8 @@ from transformers import HfArgumentParser
 
 from ..errors import ConfigError
 from . import Parser, one_line, underscored
+from .output_folder import check_output_dir as check_output_dir
+from .ranges import BELOW_ONE, COUNT, RANK, check_range, check_text, check_training_numbers
 from .versions import has_accelerator, translate_settings
 
 
@@ -82,7 +83,7 @@ def parse_settings(
     if values["gradient_checkpointing"] and not values["gradient_checkpointing_kwargs"]:
         # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    _check_training_numbers(values)
+    check_training_numbers(values)
     if (values["bf16"] or values["bf16_full_eval"]) and not has_accelerator():
         values["use_cpu"] = True  # transformers asks for it
     with transformers_errors():
@@ -103,8 +104,12 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             settings = json.load(file)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deep") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold one JSON object of settings; it holds a {type(settings).__name__}")
     return {name: value for name, value in settings.items() if value is not None}
@@ -129,33 +134,21 @@ def check_given(name: str, value: str | None, what: str) -> None:
 
 
 def check_counts(settings: Any, *names: str) -> None:
-    """Raise ConfigError if one of the named settings is given and below 1."""
+    """Raise ConfigError if one of the named settings is given and no possible number of things."""
     for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1; got {value}")
+        check_range(name, getattr(settings, name), COUNT)
 
 
 def check_dropout(settings: Any, *names: str) -> None:
     """Raise ConfigError if one of the named settings is given and not in [0, 1)."""
     for name in names:
-        value = getattr(settings, name)
-        if value is not None and not 0 <= value < 1:
-            raise ConfigError(f"{name} must be in [0, 1); got {value}")
+        check_range(name, getattr(settings, name), BELOW_ONE)
 
 
 def check_lora(settings: CommonModelArguments) -> None:
     """Raise ConfigError if no LoRA adapter can have these settings."""
     check_dropout(settings, "lora_dropout")
-    if settings.lora_r < 0:
-        raise ConfigError(f"lora_r must be 0 or more; got {settings.lora_r}")
-
-
-def check_output_dir(path: str | None, what: str) -> None:
-    """Raise ConfigError if no folder is given, or if a file has its name; `what` says what the folder is for."""
-    check_given("output_dir", path, what)
-    if path and os.path.exists(path) and not os.path.isdir(path):
-        raise ConfigError(f"output_dir {path} is a file: give a folder")
+    check_range("lora_r", settings.lora_r, RANK)
 
 
 def _read_flags(argv: list[str]) -> dict[str, Any]:
@@ -194,26 +187,19 @@ def _convert(
 
     A value that a flag can express is parsed as a flag. So a value from a file is checked and converted in the same way.
     """
+    for name, value in settings.items():
+        check_text(name, value)
     structured = {name: value for name, value in settings.items() if isinstance(value, (dict, list))}
     ours = {f.name for kind in kinds[:-1] for f in fields(kind)}
     for name, value in structured.items():
         kind = str(types[name]).lower()
-        if (name in ours and "list" not in kind) or (re.search("int|float|bool", kind) and not re.search("dict|list", kind)):
+        if "list" in kind and name in ours:
+            if not isinstance(value, list) or not ("int" in kind or all(isinstance(part, str) for part in value)):
+                raise ConfigError(f"{name} takes one value or a list of them; got {value!r}")
+        elif name in ours or (re.search("int|float|bool", kind) and not re.search("dict|list", kind)):
             raise ConfigError(f"{name} is one value; got {value!r}")
     flags = [f"--{name}={value}" for name, value in settings.items() if name not in structured and value is not None]
     return vars(parser.parse_args(flags)) | structured
-
-
-def _check_training_numbers(values: dict[str, Any]) -> None:
-    """Check the numbers that transformers accepts although training then fails later, or trains nothing."""
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if values[name] < 1:
-            raise ConfigError(f"{name} must be at least 1; got {values[name]}")
-    for name in ("learning_rate", "weight_decay", "seed"):
-        if not 0 <= values[name] < math.inf:
-            raise ConfigError(f"{name} must be 0 or more; got {values[name]}")
-    if not 0 < values["num_train_epochs"] < math.inf and values["max_steps"] <= 0:
-        raise ConfigError(f"num_train_epochs must be above 0; got {values['num_train_epochs']}")
 
 
 def _check_dictionaries(part: Any) -> None:

@@ -58,9 +58,15 @@ def batches(settings, collator, lengths, size=8):
 
 
 def refused(capsys, settings, *flags):
+    """The error of a run that is refused before anything is made."""
+    said = error_line(capsys, settings, *flags)
+    assert not Path(settings["output_dir"]).exists()
+    return said
+
+
+def error_line(capsys, settings, *flags):
     assert run(settings, *flags) == 2
     lines = capsys.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith("bidirect-patch: error: ")]
     assert len(said) == 1 and said[0] == lines[-1] and "Traceback" not in "".join(lines)
-    assert not Path(settings["output_dir"]).exists()
     return said[0]

@@ -1,37 +1,33 @@
 """The collator of the mntp command, whose masks can be repeated."""
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...mntp.collator import MNTPCollator, seeded
-from .data import PASS, sequence_length
+from ...mntp.collator import MNTPCollator, text_draws
+from .data import sequence_length
+from .passes import PASS
 from .settings import DataArguments, MNTPArguments
+from .vocabulary import ADDED_MASK
 
 
 class RepeatableCollator(MNTPCollator):
-    """A collator whose masks of a text depend on nothing but the seed, the epoch and the tokens of the text.
+    """A collator whose masks of a text depend on nothing but the seed, the pass over the texts and the tokens of the text.
 
     Therefore a resumed run masks as an uninterrupted run does, whatever batches either of them had prepared ahead. Every
     evaluation scores the same tokens. Masks depend neither on the rest of the batch nor on the number of processes.
     """
 
-    epoch = 0
-
     def __call__(self, features: Any) -> dict[str, Any]:
-        self._epochs = [f.get(PASS, self.epoch) if isinstance(f, Mapping) else self.epoch for f in features]
+        """Make one batch, as MNTPCollator does. A text that says nothing of its pass is masked as in the first."""
+        self._passes = [f.get(PASS, 0) if isinstance(f, Mapping) else 0 for f in features]
         return super().__call__(features)
 
     def draws(self, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
         """Draw as MNTPCollator does, but from a generator of its own for each text."""
-        texts = [row["input_ids"] for row in rows]
-        generators = (
-            seeded(self.seed or 0, epoch, zlib.crc32(ids.tobytes())) for epoch, ids in zip(self._epochs, texts)
-        )
-        return torch.cat([torch.rand(3, len(ids), generator=g) for ids, g in zip(texts, generators)], 1)
+        return torch.cat([text_draws(row, self.seed or 0, number) for row, number in zip(rows, self._passes)], 1)
 
 
 def make_collator(
@@ -51,7 +47,7 @@ def make_collator(
     """
     mask_token = mntp.mask_token
     if mask_token is None and tokenizer.mask_token is None:
-        mask_token = {"blank": "_", "eos": tokenizer.eos_token, "mask": "<mask>"}[mntp.mask_token_type]
+        mask_token = {"blank": "_", "eos": tokenizer.eos_token, "mask": ADDED_MASK}[mntp.mask_token_type]
     always = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0}
     shares: dict[str, Any] = always if mntp.data_collator_type == "all_mask" else {}
     return RepeatableCollator(

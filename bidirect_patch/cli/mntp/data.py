@@ -1,22 +1,23 @@
 """Texts from files or from the hub, as sequences of token ids."""
 
-import os
-from collections.abc import Callable, Iterator
-from itertools import chain, count
+from collections.abc import Callable
+from itertools import chain, islice
 from typing import Any, Literal
 
 import datasets
-from torch.utils.data import IterableDataset
+import numpy as np
 
 from ...errors import ConfigError
-from ..datafiles import READERS, reading
+from ...mntp.tokens import special_ids
+from ..datafiles import find_files, reader_of_all, reading
+from .passes import CountedSequences, EndlessStream
 from .settings import DataArguments, MNTPTrainingArguments, ModelArguments
 
 Split = Literal["train", "validation"]
 Batch = dict[str, list[Any]]  # the columns of some examples
 
+BEGINNING_OF_STREAM = 1000  # sequences
 LONGEST = 1024  # tokens per sequence, where neither the settings nor the tokenizer have a lower limit
-PASS = "pass"  # the key of a streamed sequence that says how often the stream has started over
 
 
 def load_sequences(
@@ -42,19 +43,17 @@ def load_texts(model: ModelArguments, data: DataArguments, training: MNTPTrainin
     Raises:
         ConfigError: A file or a data set cannot be read, or it lacks a split.
     """
-    source, given = _source(model, data)
+    sources = _sources(model, data)
     texts: dict[Split, Any] = {}
-    if training.do_eval and "validation" not in given:
-        if data.streaming:
-            texts = _hold_out_of_stream(_load(source, "train", model, streaming=True), data)
-        else:
-            texts = _hold_out(_load(source, "train", model), data)
+    if training.do_eval and "validation" not in sources and "train" in sources:
+        hold_out = _hold_out_of_stream if data.streaming else _hold_out
+        texts = hold_out(_load(sources["train"], model, streaming=data.streaming), data)
     for split in _splits_in_use(training):
         if split in texts:
             continue
-        if split not in given:
-            raise ConfigError(f"{data.dataset_name} has no {split} split; it has {', '.join(sorted(given))}")
-        texts[split] = _load(source, split, model, streaming=data.streaming)
+        if split not in sources:
+            raise ConfigError(f"{data.dataset_name} has no {split} split; it has {', '.join(sorted(sources))}")
+        texts[split] = _load(sources[split], model, streaming=data.streaming)
     return texts
 
 
@@ -62,18 +61,19 @@ def tokenize(texts: Any, split: Split, tokenizer: Any, data: DataArguments, trai
     """Turn the texts of one split into sequences: one for each line, or chunks of `max_seq_length` tokens.
 
     Returns:
-        A data set of `input_ids`. A stream to train on starts over at its end.
+        A data set of `input_ids`. A sequence to train on says which pass over the texts it belongs to, and a stream to
+        train on starts over at its end.
 
     Raises:
         ConfigError: There is no text, or not enough for one sequence.
     """
     length = sequence_length(tokenizer, data)
-    source = data.dataset_name or getattr(data, f"{split}_file") or data.train_file
+    source = data.dataset_name or " and ".join(getattr(data, f"{split}_file") or data.train_file or ())
     first = next(iter(texts), None)
     if first is None:
         raise ConfigError(f"there is no text for {split} in {source}")
     column = "text" if "text" in first else next(iter(first))
-    to_ids = _tokenizing(tokenizer, column, str(source))
+    to_ids = _tokenizing(tokenizer, column, source)
     options: dict[str, Any] = {"batched": True, "remove_columns": list(first)}
     if not data.streaming:
         options |= {"num_proc": data.preprocessing_num_workers, "load_from_cache_file": not data.overwrite_cache}
@@ -87,27 +87,25 @@ def tokenize(texts: Any, split: Split, tokenizer: Any, data: DataArguments, trai
         too_short = f"less than one chunk of max_seq_length={length} tokens"
         lacking = "no line of two tokens or more" if data.line_by_line else too_short
         raise ConfigError(f"the text for {split} in {source} holds {lacking}")
-    return EndlessStream(sequences) if data.streaming and split == "train" else sequences
-
-
-class EndlessStream(IterableDataset):
-    """A stream that starts over at its end.
-
-    It is one epoch without an end, so that a resumed run finds every step again.
-    """
-
-    def __init__(self, sequences: Any) -> None:
-        self.sequences = sequences
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number in count():
-            for sequence in self.sequences:
-                yield {**sequence, PASS: number}
+    if not _holds_ordinary_token(sequences, tokenizer, data.streaming):
+        raise ConfigError(
+            f"the text for {split} in {source} holds nothing to predict: its tokens are special, or unknown to the tokenizer"
+        )
+    if split == "validation":
+        return sequences
+    return EndlessStream(sequences) if data.streaming else CountedSequences(sequences)
 
 
 def sequence_length(tokenizer: Any, data: DataArguments) -> int:
     """Return the largest number of tokens per sequence."""
     return min(data.max_seq_length or LONGEST, tokenizer.model_max_length)
+
+
+def _holds_ordinary_token(sequences: Any, tokenizer: Any, streaming: bool) -> bool:
+    """Say whether a token of some sequence can be predicted. Only the beginning of a stream is read."""
+    special = special_ids(tokenizer)
+    read = islice(sequences, BEGINNING_OF_STREAM) if streaming else sequences
+    return any(not np.isin(sequence["input_ids"][1:], special).all() for sequence in read)
 
 
 def _splits_in_use(training: MNTPTrainingArguments) -> list[Split]:
@@ -151,38 +149,25 @@ def _chunks(to_ids: Callable[..., list[list[int]]], length: int) -> Callable[[Ba
     return chunks
 
 
-def _source(model: ModelArguments, data: DataArguments) -> tuple[dict[str, Any], set[str]]:
-    """Return the arguments of `load_dataset` for the texts, and the splits that are given."""
+def _sources(model: ModelArguments, data: DataArguments) -> dict[str, dict[str, Any]]:
+    """Return the arguments of `load_dataset` for each split that is given."""
     if data.dataset_name:
         with reading(data.dataset_name):
             splits = datasets.get_dataset_split_names(data.dataset_name, data.dataset_config_name, token=model.token)
-        return {"path": data.dataset_name, "name": data.dataset_config_name}, set(splits)
-    named = {"train": data.train_file, "validation": data.validation_file}
-    files = {split: path for split, path in named.items() if path}
-    return {"path": _reader(files), "data_files": files}, set(files)
+        source = {"path": data.dataset_name, "name": data.dataset_config_name}
+        return {split: {**source, "split": split} for split in splits}
+    sources = {}
+    for split, paths in (("train", data.train_file), ("validation", data.validation_file)):
+        if paths:
+            files = find_files(paths)
+            sources[split] = {"path": reader_of_all(files), "data_files": {split: files}, "split": split}
+    return sources
 
 
-def _reader(files: dict[str, str]) -> str:
-    for path in files.values():
-        if not os.path.isfile(path):
-            raise ConfigError(f"no such file: {path}")
-        if not os.path.getsize(path):
-            raise ConfigError(f"there is no text in {path}: the file is empty")
-    endings = {os.path.splitext(path)[1][1:].lower() for path in files.values()}
-    readers = {READERS.get(ending, "") for ending in endings}
-    if len(readers) != 1 or "" in readers:
-        raise ConfigError(
-            f"files must end in {', '.join('.' + ending for ending in READERS)}, and both alike; got "
-            f"{' and '.join(files.values())}"
-        )
-    return readers.pop()
-
-
-def _load(source: dict[str, Any], split: Split, model: ModelArguments, streaming: bool = False) -> Any:
-    what = " and ".join(source["data_files"].values()) if "data_files" in source else source["path"]
-    options = {"split": split, "cache_dir": model.cache_dir, "token": model.token, "streaming": streaming}
-    with reading(what):
-        return datasets.load_dataset(**source, **options)
+def _load(source: dict[str, Any], model: ModelArguments, streaming: bool = False) -> Any:
+    files = source.get("data_files", {}).get(source["split"])
+    with reading(" and ".join(files) if files else source["path"]):
+        return datasets.load_dataset(**source, cache_dir=model.cache_dir, token=model.token, streaming=streaming)
 
 
 def _hold_out(train: Any, data: DataArguments) -> dict[Split, Any]:

@@ -1,6 +1,7 @@
 """The tokenizer and the model that are trained for masked next token prediction."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from ..loading import loading
 from ..lora import with_lora
 from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .settings import ModelArguments
+from .vocabulary import add_rows
+
+POSITIONS = "max_position_embeddings"  # in every config; some have it under another name too
 
 
 def load_tokenizer(settings: ModelArguments) -> Any:
@@ -27,22 +31,33 @@ def load_tokenizer(settings: ModelArguments) -> Any:
     return _load(AutoTokenizer, name, settings, use_fast=settings.use_fast_tokenizer)
 
 
-def check_model(settings: ModelArguments) -> None:
+def check_model(settings: ModelArguments) -> int | None:
     """Raise the errors of `load_model` that concern the model's class and backend.
 
     This reads the config alone and builds a small random model from it, which is faster than loading the weights.
+
+    Returns:
+        The largest number of tokens that the model can read, or None if it has no such limit.
     """
     config = _load(AutoConfig, settings.model_name_or_path, settings)
     try:
         with loading(str(settings.model_name_or_path)):
             small = tiny_like(config, settings.attn_implementation, settings.trust_remote_code)
     except UnsupportedModelError:  # the model itself may load all the same, or its error says more
-        return
+        return None
     apply_mntp_head(enable_bidirectional(small))
+    return getattr(config, POSITIONS, None) if _has_position_table(small) else None
 
 
-def load_model(settings: ModelArguments) -> PreTrainedModel:
+def load_model(settings: ModelArguments, tokenizer: Any) -> tuple[PreTrainedModel, list[int]]:
     """Load the causal model of the settings, make it bidirectional and give it an MNTP head. Its weights stay as they were.
+
+    Args:
+        settings: Which model.
+        tokenizer: The model gets rows for those of its tokens that it lacks.
+
+    Returns:
+        The model, and the ids of the rows that it got.
 
     Raises:
         BackendError: The attention backend is not installed.
@@ -61,23 +76,42 @@ def load_model(settings: ModelArguments) -> PreTrainedModel:
     )
     if settings.gguf_file:
         remove_gguf_mark(model)
-    return apply_mntp_head(model, eval_logits="scores")
+    new_rows = add_rows(model, tokenizer)
+    return apply_mntp_head(model, eval_logits="scores"), new_rows
 
 
-def add_adapter(model: PreTrainedModel, settings: ModelArguments) -> None:
+def add_adapter(model: PreTrainedModel, settings: ModelArguments, new_rows: Sequence[int] = ()) -> None:
     """Put a LoRA adapter on the backbone of a model, in place. With `lora_r` 0 there is no adapter and all weights train.
 
     As in LLM2Vec, the adapter is on the backbone and not on the model with its head, because an encoder has no head. The
     head is frozen too, so what is saved is all that was trained.
+
+    Args:
+        model: The model.
+        settings: The rank and the dropout of the adapter.
+        new_rows: The ids whose embeddings are trained too, because they were never trained.
     """
     if settings.lora_r:
         model.requires_grad_(False)
-        setattr(model, model.base_model_prefix, with_lora(model.base_model, settings))
+        setattr(model, model.base_model_prefix, with_lora(model.base_model, settings, new_rows))
 
 
 def adapter_of(model: PreTrainedModel) -> PeftModel | None:
     """Return the backbone with its adapter, or None if there is no adapter."""
     return model.base_model if isinstance(model.base_model, PeftModel) else None
+
+
+def _has_position_table(small: PreTrainedModel) -> bool:
+    """Say whether a small model fails on a text that is longer than its config allows, as with learned positions."""
+    limit = getattr(small.config, POSITIONS, None)
+    if not isinstance(limit, int):
+        return False
+    try:
+        with torch.no_grad():
+            small(input_ids=torch.ones(1, limit + 1, dtype=torch.long))
+    except (IndexError, RuntimeError):
+        return True
+    return False
 
 
 def _load(auto_class: Any, name: str | None, settings: ModelArguments, **options: Any) -> Any:

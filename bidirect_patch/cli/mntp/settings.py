@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple
 from transformers import TrainingArguments
 
 from ...errors import ConfigError
-from ..settings import CommonModelArguments, check_counts, check_given, check_lora, check_output_dir, parse_settings
+from ..output_folder import check_output_dir
+from ..ranges import LONGEST_SEQUENCE, WORKERS, Range, check_range
+from ..settings import CommonModelArguments, check_counts, check_given, check_lora, parse_settings
 
 
 @dataclass
@@ -31,14 +33,17 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the hub, or a folder of files."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Text (.txt), JSON lines (.json, .jsonl) or .csv."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Text (.txt), JSON lines (.json, .jsonl) or .csv: files, and folders of such files."},
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     validation_split_percentage: int = field(
         default=5,
         metadata={"help": "Percentage of the training texts to evaluate on, if no texts for validation are given."},
     )
     max_seq_length: int | None = field(
-        default=None, metadata={"help": "Tokens per sequence. Default: the tokenizer's limit, at most 1024."}
+        default=None, metadata={"help": "Tokens per sequence, at most the limit of tokenizer and model. Default: 1024."}
     )
     line_by_line: bool = field(
         default=False, metadata={"help": "Each line is a sequence of its own, instead of chunks of one long text."}
@@ -59,7 +64,7 @@ class MNTPArguments:
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict, in (0, 1]."})
     mask_token_type: Literal["blank", "eos", "mask"] = field(
         default="blank",
-        metadata={"help": "What hides a token if the tokenizer has no mask token: _, its end token, or <mask>."},
+        metadata={"help": "What hides a token if the tokenizer has no mask token: _, its end token, or <mask>, added."},
     )
     mask_token: str | None = field(default=None, metadata={"help": "Hide tokens with this one instead."})
     data_collator_type: Literal["default", "all_mask"] = field(
@@ -89,6 +94,8 @@ REPLACES = {
     "validation_file": ("dataset_name", "dataset_config_name"),
     "dataset_config_name": ("train_file", "validation_file"),
 }
+
+METRICS = ("loss", "accuracy")  # of an evaluation
 
 KINDS = (ModelArguments, DataArguments, MNTPArguments, MNTPTrainingArguments)
 
@@ -120,7 +127,17 @@ def parse(argv: list[str]) -> Settings:
     if not 0 < settings.mntp.mlm_probability <= 1:
         raise ConfigError(f"mlm_probability must be in (0, 1]; got {settings.mntp.mlm_probability}")
     check_counts(settings.mntp, "stop_after_n_steps")
+    _check_training(training)
     return settings
+
+
+def _check_training(training: MNTPTrainingArguments) -> None:
+    metric = training.metric_for_best_model
+    if metric is not None and str(metric).removeprefix("eval_") not in METRICS:
+        raise ConfigError(f"metric_for_best_model must be {' or '.join(METRICS)}; got {metric!r}")
+    strategy = getattr(training, "train_sampling_strategy", None)
+    if getattr(strategy, "value", strategy) == "batch_rebalance":
+        raise ConfigError("train_sampling_strategy=batch_rebalance is not for mntp: give random or group_by_length")
 
 
 def _check_data(data: DataArguments, do_train: bool, do_eval: bool) -> None:
@@ -136,6 +153,8 @@ def _check_data(data: DataArguments, do_train: bool, do_eval: bool) -> None:
         raise ConfigError(
             f"max_seq_length must be at least 2, since no first token is predicted; got {data.max_seq_length}"
         )
+    check_range("max_seq_length", data.max_seq_length, Range(2, LONGEST_SEQUENCE))
     check_counts(data, "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
+    check_range("preprocessing_num_workers", data.preprocessing_num_workers, WORKERS)
     if data.pad_to_max_length and data.padding_free:
         raise ConfigError("pad_to_max_length and padding_free contradict each other; give one of them")

@@ -4,15 +4,20 @@ import os
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import Trainer, TrainerState
 
 from ...mntp.collator import MNTPCollator
 from ..callbacks import StopAfter
-from ..lora import load_adapter_weights
+from ..checkpoints import STATE, check_same_weights, resuming
+from ..lora import WHOLE_MODULES
+from ..output_folder import writing
+from ..settings import transformers_errors
 from ..versions import allow_numpy_state
-from .collator import RepeatableCollator
 from .evaluation import masked_token_sums, summarize
 from .model import adapter_of
+from .passes import CountingSampler
 from .saving import save_bidirectional
 
 
@@ -31,9 +36,9 @@ class MNTPTrainer(Trainer):
     def __init__(self, *, tokenizer: Any, eval_collator: MNTPCollator, stop_after_n_steps: int, **kwargs: Any) -> None:
         super().__init__(compute_metrics=summarize, **kwargs)
         self.label_names = ["labels"]
+        self._counting: CountingSampler | None = None
         self.text_tokenizer = tokenizer
         self.eval_collator = eval_collator
-        self.add_callback(TellEpoch(kwargs["data_collator"]))
         self.add_callback(StopAfter(stop_after_n_steps))
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,37 +63,82 @@ class MNTPTrainer(Trainer):
         sums = masked_token_sums(outputs.logits, inputs["labels"])
         return None, sums, sums
 
+    def load_finished(self, checkpoint: str) -> None:
+        """Take a checkpoint of the last step as the result. Nothing is left to train."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
+
+    def get_train_dataloader(self) -> Any:
+        """Return the dataloader of training, whose sampler is told each pass."""
+        loader = super().get_train_dataloader()
+        batches = getattr(loader, "batch_sampler", None)
+        if self._counting is not None and batches is not None and not hasattr(batches, "sampler"):
+            # accelerate looks for it here, and splits batches among processes by a class that lacks it.
+            batches.sampler = self._counting
+        return loader
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the optimizer, or raise ConfigError where its package is not installed or its arguments do not fit."""
+        with transformers_errors():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule of the learning rate, or raise ConfigError where its arguments do not fit."""
+        with transformers_errors():
+            return super().create_scheduler(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Return which weights decay: not the rows of an embedding that are kept as they are."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if WHOLE_MODULES not in name]
+
     # The methods below replace private methods of Trainer.
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        order = super()._get_train_sampler(*args)
+        if order is not None:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._counting = order = CountingSampler(order, seed)
+        return order
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:  # newer releases call this in every process
             return
         folder = output_dir or self.args.output_dir
-        os.makedirs(folder, exist_ok=True)
-        save_bidirectional(self.accelerator.unwrap_model(self.model), folder, self.text_tokenizer, state_dict)
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        with writing(folder):
+            os.makedirs(folder, exist_ok=True)
+            save_bidirectional(self.accelerator.unwrap_model(self.model), folder, self.text_tokenizer, state_dict)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter = adapter_of(self.accelerator.unwrap_model(model or self.model))
-        if adapter is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_adapter_weights(adapter, resume_from_checkpoint)
+        with resuming(resume_from_checkpoint):
+            if adapter is None:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            saved = load_peft_weights(resume_from_checkpoint, device="cpu")
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose weights are parts of the model's
+                check_same_weights(get_peft_model_state_dict(adapter, save_embedding_layers=False), saved)
+            set_peft_model_state_dict(adapter, saved)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        own = self.model.state_dict()
+        loaded = {tensor.data_ptr() for name, tensor in own.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if own[name].data_ptr() not in loaded]  # not a tied weight
+        check_same_weights(dict.fromkeys(missing, own[missing[0]]) if missing else {}, {})
+        check_same_weights({}, dict.fromkeys(load_result.unexpected_keys, torch.empty(0)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with allow_numpy_state():
+        with resuming(checkpoint), allow_numpy_state():
             super()._load_rng_state(checkpoint)
-
-
-class TellEpoch(TrainerCallback):
-    """Tells a collator which epoch it is."""
-
-    def __init__(self, collator: RepeatableCollator) -> None:
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch of the collator."""
-        self.collator.epoch = int(state.epoch or 0)

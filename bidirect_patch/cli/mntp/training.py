@@ -1,26 +1,31 @@
 """A run of masked next token prediction, from its settings to the saved model."""
 
-import os
+import logging
+import math
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
 from ...errors import ConfigError
-from ..checkpoints import checkpoint_to_resume, put_aside_checkpoints, train_from
+from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
+from ..output_folder import check_space, make_output_dir, writing
 from ..settings import transformers_errors
 from .collator import make_collator
-from .data import load_sequences
+from .data import load_sequences, sequence_length
 from .evaluation import evaluate_baselines, make_report
 from .model import add_adapter, check_model, load_model, load_tokenizer
 from .settings import Settings
 from .trainer import MNTPTrainer
+from .vocabulary import add_mask_token
+
+logger = logging.getLogger(__name__)
 
 
 def train(settings: Settings) -> None:
     """Train and evaluate as the settings say, and write the result to their output_dir."""
     training = settings.training
-    checkpoint = checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training, settings.model.lora_r)
     set_seed(training.seed)
     trainer, model = _make_trainer(settings)
     report = make_report(trainer)
@@ -30,7 +35,7 @@ def train(settings: Settings) -> None:
         with torch.random.fork_rng(devices=[]):  # so that training is the same without baselines
             evaluate_baselines(trainer, model, report)
     if training.do_train:
-        train_from(checkpoint, trainer, settings.mntp.stop_after_n_steps)
+        _train_from(checkpoint, trainer, settings.mntp.stop_after_n_steps)
     if training.do_eval:
         label = f"after {trainer.state.global_step} steps" if training.do_train else "bidirectional"
         report.add("eval", label, trainer.evaluate())
@@ -41,8 +46,10 @@ def train(settings: Settings) -> None:
 
 def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
     training = settings.training
-    check_model(settings.model)  # before the texts are prepared, which takes long
+    limit = check_model(settings.model)  # before the texts are prepared, which takes long
     tokenizer = load_tokenizer(settings.model)
+    settings.data.max_seq_length = _fitting_length(sequence_length(tokenizer, settings.data), limit)
+    new_ids = add_mask_token(tokenizer, settings.mntp)
     # Evaluation is padded: it runs the causal model too, and older releases of transformers let packed documents see
     # each other.
     train_collator, eval_collator = (
@@ -50,12 +57,14 @@ def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
         for padding_free in (settings.data.padding_free, False)
     )
     sequences = load_sequences(tokenizer, settings.model, settings.data, training)
+    _check_batches(settings, sequences.get("train"))
     if settings.data.streaming and training.max_steps <= 0:
         training.max_steps = settings.mntp.stop_after_n_steps  # a stream has no length to plan a schedule from
     training.remove_unused_columns = False  # the collator takes what it needs
-    model = load_model(settings.model)
-    add_adapter(model, settings.model)
-    _make_folder(training.output_dir)
+    model, new_rows = load_model(settings.model, tokenizer)
+    add_adapter(model, settings.model, sorted({*new_ids, *new_rows}))
+    _check_space(settings, model)
+    make_output_dir(str(training.output_dir))
     with transformers_errors():
         trainer = MNTPTrainer(
             model=model,
@@ -70,8 +79,55 @@ def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
     return trainer, model
 
 
-def _make_folder(path: Any) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir {path} can't be made: {error.strerror}") from error
+def _fitting_length(length: int, limit: int | None) -> int:
+    """The length of sequences that a model can read, where `limit` is the number of its positions."""
+    if limit is None or length <= limit:
+        return length
+    logger.warning("max_seq_length is %d instead of %d, because the model has no more positions", limit, length)
+    return limit
+
+
+def _check_batches(settings: Settings, sequences: Any) -> None:
+    """Raise ConfigError if no batch can be filled, where batches that are not full are dropped."""
+    training = settings.training
+    if sequences is None or settings.data.streaming or not training.dataloader_drop_last:
+        return
+    needed = training.train_batch_size * training.world_size
+    if len(sequences) < needed:
+        raise ConfigError(
+            f"dataloader_drop_last leaves nothing to train on: a batch takes {needed} sequences, and there are {len(sequences)}"
+        )
+
+
+def _check_space(settings: Settings, model: PreTrainedModel) -> None:
+    training = settings.training
+    if training.do_train and training.should_save:
+        strategy = getattr(training.save_strategy, "value", training.save_strategy)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        check_space(str(training.output_dir), trained, checkpoints=strategy != "no")
+
+
+def _check_learned(trainer: MNTPTrainer, loss: float) -> None:
+    """Raise ConfigError after a run that has trained nothing, before it is saved."""
+    if loss == 0:
+        raise ConfigError(
+            "nothing was trained: no token was chosen to be predicted; give a larger mlm_probability or more text"
+        )
+    trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    if not all(torch.isfinite(parameter).all() for parameter in trained):
+        raise ConfigError(
+            "the weights are no numbers any more after training: give a lower learning_rate; nothing is saved"
+        )
+
+
+def _train_from(checkpoint: str | None, trainer: MNTPTrainer, stop_after_n_steps: int) -> None:
+    if checkpoint and is_finished(checkpoint, stop_after_n_steps=stop_after_n_steps, max_steps=trainer.args.max_steps):
+        trainer.load_finished(checkpoint)
+    else:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        # A run that was resumed may have had few steps left.
+        _check_learned(trainer, result.training_loss if checkpoint is None else math.inf)
+        trainer.save_metrics("train", result.metrics)
+    trainer.save_model()
+    with writing(trainer.args.output_dir):
+        trainer.save_state()

@@ -67,7 +67,7 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
     if longest > model.config.hidden_size:
         raise ConfigError(f"matryoshka_dims must be at most {model.config.hidden_size}, the model's; got {longest}")
     if settings.max_seq_length is not None:
-        module.max_seq_length = settings.max_seq_length
+        module.max_seq_length = min(settings.max_seq_length, module.max_seq_length)  # a model has no more positions
     _check_room(module, prompts)
     return SentenceTransformer(modules=[module, pooling], prompts=prompts), limit
 

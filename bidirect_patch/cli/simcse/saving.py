@@ -1,20 +1,29 @@
 """What a run writes: checkpoints to resume from, and the trained encoder."""
 
+import os
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from transformers import AutoModel
 
-from ...errors import ConfigError
-from ..loading import loading
-from ..lora import load_adapter_weights
+from ..checkpoints import check_same_weights, resuming
+from ..versions import DTYPE_ARGUMENT
 
 
-def save_checkpoint(model: Any, folder: str) -> None:
-    """Write what was trained: the adapter of a SentenceTransformer, or its whole model if it has no adapter."""
+def save_checkpoint(model: Any, folder: str, training: Any) -> None:
+    """Write what was trained: the adapter of a SentenceTransformer, or its whole model if it has no adapter.
+
+    Args:
+        model: The SentenceTransformer.
+        folder: Where to write it.
+        training: The training arguments, which are written too.
+    """
     trained = model[0].model
     options = {"save_embedding_layers": False} if isinstance(trained, PeftModel) else {}
     trained.save_pretrained(folder, **options)
+    torch.save(training, os.path.join(folder, "training_args.bin"))
 
 
 def load_checkpoint(model: Any, folder: str) -> None:
@@ -24,15 +33,15 @@ def load_checkpoint(model: Any, folder: str) -> None:
         ConfigError: The checkpoint cannot be read, or it is of another model or adapter.
     """
     trained = model[0].model
-    if isinstance(trained, PeftModel):
-        load_adapter_weights(trained, folder)
-        return
-    with loading(f"the model in {folder}"):
-        weights = AutoModel.from_pretrained(folder, dtype=trained.dtype).state_dict()
-        expected = trained.state_dict()
-        if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-            raise ConfigError(f"the model in {folder} doesn't fit: it is another one than {trained.name_or_path}")
-        trained.load_state_dict(weights)
+    with resuming(folder):
+        if isinstance(trained, PeftModel):
+            weights = load_peft_weights(folder, device="cpu")
+            check_same_weights(get_peft_model_state_dict(trained, save_embedding_layers=False), weights)
+            set_peft_model_state_dict(trained, weights)
+        else:
+            weights = AutoModel.from_pretrained(folder, **{DTYPE_ARGUMENT: trained.dtype}).state_dict()
+            check_same_weights(trained.state_dict(), weights)
+            trained.load_state_dict(weights)
 
 
 def save_encoder(model: Any, folder: str, max_seq_length: int) -> None:

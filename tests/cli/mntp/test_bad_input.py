@@ -1,15 +1,18 @@
 """Bad input of the training command: one line, exit code 2, nothing started."""
 
+import errno
 import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.trainer_utils import SchedulerType
 
 from bidirect_patch.cli import main
 
-from ...helpers.mntp_runs import refused, run
+from ...helpers.mntp_runs import error_line, refused, run
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -26,8 +29,9 @@ pytest.importorskip("peft", reason="the training command needs the extra [train]
         ({"mlm_probability": "much"}, "argument --mlm_probability"),
         ({"mask_token_type": "star"}, "argument --mask_token_type"),
         ({"mask_token": "w1 w2"}, "must be exactly one id of the tokenizer; 'w1 w2' gives 2"),
-        ({"mask_token_type": "mask"}, "'<mask>' gives 0"),
-        ({"train_file": "nowhere.txt"}, "no such file: nowhere.txt"),
+        ({"train_file": "nowhere.txt"}, "no such file or folder: nowhere.txt"),
+        ({"train_file": ["nowhere.txt", "a"]}, "no such file or folder: nowhere.txt"),
+        ({"train_file": ["a", 3]}, "train_file takes one string or a list of them; got ['a', 3]"),
         ({"train_file": None, "validation_file": None}, "do_train needs dataset_name or train_file"),
         ({"train_file": None, "validation_file": None, "dataset_name": "no/such-data"}, "can't read no/such-data"),
         ({"dataset_name": "wikitext"}, "give dataset_name or files, not both"),
@@ -40,8 +44,26 @@ pytest.importorskip("peft", reason="the training command needs the extra [train]
         ({"learning_rate": -1}, "learning_rate must be 0 or more; got -1.0"),
         ({"num_train_epochs": "nan"}, "num_train_epochs must be above 0; got nan"),
         ({"seed": -1}, "seed must be 0 or more; got -1"),
+        ({"seed": 2**32}, "seed must be at most 4294967295; got 4294967296"),
+        ({"max_seq_length": 10**30}, "max_seq_length must be at most 16777216"),
+        ({"per_device_train_batch_size": 10**20}, "per_device_train_batch_size must be at most 2147483647"),
+        ({"warmup_ratio": "nan"}, "must be"),
+        ({"adam_beta1": 1.5}, "adam_beta1 must be in [0, 1); got 1.5"),
+        ({"adam_beta2": "nan"}, "adam_beta2 must be in [0, 1); got nan"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be 0 or more; got -1"),
+        ({"lora_r": 10**12}, "lora_r must be at most 65536"),
+        ({"max_steps": 10**30}, "max_steps must be at most 2147483647"),
+        ({"max_train_samples": 10**30}, "max_train_samples must be at most 2147483647"),
+        ({"preprocessing_num_workers": 10**9}, "preprocessing_num_workers must be at most 4096"),
+        ({"learning_rate": "inf"}, "learning_rate must be finite; got inf"),
+        ({"label_smoothing_factor": "nan"}, "label_smoothing_factor must be in [0, 1); got nan"),
+        ({"max_grad_norm": "nan"}, "max_grad_norm must be 0 or more; got nan"),
+        ({"train_file": "a\0b"}, "train_file holds a character that no path and no name can have: 'a\\x00b'"),
+        ({"model_name_or_path": "/tmp/\udc80"}, "model_name_or_path holds a character"),
+        ({"output_dir": "/proc/here/out"}, "output_dir /proc/here/out: nothing can be written to /proc"),
+        ({"metric_for_best_model": "f1"}, "metric_for_best_model must be loss or accuracy; got 'f1'"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 4096}, "a batch takes 4096 sequences"),
         ({"mlm_probability": [0.1]}, "mlm_probability is one value; got [0.1]"),
-        ({"train_file": ["a", "b"]}, "train_file is one value"),
         ({"learning_rate": [1]}, "learning_rate is one value"),
         ({"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs"),
         ({"model_name_or_path": "/no/such/folder"}, "there is no such folder"),
@@ -94,6 +116,61 @@ def test_blank_lines_are_no_text_in_chunks_either(capsys, settings, tmp_path):
     assert "less than one chunk" in refused(capsys, settings)
 
 
+def test_text_that_the_tokenizer_does_not_know(capsys, settings, tmp_path):
+    """Nothing of it could be predicted. Loss and gradients would be 0 in every step."""
+    path = tmp_path / "unknown.txt"
+    path.write_text("these are other words\n" * 20)
+    settings |= {"do_train": True, "train_file": str(path), "validation_file": None, "line_by_line": True}
+    assert "holds nothing to predict" in refused(capsys, settings)
+    assert "holds nothing to predict" in refused(capsys, settings | {"streaming": True})
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"mlm_probability": 1e-9}, "nothing was trained: no token was chosen"),
+        ({"learning_rate": 1e38}, "lower learning"),
+    ],
+)
+def test_a_run_that_learned_nothing_saves_nothing(capsys, settings, change, said):
+    assert said in error_line(capsys, settings | {"do_train": True, "stop_after_n_steps": 2} | change)
+    assert not list(Path(settings["output_dir"]).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "foo"),
+        pytest.param(
+            {"optim": "adamw_bnb_8bit"},
+            "bitsandbytes",
+            marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here"),
+        ),
+    ],
+)
+def test_an_optimizer_or_a_schedule_that_cannot_be_made(capsys, settings, change, said):
+    if "min_lr" in said and "cosine_with_min_lr" not in list(SchedulerType):
+        pytest.skip("this transformers has no such schedule")
+    assert said in error_line(capsys, settings | {"do_train": True} | change)
+
+
+def test_a_disk_with_too_little_space_is_noticed_before_the_first_step(capsys, settings, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5000))
+    settings |= {"do_train": True, "save_strategy": "steps"}
+    assert "and 5000 bytes are free on its disk" in refused(capsys, settings)
+
+
+def test_a_disk_that_fills_up_is_named(capsys, settings, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    settings |= {"do_train": True, "save_strategy": "steps", "save_steps": 1, "stop_after_n_steps": 1}
+    assert "can't write to" in error_line(capsys, settings)
+
+
 def test_an_output_folder_that_cannot_be(capsys, settings, tmp_path):
     (tmp_path / "file").write_text("")
     settings |= {"do_train": True}
@@ -104,7 +181,9 @@ def test_an_output_folder_that_cannot_be(capsys, settings, tmp_path):
         assert "output_dir" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, said", [("{", "is not JSON"), ("[1]", "it holds a list")])
+@pytest.mark.parametrize(
+    "text, said", [("{", "is not JSON"), ("[1]", "it holds a list"), ("[" * 10**6, "is nested too deep")]
+)
 def test_a_settings_file_that_is_none(capsys, tmp_path, text, said):
     path = tmp_path / "settings.json"
     path.write_text(text)

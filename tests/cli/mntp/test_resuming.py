@@ -16,10 +16,9 @@ pytest.importorskip("datasets", reason="the training command needs the extra [tr
 pytest.importorskip("peft", reason="the training command needs the extra [train]")
 
 
-@pytest.mark.parametrize("lora_r", [4, 0])
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("lora_r, stop", [(4, 3), (4, 4), (4, 5), (0, 5)])
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(settings, lora_r, stop):
-    """64 sequences, 4 steps an epoch: stopped within one, and between two."""
+    """64 sequences, 4 steps an epoch: stopped within the first, between two, and within the second."""
     settings |= {"do_train": True, "per_device_train_batch_size": 16, "lora_r": lora_r, "lora_dropout": 0.3}
     settings |= {"max_train_samples": 64, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
     settings |= {"line_by_line": True}

@@ -79,7 +79,7 @@ def test_a_finished_run_is_not_trained_further(resumable):
     "first, second, says",
     [
         ({"save_only_model": True}, {}, "holds no optimizer"),
-        ({}, {"lora_r": 4}, "doesn't fit: it is of another lora_r"),
+        ({}, {"lora_r": 4}, "it holds an adapter of rank 16, and lora_r is 4"),
         ({"save_strategy": "no"}, {}, "isn't empty and holds no checkpoint"),
         ({}, {"resume_from_checkpoint": "nowhere"}, "nowhere holds no whole checkpoint"),
     ],
