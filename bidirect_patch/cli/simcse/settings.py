@@ -94,6 +94,9 @@ class SimCSETrainingArguments(SentenceTransformerTrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew even if output_dir holds something, instead of resuming from it."}
     )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Compute a layer again in its backward pass instead of keeping all of it."}
+    )
     metric_for_best_model: str | None = field(
         default="spearman_cosine", metadata={"help": "spearman_cosine or pearson_cosine, for load_best_model_at_end."}
     )

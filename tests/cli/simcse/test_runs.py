@@ -203,20 +203,18 @@ def test_an_output_folder_that_is_a_file(settings, capsys):
 
 
 @pytest.mark.slow
-def test_real_weights_from_gguf(real_weights, settings, tmp_path):
-    """The causal model's embedding of a text is no longer what the encoder gives; its tokenizer is the same."""
+def test_real_weights_from_gguf(load_real, real_weights, settings):
     name = next(real_weights.glob("*.gguf")).name
     settings |= {"model_name_or_path": str(real_weights), "gguf_file": name, "peft_model_name_or_path": None}
     settings |= {"per_device_train_batch_size": 4, "max_seq_length": 8, "stop_after_n_steps": 1, "max_train_samples": 8}
     assert run(settings) == 0
     opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
     assert reaches_back(opened[0].model)
-    tokenizer = AutoTokenizer.from_pretrained(real_weights, gguf_file=name)
+    base, tokenizer = load_real()
     text = "The weather is fine today."
     assert opened.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
-    base = AutoModel.from_pretrained(real_weights, gguf_file=name, dtype=torch.float32)
     weight = "layers.0.self_attn.q_proj.weight"
-    torch.testing.assert_close(opened[0].model.state_dict()[weight], base.state_dict()[weight], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(opened[0].model.state_dict()[weight], base.model.state_dict()[weight], rtol=0.1, atol=0.1)
 
 
 def test_no_name_is_used_that_sentence_transformers_has_deprecated(settings, recwarn):
