@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
@@ -22,6 +22,13 @@ POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmea
 
 # What sentence-transformers' Transformer reads: texts as they are.
 PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+
+
+class PlainCard(SentenceTransformerModelCardData):
+    """A model card without a widget, whose texts would be encoded with a progress bar of their own before training."""
+
+    def set_widget_examples(self, dataset: Any) -> None:
+        """Choose no texts."""
 
 
 def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[Any, int]:
@@ -69,7 +76,7 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
     if settings.max_seq_length is not None:
         module.max_seq_length = min(settings.max_seq_length, module.max_seq_length)  # a model has no more positions
     _check_room(module, prompts)
-    return SentenceTransformer(modules=[module, pooling], prompts=prompts), limit
+    return SentenceTransformer(modules=[module, pooling], prompts=prompts, model_card_data=PlainCard()), limit
 
 
 def check_views_differ(model: Any, text: str) -> None:

@@ -1,5 +1,6 @@
 """The contrastive step, run as a user runs it: a tiny Llama, a settings file, sentence-transformers' own trainer."""
 
+import ast
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
 
+from ...helpers.paths import ROOT
 from ...helpers.sentences import reaches_back
 from ...helpers.simcse_runs import PUBLISHED, published, run, write_e5
 from ...helpers.words import EOS, make_tokenizer
@@ -217,8 +219,22 @@ def test_real_weights_from_gguf(load_real, real_weights, settings):
     torch.testing.assert_close(opened[0].model.state_dict()[weight], base.model.state_dict()[weight], rtol=0.1, atol=0.1)
 
 
-def test_no_name_is_used_that_sentence_transformers_has_deprecated(settings, recwarn):
-    for name in [name for name in sys.modules if name.startswith(("bidirect_patch.cli.simcse", "sentence_transformers."))]:
-        del sys.modules[name]
-    assert run(settings | {"stop_after_n_steps": 1}) == 0
-    assert not [str(w.message) for w in recwarn if "sentence_transformers" in str(w.message)]
+def test_no_progress_bar_is_written_into_a_pipe(settings, capfd):
+    assert run(settings | {"disable_tqdm": False, "logging_steps": 1}) == 0
+    out, err = capfd.readouterr()
+    assert "%|" not in err and "examples/s" not in err
+    assert out.count("'loss'") == 3  # the log is there all the same
+
+
+def test_no_module_is_imported_by_a_name_that_sentence_transformers_has_deprecated():
+    from sentence_transformers.util.deprecated_import import DEPRECATED_MODULE_PATHS
+
+    imported = set()
+    for path in (ROOT / "bidirect_patch").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+    assert "sentence_transformers.base.modules" in imported
+    assert not imported & {*DEPRECATED_MODULE_PATHS, "sentence_transformers.models"}
