@@ -52,26 +52,22 @@ def make_output_dir(path: str) -> None:
         raise ConfigError(f"output_dir {path} can't be made: {error.strerror}") from error
 
 
-def check_space(path: str, parameters: Iterable[Tensor], *, checkpoints: bool) -> None:
+def check_space(path: str, parameters: Iterable[Tensor], copies: int) -> None:
     """Check that what a run saves first fits on the disk.
 
     Args:
         path: The folder.
         parameters: What is trained, and therefore saved.
-        checkpoints: Whether checkpoints are written too. Such a one holds the state of the optimizer, two numbers for each
-            that is trained.
+        copies: How many numbers are saved for each number that is trained.
 
     Raises:
         ConfigError: There is less space.
     """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    needed = weights * (4 if checkpoints else 1)
+    needed = copies * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     free = shutil.disk_usage(_nearest(path)).free
     if free < needed:
-        saved = "a checkpoint and the result take" if checkpoints else "the result takes"
-        raise ConfigError(
-            f"output_dir {path}: {saved} {_megabytes(needed)}, and {_megabytes(free)} are free on its disk"
-        )
+        sizes = f"what is saved first takes {_megabytes(needed)}, and {_megabytes(free)} are free on its disk"
+        raise ConfigError(f"output_dir {path}: {sizes}")
 
 
 @contextmanager

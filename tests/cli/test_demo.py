@@ -137,7 +137,7 @@ def test_another_model(tmp_path, capsys):
         (["x.json"], "x.json"),
         (["--output-dir", "{full}"], "isn't an empty folder"),
         (["--output-dir", "{full}/file"], "isn't an empty folder"),
-        (["--output-dir", "{full}/file/new"], "can't make the folder"),
+        (["--output-dir", "{full}/file/new"], "can't be made"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, said, tmp_path, capsys):

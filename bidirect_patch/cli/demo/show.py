@@ -1,7 +1,6 @@
 """The parts of the demo, one after another."""
 
 import argparse
-import os
 import tempfile
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ...errors import ConfigError
 from ...patch import bidirectional, disable_bidirectional, enable_bidirectional
 from ...verify.report import AttentionReport, attention_report
 from ..mntp.collator import RepeatableCollator
@@ -19,6 +17,7 @@ from ..mntp.data import Split, tokenize
 from ..mntp.model import add_adapter, check_model, load_model, load_tokenizer
 from ..mntp.settings import DataArguments, MNTPTrainingArguments, ModelArguments
 from ..mntp.trainer import MNTPTrainer
+from ..output_folder import make_output_dir
 from .progress import ProgressBar
 from .texts import SHIPPED, held_out_and_training_topics
 
@@ -86,7 +85,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Materials, PreTrainedModel]:
     folder = _make_folder(options.output_dir)
     training = _training_arguments(options, folder)
     # The name of the file is only what errors call the text.
-    data = DataArguments(train_file="pydoc_data.topics", max_seq_length=LENGTH, max_eval_samples=EVALUATED)
+    data = DataArguments(train_file=["pydoc_data.topics"], max_seq_length=LENGTH, max_eval_samples=EVALUATED)
     sequences = {
         split: tokenize(Dataset.from_dict({"text": texts[split]}), split, tokenizer, data, training) for split in texts
     }
@@ -96,10 +95,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Materials, PreTrainedModel]:
 def _make_folder(path: str | None) -> str:
     if path is None:
         return tempfile.mkdtemp(prefix="bidirect-patch-demo-")
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"can't make the folder {path}: {error.strerror}") from error
+    make_output_dir(path)
     return path
 
 

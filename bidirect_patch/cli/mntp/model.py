@@ -16,7 +16,6 @@ from ..loading import loading
 from ..lora import with_lora
 from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .settings import ModelArguments
-from .vocabulary import add_rows
 
 POSITIONS = "max_position_embeddings"  # in every config; some have it under another name too
 
@@ -49,15 +48,8 @@ def check_model(settings: ModelArguments) -> int | None:
     return getattr(config, POSITIONS, None) if _has_position_table(small) else None
 
 
-def load_model(settings: ModelArguments, tokenizer: Any) -> tuple[PreTrainedModel, list[int]]:
+def load_model(settings: ModelArguments) -> PreTrainedModel:
     """Load the causal model of the settings, make it bidirectional and give it an MNTP head. Its weights stay as they were.
-
-    Args:
-        settings: Which model.
-        tokenizer: The model gets rows for those of its tokens that it lacks.
-
-    Returns:
-        The model, and the ids of the rows that it got.
 
     Raises:
         BackendError: The attention backend is not installed.
@@ -76,8 +68,7 @@ def load_model(settings: ModelArguments, tokenizer: Any) -> tuple[PreTrainedMode
     )
     if settings.gguf_file:
         remove_gguf_mark(model)
-    new_rows = add_rows(model, tokenizer)
-    return apply_mntp_head(model, eval_logits="scores"), new_rows
+    return apply_mntp_head(model, eval_logits="scores")
 
 
 def add_adapter(model: PreTrainedModel, settings: ModelArguments, new_rows: Sequence[int] = ()) -> None:
@@ -104,14 +95,16 @@ def adapter_of(model: PreTrainedModel) -> PeftModel | None:
 def _has_position_table(small: PreTrainedModel) -> bool:
     """Say whether a small model fails on a text that is longer than its config allows, as with learned positions."""
     limit = getattr(small.config, POSITIONS, None)
-    if not isinstance(limit, int):
-        return False
+    return isinstance(limit, int) and _reads(small, limit) and not _reads(small, limit + 1)
+
+
+def _reads(small: PreTrainedModel, length: int) -> bool:
     try:
         with torch.no_grad():
-            small(input_ids=torch.ones(1, limit + 1, dtype=torch.long))
-    except (IndexError, RuntimeError):
-        return True
-    return False
+            small(input_ids=torch.ones(1, length, dtype=torch.long))
+    except Exception:  # which one depends on the model, and on the backend
+        return False
+    return True
 
 
 def _load(auto_class: Any, name: str | None, settings: ModelArguments, **options: Any) -> Any:

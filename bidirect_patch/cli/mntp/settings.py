@@ -4,6 +4,7 @@ The names and defaults are those of LLM2Vec's run_mntp.py and of transformers' T
 """
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 from transformers import TrainingArguments
@@ -135,6 +136,8 @@ def _check_training(training: MNTPTrainingArguments) -> None:
     metric = training.metric_for_best_model
     if metric is not None and str(metric).removeprefix("eval_") not in METRICS:
         raise ConfigError(f"metric_for_best_model must be {' or '.join(METRICS)}; got {metric!r}")
+    if getattr(training, "use_liger_kernel", False) and find_spec("liger_kernel") is None:
+        raise ConfigError("use_liger_kernel needs liger-kernel: pip install 'bidirect-patch[engines]', or take it out")
     strategy = getattr(training, "train_sampling_strategy", None)
     if getattr(strategy, "value", strategy) == "batch_rebalance":
         raise ConfigError("train_sampling_strategy=batch_rebalance is not for mntp: give random or group_by_length")

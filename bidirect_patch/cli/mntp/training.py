@@ -17,7 +17,7 @@ from .evaluation import evaluate_baselines, make_report
 from .model import add_adapter, check_model, load_model, load_tokenizer
 from .settings import Settings
 from .trainer import MNTPTrainer
-from .vocabulary import add_mask_token
+from .vocabulary import add_mask_token, add_rows
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
     if settings.data.streaming and training.max_steps <= 0:
         training.max_steps = settings.mntp.stop_after_n_steps  # a stream has no length to plan a schedule from
     training.remove_unused_columns = False  # the collator takes what it needs
-    model, new_rows = load_model(settings.model, tokenizer)
-    add_adapter(model, settings.model, sorted({*new_ids, *new_rows}))
+    model = load_model(settings.model)
+    new_ids += add_rows(model, tokenizer)
+    add_adapter(model, settings.model, sorted(set(new_ids)))
     _check_space(settings, model)
     make_output_dir(str(training.output_dir))
     with transformers_errors():
@@ -103,8 +104,9 @@ def _check_space(settings: Settings, model: PreTrainedModel) -> None:
     training = settings.training
     if training.do_train and training.should_save:
         strategy = getattr(training.save_strategy, "value", training.save_strategy)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        check_space(str(training.output_dir), trained, checkpoints=strategy != "no")
+        with_optimizer = not training.save_only_model  # whose state is two numbers for each
+        copies = 1 if strategy == "no" else 4 if with_optimizer else 2  # the result, and a checkpoint
+        check_space(str(training.output_dir), (p for p in model.parameters() if p.requires_grad), copies)
 
 
 def _check_learned(trainer: MNTPTrainer, loss: float) -> None:

@@ -55,6 +55,8 @@ def check_space_for(training: Any, model: Any) -> None:
     """
     strategy = getattr(training.save_strategy, "value", training.save_strategy)
     encoder = [weight for name, weight in model.named_parameters() if "lora_" not in name]
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    check_space(str(training.output_dir), encoder, checkpoints=False)
-    check_space(str(training.output_dir), trained, checkpoints=strategy != "no")
+    check_space(str(training.output_dir), encoder, copies=1)
+    if strategy != "no":
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        # The optimizer keeps two numbers for each that is trained.
+        check_space(str(training.output_dir), trained, copies=1 if training.save_only_model else 3)

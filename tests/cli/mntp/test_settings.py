@@ -51,7 +51,8 @@ def test_a_flag_for_texts_replaces_the_texts_of_the_file(settings, tmp_path, hub
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(settings | dict.fromkeys(HUB | FILES) | (HUB if hub else FILES)))
     data = parse([str(path), "--do_eval", f"--{flag}", "given"])[1]
-    assert {name: getattr(data, name) for name in HUB | FILES if getattr(data, name)} == left | {flag: "given"}
+    expected = {name: [value] if name in FILES else value for name, value in (left | {flag: "given"}).items()}
+    assert {name: getattr(data, name) for name in HUB | FILES if getattr(data, name)} == expected
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--bf16_full_eval"])

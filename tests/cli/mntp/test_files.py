@@ -1,0 +1,71 @@
+"""Texts in several files and folders, and how long a sequence may be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+
+from ...helpers.mntp_runs import refused, run, weights
+
+pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
+pytest.importorskip("datasets", reason="the training command needs the extra [train]")
+pytest.importorskip("peft", reason="the training command needs the extra [train]")
+
+
+def test_files_and_folders_are_read_one_after_the_other(settings, tmp_path):
+    lines = Path(settings["train_file"]).read_text().splitlines()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path, part in (("first.txt", lines[:50]), ("folder/a.txt", lines[50:120]), ("folder/b.txt", lines[120:])):
+        (tmp_path / path).write_text("\n".join(part) + "\n")
+    (folder / "notes.md").write_text("no text to train on")
+    (folder / "empty.txt").write_text("")
+    settings |= {"do_train": True, "stop_after_n_steps": 2, "line_by_line": True}
+    parts = settings | {"output_dir": settings["output_dir"] + "-parts"}
+    parts["train_file"] = [str(tmp_path / "first.txt"), str(folder)]
+    flags = settings | {"output_dir": settings["output_dir"] + "-flags"}
+    assert run(settings) == 0 and run(parts) == 0
+    assert run(flags, "--train_file", *parts["train_file"]) == 0
+    expected = weights(settings)
+    for other in (parts, flags):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(other).items())
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        (["a.txt", "b.jsonl"], "all be of one kind"),
+        (["a.txt", "folder"], "holds no file that ends in .txt, .json, .jsonl, .csv"),
+        (["notes.md"], "files must end in .txt, .json, .jsonl, .csv"),
+        (["empty.txt"], "there is no text in"),
+    ],
+)
+def test_files_that_cannot_be_read_together(capsys, settings, tmp_path, files, said):
+    (tmp_path / "folder").mkdir()
+    for name in ("a.txt", "b.jsonl", "notes.md", "folder/notes.md"):
+        (tmp_path / name).write_text("w1 w2\n")
+    (tmp_path / "empty.txt").write_text("")
+    settings |= {"do_train": True, "train_file": [str(tmp_path / name) for name in files], "validation_file": None}
+    assert said in refused(capsys, settings)
+
+
+def test_a_sequence_is_no_longer_than_the_table_of_positions(settings, tmp_path, caplog):
+    folder = tmp_path / "gpt2"
+    shutil.copytree(settings["model_name_or_path"], folder)
+    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 1, "model_name_or_path": str(folder)}
+    assert run(settings) == 0
+    assert "max_seq_length is 16 instead of 32" in caplog.text
+
+
+def test_rotary_positions_are_no_limit(tmp_path):
+    from bidirect_patch.cli.mntp.model import check_model
+    from bidirect_patch.cli.mntp.settings import ModelArguments
+
+    config = LlamaConfig(max_position_embeddings=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert check_model(ModelArguments(model_name_or_path=str(tmp_path))) is None
