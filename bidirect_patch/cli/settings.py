@@ -26,6 +26,7 @@ class CommonModelArguments:
     """The model, how it is loaded, and the adapter to train. The names and defaults are those of LLM2Vec's scripts."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or hub name of a causal model."})
+    gguf_file: str | None = field(default=None, metadata={"help": "Load this GGUF file of the model's folder."})
     torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="float32", metadata={"help": "The type that the weights are loaded in."}
     )
@@ -193,8 +194,8 @@ def _convert(
     for name, value in structured.items():
         kind = str(types[name]).lower()
         if "list" in kind and name in ours:
-            if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-                raise ConfigError(f"{name} takes one string or a list of them; got {value!r}")
+            if not isinstance(value, list) or not ("int" in kind or all(isinstance(part, str) for part in value)):
+                raise ConfigError(f"{name} takes one value or a list of them; got {value!r}")
         elif name in ours or (re.search("int|float|bool", kind) and not re.search("dict|list", kind)):
             raise ConfigError(f"{name} is one value; got {value!r}")
     flags = [f"--{name}={value}" for name, value in settings.items() if name not in structured and value is not None]

@@ -13,7 +13,7 @@ WORDS = 60
 
 
 def write_folder(folder):
-    """Write `model`, a tiny causal Llama, `mntp`, an adapter over it, `texts.txt`, and `E5` with rows of three texts."""
+    """Write `model`, a tiny causal Llama, `mntp`, an adapter over it, `texts.txt`, and `tasks` with rows of three texts."""
     import peft
 
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS))])}
@@ -35,9 +35,9 @@ def write_folder(folder):
     lines = [" ".join(f"w{rng.randrange(WORDS)}" for _ in range(rng.randrange(3, 12))) for _ in range(64)]
     (folder / "texts.txt").write_text("\n".join([*lines[:5], "", *lines[5:]]) + "\n")
     rows = [{"query": a, "positive": b, "negative": c} for a, b, c in zip(lines, lines[1:], lines[2:])]
-    (folder / "E5").mkdir()
+    (folder / "tasks").mkdir()
     for name in ("one", "two"):
-        (folder / "E5" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
+        (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
 
 
 def reaches_back(model):

@@ -1,4 +1,4 @@
-"""Loss and accuracy over masked tokens, and the report of a run's evaluations."""
+"""Loss and accuracy over masked tokens, of the model that is trained and of those before it."""
 
 import math
 from typing import Any
@@ -9,6 +9,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ...mntp.collator import IGNORED
 from ...patch import bidirectional
+from ..report import Column, Report
 
 
 def masked_token_sums(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -36,33 +37,10 @@ def summarize(prediction: EvalPrediction) -> dict[str, float]:
     return {"loss": loss / count, "accuracy": correct / count, "masked_tokens": int(scored)}
 
 
-class Report:
-    """The evaluations of a run: a table, and the file all_results.json.
-
-    Args:
-        trainer: The trainer that makes the evaluations and writes the file.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.lines = [f"{'':28}{'loss':>8}{'accuracy':>10}"]
-
-    def add(self, prefix: str, label: str, metrics: dict[str, float]) -> None:
-        """Add one evaluation.
-
-        Args:
-            prefix: The prefix of its metrics' names.
-            label: Its name in the table.
-            metrics: Its metrics.
-        """
-        loss, accuracy = metrics[f"{prefix}_loss"], metrics[f"{prefix}_accuracy"]
-        self.lines.append(f"{label:28}{loss:8.3f}{accuracy:10.1%}")
-        self.trainer.save_metrics(prefix, metrics)
-
-    def show(self) -> None:
-        """Print the table, in the main process, if there is an evaluation in it."""
-        if len(self.lines) > 1 and self.trainer.is_world_process_zero():
-            print("masked next token prediction", *self.lines, sep="\n", flush=True)
+def make_report(trainer: Any) -> Report:
+    """Return the report of a run: loss and accuracy."""
+    columns = (Column("loss", "loss", 8, ".3f"), Column("accuracy", "accuracy", 10, ".1%"))
+    return Report(trainer, "masked next token prediction", columns)
 
 
 def evaluate_baselines(trainer: Any, model: PreTrainedModel, report: Report) -> None:

@@ -19,7 +19,6 @@ from ..settings import CommonModelArguments, check_counts, check_given, check_lo
 class ModelArguments(CommonModelArguments):
     """Which model and tokenizer, how they are loaded, and the adapter to train."""
 
-    gguf_file: str | None = field(default=None, metadata={"help": "Load this GGUF file of the model's folder."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it isn't the model's own."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})

@@ -10,11 +10,11 @@ from transformers import Trainer, TrainerState
 
 from ...mntp.collator import MNTPCollator
 from ..callbacks import StopAfter
+from ..checkpoints import STATE, check_same_weights, resuming
 from ..lora import WHOLE_MODULES
 from ..output_folder import writing
 from ..settings import transformers_errors
 from ..versions import allow_numpy_state
-from .checkpoints import STATE, check_same_weights, resuming
 from .evaluation import masked_token_sums, summarize
 from .model import adapter_of
 from .passes import CountingSampler

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from ...errors import ConfigError
+from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import check_space, make_output_dir, writing
 from ..settings import transformers_errors
-from .checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from .collator import make_collator
 from .data import load_sequences, sequence_length
-from .evaluation import Report, evaluate_baselines
+from .evaluation import evaluate_baselines, make_report
 from .model import add_adapter, check_model, load_model, load_tokenizer
 from .settings import Settings
 from .trainer import MNTPTrainer
@@ -28,7 +28,7 @@ def train(settings: Settings) -> None:
     checkpoint = checkpoint_to_resume(training, settings.model.lora_r)
     set_seed(training.seed)
     trainer, model = _make_trainer(settings)
-    report = Report(trainer)
+    report = make_report(trainer)
     if training.do_train and checkpoint is None and training.should_save:
         put_aside_checkpoints(str(training.output_dir))
     if training.do_eval and settings.mntp.eval_baselines and checkpoint is None:

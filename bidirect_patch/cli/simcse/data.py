@@ -1,12 +1,13 @@
 """The training examples: single texts, pairs or triplets."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import DatasetDict, load_dataset
 
 from ...errors import ConfigError
 from ..datafiles import READERS, reading
+from .instructions import instructions_of, split_by_prompt
 from .settings import TextArguments
 
 ROLES = (
@@ -18,18 +19,29 @@ ROLES = (
     "positive",
     "negative",
 )  # column names that are understood
+COLUMNS = ("anchor", "positive", "negative")  # what they become, in the order that the loss takes them in
 
 
-def load_examples(texts: TextArguments) -> tuple[Any, bool]:
+class Examples(NamedTuple):
+    """The training examples.
+
+    Attributes:
+        data: A data set with the columns `anchor`, `positive` and, for triplets, `negative`. A single text is its own
+            positive. For several tasks it is a DatasetDict by their names.
+        single: Whether the examples are single texts.
+        prompts: What stands before each anchor, by the name of the task. Empty if nothing does.
+    """
+
+    data: Any
+    single: bool
+    prompts: dict[str, str]
+
+
+def load_examples(texts: TextArguments) -> Examples:
     """Load the training examples.
 
-    Returns:
-        A data set with the columns `anchor`, `positive` and, for triplets, `negative`. A single text is its own
-        positive. For several files it is a DatasetDict by the names of the files. And whether the examples are single
-        texts.
-
     Raises:
-        ConfigError: There is no text, or the files hold examples of different kinds.
+        ConfigError: There is no text, the files hold examples of different kinds, or a task has no instruction.
     """
     path = Path(texts.dataset_file_path or "")
     files = (
@@ -39,12 +51,20 @@ def load_examples(texts: TextArguments) -> tuple[Any, bool]:
     )
     if not files:
         raise ConfigError(f"dataset_file_path {path} holds no .txt, .jsonl or .csv file")
+    instructions = instructions_of(texts, [file.stem for file in files])
     examples = {file.stem: _load_file(file, texts) for file in files}
     singles = {single for _, single in examples.values()}
     if len(singles) > 1:
         raise ConfigError(f"{path} mixes single texts with pairs: train on each by itself")
-    sets = {name: data for name, (data, _) in examples.items()}
-    return (DatasetDict(sets) if len(sets) > 1 else next(iter(sets.values()))), singles.pop()
+    sets: dict[str, Any] = {}
+    prompts: dict[str, str] = {}
+    for task, (data, single) in examples.items():
+        if single and any(instructions[task]):
+            raise ConfigError(f"{path} holds single texts, which have no query for an instruction: give pairs")
+        of_task, its_prompts = split_by_prompt(task, data, instructions[task])
+        sets |= of_task
+        prompts |= its_prompts
+    return Examples(DatasetDict(sets) if len(sets) > 1 else next(iter(sets.values())), singles.pop(), prompts)
 
 
 def first_example(data: Any) -> dict[str, str]:
@@ -66,10 +86,12 @@ def _load_file(file: Path, texts: TextArguments) -> tuple[Any, bool]:
     if not len(data):
         raise ConfigError(f"there is no text in {file}")
     if len(columns) == 1:
-        data = data.add_column("positive", data[columns[0]])
-        return data.rename_column(columns[0], "anchor") if columns[0] != "anchor" else data, True
-    roles = ("anchor", "positive", "negative")
-    return data.map(lambda row: {new: row[old] for new, old in zip(roles, columns)}, remove_columns=columns), False
+        data = data.rename_columns({columns[0]: "anchor"}) if columns != ["anchor"] else data
+        return data.add_column("positive", data["anchor"]), True
+    # The loss takes the first column for the anchor, whatever the names are.
+    data = data.rename_columns({old: f"_{old}" for old in columns})  # so that no new name is an old one too
+    data = data.rename_columns({f"_{old}": new for new, old in zip(COLUMNS, columns)})
+    return data.select_columns(list(COLUMNS[: len(columns)])), False
 
 
 def _text_columns(data: Any, file: Path) -> list[str]:

@@ -4,15 +4,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from ...errors import ConfigError
 from ...patch import disable_bidirectional, enable_bidirectional
 from ..loading import loading
 from ..lora import with_lora
-from ..versions import DTYPE_ARGUMENT
+from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .end_token import append_end_token
+from .prompt_tokens import with_countable_prompts
 from .settings import DROPOUT, EncoderArguments, PoolingMode
 
 # The name of a pooling mode in LLM2Vec -> its name in sentence-transformers.
@@ -22,11 +24,22 @@ POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmea
 PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
-def load_encoder(settings: EncoderArguments) -> tuple[Any, int]:
+class PlainCard(SentenceTransformerModelCardData):
+    """A model card without a widget, whose texts would be encoded with a progress bar of their own before training."""
+
+    def set_widget_examples(self, dataset: Any) -> None:
+        """Choose no texts."""
+
+
+def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[Any, int]:
     """Load the model as a SentenceTransformer, with a new LoRA adapter.
 
     The adapter of the step before is merged into the model first. The model is bidirectional unless the settings say
     otherwise.
+
+    Args:
+        settings: What is loaded and how.
+        prompts: The prompts by name, which the model keeps and leaves out of pooling.
 
     Returns:
         The model, which cuts texts for training, and how many tokens of a text it is to read once it is trained.
@@ -47,16 +60,23 @@ def load_encoder(settings: EncoderArguments) -> tuple[Any, int]:
             model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
     if not settings.bidirectional:
         disable_bidirectional(model)
-    module.model = model = with_lora(model, settings)
+    module.model = model = with_lora(model.requires_grad_(True), settings)  # PEFT froze what it was put on
+    if prompts:
+        module.processor = with_countable_prompts(module.tokenizer, prompts.values())
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
     if settings.pooling_mode == "eos_token":
         append_end_token(module.tokenizer)
-    pooling = Pooling(model.config.hidden_size, pooling_mode=POOLING[settings.pooling_mode])
+    mode = POOLING[settings.pooling_mode]
+    pooling = Pooling(model.config.hidden_size, pooling_mode=mode, include_prompt=not prompts)
     limit = _limit(module, settings)
+    longest = max(settings.matryoshka_dims or [0])
+    if longest > model.config.hidden_size:
+        raise ConfigError(f"matryoshka_dims must be at most {model.config.hidden_size}, the model's; got {longest}")
     if settings.max_seq_length is not None:
-        module.max_seq_length = settings.max_seq_length
-    return SentenceTransformer(modules=[module, pooling]), limit
+        module.max_seq_length = min(settings.max_seq_length, module.max_seq_length)  # a model has no more positions
+    _check_room(module, prompts)
+    return SentenceTransformer(modules=[module, pooling], prompts=prompts, model_card_data=PlainCard()), limit
 
 
 def check_views_differ(model: Any, text: str) -> None:
@@ -88,12 +108,18 @@ def _load_module(settings: EncoderArguments) -> Any:
         config["is_causal"] = True  # whatever the checkpoint says
     # By itself, sentence-transformers takes a chat template wherever the tokenizer has one. The folder keeps this setting.
     plain = {} if settings.chat_template else {"modality_config": PLAIN_TEXT, "module_output_name": "token_embeddings"}
-    return Transformer(
+    gguf: dict[str, Any] = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
+    weights = {DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation}
+    module = Transformer(
         settings.model_name_or_path,
-        model_kwargs={DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation},
-        config_kwargs=config,
+        model_kwargs=weights | gguf | plain_gguf_weights(settings.gguf_file),
+        config_kwargs=config | gguf,
+        processor_kwargs=gguf,
         **plain,
     )
+    if settings.gguf_file:
+        remove_gguf_mark(module.model)
+    return module
 
 
 def _limit(module: Any, settings: EncoderArguments) -> int:
@@ -102,3 +128,14 @@ def _limit(module: Any, settings: EncoderArguments) -> int:
     if wanted is not None and wanted > own:
         raise ConfigError(f"encode_max_seq_length must be at most {own}, the model's own limit; got {wanted}")
     return wanted or own
+
+
+def _check_room(module: Any, prompts: dict[str, str]) -> None:
+    """Raise ConfigError if a prompt leaves no token for a text."""
+    for name, prompt in prompts.items():
+        length = len(module.tokenizer(prompt)["input_ids"])
+        if length >= module.max_seq_length:
+            raise ConfigError(
+                f"the instruction of {name} has {length} tokens, and max_seq_length={module.max_seq_length} leaves none "
+                "for the text"
+            )

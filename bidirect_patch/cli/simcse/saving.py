@@ -1,15 +1,53 @@
-"""Writing a trained encoder so that it opens without the adapters of the steps before."""
+"""What a run writes: checkpoints to resume from, and the trained encoder."""
 
+import os
 from typing import Any
 
-from ...checkpoints.merged import with_adapters_merged
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import AutoModel
+
+from ..checkpoints import check_same_weights, resuming
+from ..versions import DTYPE_ARGUMENT
+
+
+def save_checkpoint(model: Any, folder: str, training: Any) -> None:
+    """Write what was trained: the adapter of a SentenceTransformer, or its whole model if it has no adapter.
+
+    Args:
+        model: The SentenceTransformer.
+        folder: Where to write it.
+        training: The training arguments, which are written too.
+    """
+    trained = model[0].model
+    options = {"save_embedding_layers": False} if isinstance(trained, PeftModel) else {}
+    trained.save_pretrained(folder, **options)
+    torch.save(training, os.path.join(folder, "training_args.bin"))
+
+
+def load_checkpoint(model: Any, folder: str) -> None:
+    """Load what `save_checkpoint` wrote, in place.
+
+    Raises:
+        ConfigError: The checkpoint cannot be read, or it is of another model or adapter.
+    """
+    trained = model[0].model
+    with resuming(folder):
+        if isinstance(trained, PeftModel):
+            weights = load_peft_weights(folder, device="cpu")
+            check_same_weights(get_peft_model_state_dict(trained, save_embedding_layers=False), weights)
+            set_peft_model_state_dict(trained, weights)
+        else:
+            weights = AutoModel.from_pretrained(folder, **{DTYPE_ARGUMENT: trained.dtype}).state_dict()
+            check_same_weights(trained.state_dict(), weights)
+            trained.load_state_dict(weights)
 
 
 def save_encoder(model: Any, folder: str, max_seq_length: int) -> None:
-    """Write a SentenceTransformer with its adapter merged.
+    """Write a SentenceTransformer with its adapter merged, so that it opens without those of the steps before.
 
-    The model itself keeps its adapter, because a copy is merged. Dropout and a limit of tokens that were only for
-    training are not written.
+    The model has no adapter afterwards. Dropout and a limit of tokens that were only for training are not written.
 
     Args:
         model: The SentenceTransformer.
@@ -17,20 +55,11 @@ def save_encoder(model: Any, folder: str, max_seq_length: int) -> None:
         max_seq_length: How many tokens of a text the written model reads.
     """
     module = model[0]
-    trained = module.model
-    module.model = with_adapters_merged(trained)
-    config = module.model.config
-    dropout = getattr(config, "attention_dropout", None)
-    if dropout is not None:
-        config.attention_dropout = 0.0
-    trained_length = module.max_seq_length
+    if isinstance(module.model, PeftModel):
+        module.model = module.model.merge_and_unload()
+    if getattr(module.model.config, "attention_dropout", None) is not None:
+        module.model.config.attention_dropout = 0.0
     module.max_seq_length = max_seq_length
     if module.tokenizer.is_fast:
         module.tokenizer.backend_tokenizer.no_truncation()  # the last batch left its length there
-    try:
-        model.save_pretrained(folder)
-    finally:
-        if dropout is not None:
-            config.attention_dropout = dropout
-        module.max_seq_length = trained_length
-        module.model = trained
+    model.save_pretrained(folder)

@@ -3,7 +3,7 @@
 The names and defaults are those of LLM2Vec's run_simcse.py and run_supervised.py.
 """
 
-import os
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,10 @@ from ..settings import (
     parse_settings,
 )
 
-DROPOUT = 0.3  # the default of simcse_dropout for single texts, as in LLM2Vec
+DROPOUT = 0.3  # the default of simcse_dropout for single texts, as in LLM2Vec's files
+SCALE, PAIR_SCALE = 20.0, 50.0  # the defaults of loss_scale for single texts and for pairs, as in LLM2Vec's files
+METRICS = ("spearman_cosine", "pearson_cosine")  # what an evaluation gives
+E5 = "E5"  # the dataset_name whose instructions are known
 
 PoolingMode = Literal["mean", "weighted_mean", "eos_token"]
 
@@ -49,7 +52,15 @@ class EncoderArguments(CommonModelArguments):
     loss_class: Literal["HardNegativeNLLLoss"] = field(
         default="HardNegativeNLLLoss", metadata={"help": "Cross-entropy over cosines with the batch's positives."}
     )
-    loss_scale: float = field(default=20.0, metadata={"help": "Factor on the cosines."})
+    loss_scale: float | None = field(
+        default=None, metadata={"help": f"Factor on the cosines; {SCALE} for single texts, else {PAIR_SCALE}."}
+    )
+    mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Texts encoded at a time (GradCache): the memory of these for any batch."}
+    )
+    matryoshka_dims: list[int] | None = field(
+        default=None, metadata={"help": "Train the first so many numbers of an embedding too, for each number given."}
+    )
     stop_after_n_steps: int | None = field(default=None, metadata={"help": "Stop here, wherever the schedule is."})
     experiment_id: str | None = field(default=None, metadata={"help": "A label of your own."})
 
@@ -58,9 +69,18 @@ class EncoderArguments(CommonModelArguments):
 class TextArguments:
     """The texts, pairs or triplets."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Wiki1M, E5 or a label of your own."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "E5 for its instructions; else Wiki1M or a label of your own."}
+    )
     dataset_file_path: str | None = field(
         default=None, metadata={"help": "Lines of text (.txt), .jsonl or .csv of columns, or a folder of such files."}
+    )
+    instruction_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON of tasks (files without their ending) and instructions. E5 has its own by default."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Evaluate on this .csv or .jsonl of sentence1, sentence2 and score."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many at most."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the data's cache is kept."})
@@ -72,7 +92,13 @@ class SimCSETrainingArguments(SentenceTransformerTrainingArguments):
 
     output_dir: str | None = field(default=None, metadata={"help": "Where the result is written."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write to output_dir even if it holds something."}
+        default=False, metadata={"help": "Start anew even if output_dir holds something, instead of resuming from it."}
+    )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Compute a layer again in its backward pass instead of keeping all of it."}
+    )
+    metric_for_best_model: str | None = field(
+        default="spearman_cosine", metadata={"help": "spearman_cosine or pearson_cosine, for load_best_model_at_end."}
     )
 
 
@@ -95,30 +121,45 @@ def parse(argv: list[str]) -> Settings:
     """
     parsed, output_dir = parse_settings(KINDS, "simcse", argv)
     settings = Settings(*parsed)
-    encoder = settings.encoder
+    encoder, texts, training = settings
+    _check_what_to_do(texts, training)
     check_given("model_name_or_path", encoder.model_name_or_path, "a folder or hub name of a model")
     check_output_dir(output_dir, "a folder for the result")
-    check_given(
-        "dataset_file_path",
-        settings.texts.dataset_file_path,
-        "a file of texts, pairs or triplets, or a folder of such files",
-    )
-    _check_training(settings.training)
     check_dropout(encoder, "simcse_dropout")
     check_lora(encoder)
-    check_counts(encoder, "max_seq_length", "encode_max_seq_length", "stop_after_n_steps")
-    if encoder.loss_scale <= 0:
-        raise ConfigError(f"loss_scale must be above 0; got {encoder.loss_scale}")
+    check_counts(encoder, "max_seq_length", "encode_max_seq_length", "stop_after_n_steps", "mini_batch_size")
+    check_counts(texts, "max_train_samples")
+    _check_loss(encoder)
+    if training.prompts:
+        raise ConfigError("prompts is set from the instructions: give instruction_file")
+    if encoder.chat_template and (texts.instruction_file or texts.dataset_name == E5):
+        raise ConfigError("instructions can't be left out of pooling under a chat template: give no chat_template")
     return settings
 
 
-def _check_training(training: SimCSETrainingArguments) -> None:
-    if not training.do_train:
-        raise ConfigError("nothing to do: give do_train")
+def _check_what_to_do(texts: TextArguments, training: SimCSETrainingArguments) -> None:
+    if texts.validation_file:
+        training.do_eval = True
+    if not (training.do_train or training.do_eval):
+        raise ConfigError("nothing to do: give do_train, validation_file or both")
+    if training.do_train:
+        what = "a file of texts, pairs or triplets, or a folder of such files"
+        check_given("dataset_file_path", texts.dataset_file_path, what)
     if training.do_eval:
-        raise ConfigError("simcse only trains: take do_eval and eval_strategy out, and evaluate what it writes")
-    if training.resume_from_checkpoint:
-        raise ConfigError("checkpoints of simcse are merged models, to be opened and not resumed from: start anew")
-    folder = str(training.output_dir)
-    if os.path.isdir(folder) and os.listdir(folder) and not training.overwrite_output_dir:
-        raise ConfigError(f"output_dir {folder} isn't empty: give overwrite_output_dir, or another folder")
+        check_given("validation_file", texts.validation_file, "a .csv or .jsonl file of sentence1, sentence2 and score")
+    metric = str(training.metric_for_best_model).removeprefix("eval_")
+    if metric not in METRICS:
+        raise ConfigError(f"metric_for_best_model must be {' or '.join(METRICS)}; got {metric}")
+
+
+def _check_loss(encoder: EncoderArguments) -> None:
+    if encoder.loss_scale is not None and not 0 < encoder.loss_scale < math.inf:
+        raise ConfigError(f"loss_scale must be above 0; got {encoder.loss_scale}")
+    given = encoder.matryoshka_dims
+    if given is not None:
+        try:
+            encoder.matryoshka_dims = [int(size) for size in given]
+        except (TypeError, ValueError):
+            raise ConfigError(f"matryoshka_dims takes whole numbers; got {given}") from None
+        if not encoder.matryoshka_dims or min(encoder.matryoshka_dims) < 1:
+            raise ConfigError(f"matryoshka_dims must be 1 or more each; got {given}")

@@ -1,47 +1,105 @@
 """A run of contrastive training, from its settings to the saved encoder."""
 
-from sentence_transformers.losses import MultipleNegativesRankingLoss
+import os
+from typing import Any
+
+import torch
 from transformers import set_seed
+from transformers.trainer import OPTIMIZER_NAME
 
 from ...errors import ConfigError
+from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
+from ..output_folder import make_output_dir, writing
 from ..settings import transformers_errors
-from .data import first_example, load_examples
+from .checks import check_batches, check_known_tokens, check_space_for
+from .data import Examples, first_example, load_examples
+from .evaluation import PairEvaluator, evaluate_after, evaluate_before, load_pairs, make_report
+from .instructions import column_prompts
+from .loss import make_loss
 from .model import check_views_differ, load_encoder
-from .settings import DROPOUT, Settings
+from .progress import hide_bars_in_files
+from .settings import DROPOUT, PAIR_SCALE, SCALE, EncoderArguments, Settings
 from .trainer import SimCSETrainer
 
 
 def train(settings: Settings) -> None:
-    """Train as the settings say, and write the result to their output_dir."""
+    """Train and evaluate as the settings say, and write the result to their output_dir."""
+    training, steps = settings.training, settings.encoder.stop_after_n_steps
+    checkpoint = checkpoint_to_resume(training, settings.encoder.lora_r)
+    hide_bars_in_files(training)
+    set_seed(training.seed)
     trainer = _make_trainer(settings)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
             "simcse merges the adapter into the model that it saves, and can't do that with sharded weights: run it under "
             "DDP instead"
         )
-    result = trainer.train()
-    trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
+    report = make_report(trainer)
+    if training.do_train and checkpoint is None and training.should_save:
+        put_aside_checkpoints(str(training.output_dir))
+    if training.do_train and training.do_eval and checkpoint is None:
+        evaluate_before(trainer, report)
+    if training.do_train:
+        _train_from(checkpoint, trainer, steps)
+    if training.do_eval:
+        evaluate_after(trainer, report)
 
 
 def _make_trainer(settings: Settings) -> SimCSETrainer:
     encoder, texts, training = settings
-    set_seed(training.seed)
-    data, single = load_examples(texts)
-    if encoder.simcse_dropout is None:
-        encoder.simcse_dropout = DROPOUT if single else 0.0
-    model, max_seq_length = load_encoder(encoder)
-    if single:
-        check_views_differ(model, first_example(data)["anchor"])
+    pairs = load_pairs(str(texts.validation_file), texts.cache_dir) if training.do_eval else None
+    examples = load_examples(texts) if training.do_train else Examples(None, False, {})
+    if training.do_train:
+        check_batches(examples, training)
+    _fill_in(encoder, examples)
+    model, max_seq_length = load_encoder(encoder, examples.prompts)
+    if examples.single:
+        check_views_differ(model, first_example(examples.data)["anchor"])
         set_seed(training.seed)  # the check has drawn random numbers
-    across = training.world_size > 1  # the texts of every rank are negatives, as in LLM2Vec
+    if training.do_train:
+        check_known_tokens(model.tokenizer, examples)
+        check_space_for(training, model)
+    make_output_dir(str(training.output_dir))
+    training.prompts = column_prompts(examples.data, examples.prompts)
+    evaluator: Any = None
+    if pairs is not None:
+        evaluator = PairEvaluator(pairs, training.per_device_eval_batch_size, max_seq_length)
     with transformers_errors():
-        loss = MultipleNegativesRankingLoss(model, scale=encoder.loss_scale, gather_across_devices=across)
         return SimCSETrainer(
             model=model,
             args=training,
-            train_dataset=data,
-            loss=loss,
+            train_dataset=examples.data,
+            loss=make_loss(model, encoder, gather=training.world_size > 1),
+            evaluator=evaluator,
             saved_max_seq_length=max_seq_length,
             stop_after_n_steps=encoder.stop_after_n_steps,
         )
+
+
+def _train_from(checkpoint: str | None, trainer: SimCSETrainer, stop_after_n_steps: int | None) -> None:
+    """Train to the end, from a checkpoint if there is one, and write the result."""
+    max_steps = trainer.args.max_steps
+    if checkpoint and is_finished(checkpoint, stop_after_n_steps=stop_after_n_steps, max_steps=max_steps):
+        trainer.load_finished(checkpoint)
+    else:
+        if checkpoint and not os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
+            raise ConfigError(
+                f"{checkpoint} holds no optimizer, as save_only_model asks for, so the run can't go on: give "
+                "overwrite_output_dir to start anew, or another folder"
+            )
+        trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        if not all(torch.isfinite(weight).all() for weight in trainer.model.parameters() if weight.requires_grad):
+            raise ConfigError(
+                "the weights are no numbers any more after training: give a lower learning_rate; nothing is saved"
+            )
+    trainer.save_model()
+    with writing(trainer.args.output_dir):
+        trainer.save_state()
+
+
+def _fill_in(encoder: EncoderArguments, examples: Examples) -> None:
+    """Set what depends on whether the examples are single texts."""
+    if encoder.simcse_dropout is None:
+        encoder.simcse_dropout = DROPOUT if examples.single else 0.0
+    if encoder.loss_scale is None:
+        encoder.loss_scale = SCALE if examples.single else PAIR_SCALE

@@ -98,7 +98,7 @@ def test_an_interrupted_run_can_be_resumed(settings, kill, code):
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
-    from bidirect_patch.cli.mntp.checkpoints import last_whole_checkpoint
+    from bidirect_patch.cli.checkpoints import last_whole_checkpoint
 
     reached = int(last_whole_checkpoint(str(folder)).rpartition("-")[2])
     assert run(settings | {"stop_after_n_steps": reached + 1}) == 0

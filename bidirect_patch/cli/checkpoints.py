@@ -11,16 +11,15 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...errors import ConfigError
-from .. import one_line
-from .settings import MNTPTrainingArguments
+from ..errors import ConfigError
+from . import one_line
 
 STATE = "trainer_state.json"  # the trainer writes this file of a checkpoint last
 ADAPTER_CONFIG = "adapter_config.json"
 LONGEST_REASON = 300  # characters; some errors name every weight of a model
 
 
-def checkpoint_to_resume(training: MNTPTrainingArguments, lora_r: int) -> str | None:
+def checkpoint_to_resume(training: Any, lora_r: int) -> str | None:
     """Choose where training starts, as run_mlm.py does: the checkpoint that is asked for, else the newest in output_dir.
 
     Args:
@@ -83,7 +82,7 @@ def _check_kind(checkpoint: str, lora_r: int) -> None:
         raise ConfigError(f"it holds an adapter of rank {rank}, and lora_r is {lora_r}")
 
 
-def _choose(training: MNTPTrainingArguments) -> str | None:
+def _choose(training: Any) -> str | None:
     if not training.do_train:
         return None
     asked = training.resume_from_checkpoint
@@ -136,13 +135,14 @@ def put_aside_checkpoints(folder: str) -> None:
             os.rename(path, aside)
 
 
-def is_finished(checkpoint: str, *, stop_after_n_steps: int, max_steps: int) -> bool:
+def is_finished(checkpoint: str, *, stop_after_n_steps: int | None, max_steps: int) -> bool:
     """Say whether a checkpoint is at the last step. The trainer would take one more step from there.
 
     Args:
         checkpoint: The folder of the checkpoint.
-        stop_after_n_steps: The last step.
+        stop_after_n_steps: The last step, if it is given.
         max_steps: The last step too, if it is above 0.
     """
-    last = min(stop_after_n_steps, max_steps) if max_steps > 0 else stop_after_n_steps
-    return TrainerState.load_from_json(os.path.join(checkpoint, STATE)).global_step >= last
+    limits = [limit for limit in (stop_after_n_steps, max_steps) if limit is not None and limit > 0]
+    reached: int = TrainerState.load_from_json(os.path.join(checkpoint, STATE)).global_step
+    return bool(limits) and reached >= min(limits)

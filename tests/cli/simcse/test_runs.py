@@ -1,5 +1,6 @@
 """The contrastive step, run as a user runs it: a tiny Llama, a settings file, sentence-transformers' own trainer."""
 
+import ast
 import json
 import shutil
 import sys
@@ -12,70 +13,37 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
 
-from ..helpers.sentences import reaches_back, write_folder
-from ..helpers.words import EOS, make_tokenizer
+from ...helpers.paths import ROOT
+from ...helpers.sentences import reaches_back
+from ...helpers.simcse_runs import PUBLISHED, published, run, write_e5
+from ...helpers.words import EOS, make_tokenizer
 
 st = pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
 peft = pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with `model`, a tiny causal Llama, `mntp`, an adapter over it, and `texts.txt`."""
-    folder = tmp_path_factory.mktemp("place")
-    write_folder(folder)
-    return folder
+ONE_OF_EACH = ("supervised/Llama2", "simcse/Llama2")  # the others differ from them in names alone
 
 
-@pytest.fixture
-def settings(place, tmp_path):
-    """The keys of LLM2Vec's train_configs/simcse/*.json, all of them, with a model and data that fit a test."""
-    published = {
-        "model_name_or_path": str(place / "model"),
-        "peft_model_name_or_path": str(place / "mntp"),
-        "simcse_dropout": 0.3,
-        "bidirectional": True,
-        "pooling_mode": "mean",
-        "dataset_name": "Wiki1M",
-        "dataset_file_path": str(place / "texts.txt"),
-        "remove_unused_columns": False,
-        "learning_rate": 3e-5,
-        "loss_scale": 20,
-        "per_device_train_batch_size": 128,
-        "gradient_accumulation_steps": 1,
-        "do_train": True,
-        "disable_tqdm": False,
-        "max_seq_length": 128,
-        "overwrite_output_dir": True,
-        "output_dir": str(tmp_path / "out"),
-        "logging_steps": 50,
-        "save_steps": 200,
-        "save_only_model": True,
-        "stop_after_n_steps": 1000,
-        "lora_r": 16,
-        "gradient_checkpointing": True,
-        "torch_dtype": "bfloat16",
-        "attn_implementation": "sdpa",
-        "seed": 42,
-    }
-    here = {"use_cpu": True, "report_to": "none", "cache_dir": str(tmp_path / "cache"), "disable_tqdm": True}
-    small = {
-        "per_device_train_batch_size": 16,
-        "learning_rate": 1e-2,
-        "stop_after_n_steps": 3,
-        "torch_dtype": "float32",
-    }
-    return published | here | small
+@pytest.mark.parametrize(
+    "file", [file if file in ONE_OF_EACH else pytest.param(file, marks=pytest.mark.slow) for file in PUBLISHED]
+)
+def test_a_published_settings_file_runs_with_only_model_data_and_backend_replaced(place, tmp_path, monkeypatch, file):
+    """The paths in the file are relative to the working folder."""
+    monkeypatch.chdir(tmp_path)
+    settings = published(file)
+    replaced = {"model_name_or_path": str(place / "model"), "peft_model_name_or_path": str(place / "mntp")}
+    replaced |= {"attn_implementation": "sdpa", "dataset_file_path": str(place / "texts.txt")}
+    if file.startswith("supervised"):
+        write_e5(tmp_path / "e5")
+        replaced["dataset_file_path"] = "e5"
+    (tmp_path / "settings.json").write_text(json.dumps(settings | replaced))
+    assert main(["simcse", "settings.json", "--use_cpu", "--report_to=none", "--cache_dir=cache"]) == 0
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    assert reaches_back(opened[0].model)
 
 
-def run(settings):
-    path = Path(settings["output_dir"]).with_suffix(".json")
-    path.write_text(json.dumps(settings))
-    return main(["simcse", str(path)])
-
-
-def test_published_settings_train_a_folder_that_opens_bidirectional(settings, place):
-    settings |= {"save_steps": 2}
+def test_training_gives_a_folder_that_opens_bidirectional(settings, place):
     assert run(settings) == 0
     out = settings["output_dir"]
     assert json.loads(Path(out, "config.json").read_text())["is_causal"] is False
@@ -95,25 +63,6 @@ def test_published_settings_train_a_folder_that_opens_bidirectional(settings, pl
         .max()
     )
     assert 0 < moved < away
-    checkpoint = st.SentenceTransformer(str(Path(out, "checkpoint-2")), device="cpu")
-    assert reaches_back(checkpoint[0].model)
-
-
-@pytest.fixture
-def ids_read(monkeypatch):
-    """The token ids of every text that a model gets, without padding."""
-    from sentence_transformers.models import Transformer
-
-    seen = []
-    forward = Transformer.forward
-
-    def recorded(self, features, **kwargs):
-        masks = features["attention_mask"].bool()
-        seen.extend(ids[mask].tolist() for ids, mask in zip(features["input_ids"], masks))
-        return forward(self, features, **kwargs)
-
-    monkeypatch.setattr(Transformer, "forward", recorded)
-    return seen
 
 
 def with_tokenizer(settings, place, tmp_path, **changes):
@@ -199,12 +148,10 @@ def test_the_end_token_is_appended_once_and_kept_in_the_folder(tmp_path, flags):
     assert tokenizer("w1 w2")["input_ids"] == [*before, EOS]
 
 
-def test_pairs_and_triplets_by_file(settings, place):
+def test_pairs_and_triplets_by_file(supervised):
     """A folder of files, each a task of its own: in-batch negatives come from the same one."""
-    del settings["simcse_dropout"]
-    settings |= {"dataset_name": "E5", "dataset_file_path": str(place / "E5"), "gradient_checkpointing": False}
-    assert run(settings | {"pooling_mode": "eos_token", "stop_after_n_steps": 1}) == 0
-    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    assert run(supervised | {"pooling_mode": "eos_token", "stop_after_n_steps": 1}) == 0
+    opened = st.SentenceTransformer(supervised["output_dir"], device="cpu")
     assert reaches_back(opened[0].model)
     assert opened[1].pooling_mode in ("lasttoken", ["lasttoken"], ("lasttoken",))
 
@@ -255,3 +202,40 @@ def test_an_output_folder_that_is_a_file(settings, capsys):
     Path(settings["output_dir"]).write_text("mine")
     assert run(settings) == 2
     assert "is a file: give a folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_real_weights_from_gguf(load_real, real_weights, settings):
+    name = next(real_weights.glob("*.gguf")).name
+    settings |= {"model_name_or_path": str(real_weights), "gguf_file": name, "peft_model_name_or_path": None}
+    settings |= {"per_device_train_batch_size": 4, "max_seq_length": 8, "stop_after_n_steps": 1, "max_train_samples": 8}
+    assert run(settings) == 0
+    opened = st.SentenceTransformer(settings["output_dir"], device="cpu")
+    assert reaches_back(opened[0].model)
+    base, tokenizer = load_real()
+    text = "The weather is fine today."
+    assert opened.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    weight = "layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(opened[0].model.state_dict()[weight], base.model.state_dict()[weight], rtol=0.1, atol=0.1)
+
+
+def test_no_progress_bar_is_written_into_a_pipe(settings, capfd):
+    assert run(settings | {"disable_tqdm": False, "logging_steps": 1}) == 0
+    out, err = capfd.readouterr()
+    assert "%|" not in err and "examples/s" not in err
+    assert out.count("'loss'") == 3  # the log is there all the same
+
+
+def test_no_module_is_imported_by_a_name_that_sentence_transformers_has_deprecated():
+    from sentence_transformers.util.deprecated_import import DEPRECATED_MODULE_PATHS
+
+    imported = set()
+    for path in (ROOT / "bidirect_patch").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = (alias.name for alias in node.names if alias.name.islower())  # and no classes
+                imported |= {node.module, *(f"{node.module}.{name}" for name in modules)}
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+    assert "sentence_transformers.base.modules" in imported
+    assert not imported & set(DEPRECATED_MODULE_PATHS)

@@ -1,0 +1,56 @@
+"""The report of a run's evaluations."""
+
+from typing import Any, NamedTuple
+
+
+class Column(NamedTuple):
+    """A column of the table.
+
+    Attributes:
+        metric: The name of the metric, without a prefix.
+        title: The head of the column.
+        width: Characters.
+        form: How a value is written, for `format`.
+    """
+
+    metric: str
+    title: str
+    width: int
+    form: str
+
+
+class Report:
+    """The evaluations of a run: a table, and the file all_results.json.
+
+    Args:
+        trainer: The trainer that makes the evaluations and writes the file.
+        title: The line above the table.
+        columns: The columns after the first one, which holds the name of an evaluation.
+    """
+
+    def __init__(self, trainer: Any, title: str, columns: tuple[Column, ...]) -> None:
+        self.trainer = trainer
+        self.title = title
+        self.columns = columns
+        self.lines = [f"{'':28}" + "".join(f"{column.title:>{column.width}}" for column in columns)]
+
+    def add(self, prefix: str, label: str, metrics: dict[str, float]) -> None:
+        """Add one evaluation to the table and to the file.
+
+        Args:
+            prefix: The prefix of its metrics' names.
+            label: Its name in the table.
+            metrics: Its metrics.
+        """
+        self.add_line(prefix, label, metrics)
+        self.trainer.save_metrics(prefix, metrics)
+
+    def add_line(self, prefix: str, label: str, metrics: dict[str, float]) -> None:
+        """Add one evaluation to the table alone."""
+        cells = (f"{metrics[f'{prefix}_{c.metric}']:{c.width}{c.form}}" for c in self.columns)
+        self.lines.append(f"{label:28}" + "".join(cells))
+
+    def show(self) -> None:
+        """Print the table, in the main process, if there is an evaluation in it."""
+        if len(self.lines) > 1 and self.trainer.is_world_process_zero():
+            print(self.title, *self.lines, sep="\n", flush=True)

@@ -1,0 +1,76 @@
+"""The instruction that stands before each query of a task."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ...errors import ConfigError
+from ..settings import read_json
+from .e5_instructions import E5_INSTRUCTIONS
+from .settings import E5, TextArguments
+
+
+def instructions_of(texts: TextArguments, tasks: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the instructions of each task.
+
+    Args:
+        texts: Names the file of instructions, or the data set E5.
+        tasks: The names of the tasks, which are those of their files.
+
+    Returns:
+        For each task its instructions, of which a row has one. No instruction where neither is named.
+
+    Raises:
+        ConfigError: The file cannot be used, or a task is not in it.
+    """
+    if texts.instruction_file:
+        known, source = _read(texts.instruction_file), texts.instruction_file
+    elif texts.dataset_name == E5:
+        known, source = E5_INSTRUCTIONS, "the E5 data"
+    else:
+        return dict.fromkeys(tasks, ())
+    missing = [task for task in tasks if task not in known]
+    if missing:
+        raise ConfigError(
+            f"{source} has no task {', '.join(missing)}: give an instruction_file that names each file of texts "
+            '(without its ending) and its instruction, or "" for none'
+        )
+    return {task: known[task] for task in tasks}
+
+
+def as_prompt(instruction: str) -> str:
+    """Return what stands before the query, written as LLM2Vec writes it."""
+    return f"{instruction.strip()}; " if instruction.strip() else ""
+
+
+def split_by_prompt(task: str, data: Any, instructions: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Split the rows of a task whose instructions take turns, since a batch has one prompt.
+
+    Returns:
+        Data sets by name, and their prompts by the same names. The first has the name of the task, the second ends in
+        `_2`.
+    """
+    names = [task, *(f"{task}_{number}" for number in range(2, len(instructions) + 1))]
+    prompts = {name: as_prompt(instruction) for name, instruction in zip(names, instructions)}
+    if len(instructions) < 2:
+        sets = {task: data}
+    else:
+        count = len(instructions)
+        sets = {name: data.select(range(start, len(data), count)) for start, name in enumerate(names)}
+    return {name: rows for name, rows in sets.items() if len(rows)}, {n: p for n, p in prompts.items() if p}
+
+
+def column_prompts(data: Any, prompts: dict[str, str]) -> Any:
+    """Return the prompts as sentence-transformers' trainer takes them: for the query, and not for the documents."""
+    if isinstance(data, dict):
+        return {name: {"anchor": prompt} for name, prompt in prompts.items()} or None
+    return next(({"anchor": prompt} for prompt in prompts.values()), None)
+
+
+def _read(path: str) -> dict[str, tuple[str, ...]]:
+    known = {}
+    for task, given in read_json(path).items():
+        instructions = [given] if isinstance(given, str) else given
+        if not isinstance(instructions, list) or not all(isinstance(one, str) for one in instructions):
+            raise ConfigError(f"{path}: the instruction of {task} is a string or a list of them; got {given!r}")
+        known[task] = tuple(instructions)
+    return known
