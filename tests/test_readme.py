@@ -3,10 +3,9 @@
 Models that a block loads by name are local folders of that name here: random weights, SmolLM2's sizes where a size is printed.
 """
 
-import contextlib
-import doctest
-import io
-import re
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,54 +13,49 @@ import torch
 import transformers
 
 import bidirect_patch
+from bidirect_patch import enable_bidirectional
+
+from .helpers.readme_blocks import run
+from .helpers.saved import lora
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = Path(bidirect_patch.__file__).parent / "demo_model"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-same_output = doctest.OutputChecker().check_output
-
-pytestmark = pytest.mark.slow
+SMOLLM2 = dict(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30, intermediate_size=64)
 
 
-def blocks():
-    """(line, code, what it prints or None) of each Python block."""
-    text = (ROOT / "README.md").read_text()
-    found = list(BLOCK.finditer(text))
-    for block, after in zip(found, [*found[1:], None]):
-        if block[1] == "python":
-            shown = after and after[1] == "text" and not text[block.end() : after.start()].strip()
-            yield text[: block.start()].count("\n") + 2, block[2], after[2] if shown else None
-
-
-def decoder(folder, **sizes):
+def write_decoder(folder, **sizes):
     """A random Llama with the demo's tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.pad_token = tokenizer.eos_token
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **sizes)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with what the README loads by name."""
-    monkeypatch.chdir(tmp_path)
-    sizes = dict(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30, intermediate_size=64)
-    decoder(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct", **sizes)
-    return tmp_path
-
-
-def test_the_python_blocks_run_and_print_what_the_readme_shows(folder):
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_python_blocks_run_and_print_what_the_readme_shows(tmp_path):
+    pytest.importorskip("peft")
     pytest.importorskip("sentence_transformers")
-    names = {"__name__": "__main__"}
-    compared = 0
-    for line, code, shown in blocks():
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile("\n" * (line - 1) + code, str(ROOT / "README.md"), "exec"), names)
-        if shown is not None:
-            compared += 1
-            assert same_output(shown, printed.getvalue(), doctest.ELLIPSIS), (
-                f"README line {line} prints:\n{printed.getvalue()}\nand the README shows:\n{shown}"
-            )
-    assert compared > 2
+    for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "base"):
+        write_decoder(tmp_path / name, **SMOLLM2)
+    for name in ("mntp", "simcse", "adapter"):
+        lora(enable_bidirectional(transformers.AutoModel.from_pretrained(tmp_path / "base"))).save_pretrained(tmp_path / name)
+    script = Path(__file__).parent / "helpers" / "readme_blocks.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(ROOT / "README.md")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert int(done.stdout.split()[-1]) > 4
+
+
+@pytest.mark.parametrize("code, shown", [("print(1)", "2"), ("x", "x")], ids=["prints another thing", "fails"])
+def test_a_block_that_does_not_do_what_it_shows_is_found(tmp_path, code, shown):
+    (tmp_path / "README.md").write_text(f"```python\n{code}\n```\n\n```text\n{shown}\n```\n")
+    with pytest.raises((SystemExit, NameError)):
+        run(str(tmp_path / "README.md"))

@@ -1,0 +1,41 @@
+"""Run the Python blocks of a README from top to bottom in one process, and compare what they print with the block after each.
+
+python tests/helpers/readme_blocks.py README.md
+"""
+
+import contextlib
+import doctest
+import io
+import re
+import sys
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(text):
+    """(line, code, what it prints or None) of each Python block."""
+    found = list(BLOCK.finditer(text))
+    for block, after in zip(found, [*found[1:], None]):
+        if block[1] == "python":
+            is_shown = after is not None and after[1] == "text" and not text[block.end() : after.start()].strip()
+            yield text[: block.start()].count("\n") + 2, block[2], after[2] if is_shown else None
+
+
+def run(path):
+    """Run all blocks; the number of outputs that were compared."""
+    same, names, compared = doctest.OutputChecker().check_output, {"__name__": "__main__"}, 0
+    with open(path) as file:
+        text = file.read()
+    for line, code, shown in blocks(text):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * (line - 1) + code, path, "exec"), names)
+        if shown is not None:
+            compared += 1
+            if not same(shown, printed.getvalue(), doctest.ELLIPSIS):
+                raise SystemExit(f"line {line} prints:\n{printed.getvalue()}\nand the README shows:\n{shown}")
+    return compared
+
+
+if __name__ == "__main__":
+    print(run(sys.argv[1]))
