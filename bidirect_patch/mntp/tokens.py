@@ -68,4 +68,4 @@ def pad_token_id(tokenizer: Any) -> int:
 def largest_id(tokenizer: Any) -> int:
     """The largest id that the tokenizer has. In some vocabularies it is larger than the number of entries."""
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    return max(len(tokenizer) - 1, max(vocabulary.values(), default=-1), *special_ids(tokenizer).tolist())
+    return max(len(tokenizer) - 1, max(vocabulary.values(), default=0), *special_ids(tokenizer).tolist())
