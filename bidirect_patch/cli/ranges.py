@@ -13,6 +13,7 @@ from ..errors import ConfigError
 LARGEST = 2**31 - 1  # counts above it overflow in one library or another
 LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
 LONGEST_SEQUENCE = 2**24  # tokens; no model reads more
+LARGEST_RATE = 1e36  # Adam's first steps multiply it, and float32 ends at 3e38
 LARGEST_RANK = 2**16  # of an adapter; no model is as wide
 
 
@@ -52,11 +53,12 @@ TRAINING_RANGES = {
     ),
     **dict.fromkeys(("eval_accumulation_steps", "dataloader_prefetch_factor", "torch_empty_cache_steps"), COUNT),
     **dict.fromkeys(("save_total_limit", "eval_delay", "ddp_timeout", "warmup_steps"), COUNT_OR_ZERO),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha"), NUMBER),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha"), NUMBER),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), BELOW_ONE),
     **dict.fromkeys(("seed", "data_seed"), Range(0, LARGEST_SEED)),
     # A share of all steps below 1.
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), Range(0, LARGEST, open_low=True)),
+    "learning_rate": Range(0, LARGEST_RATE),
     "dataloader_num_workers": WORKERS,
     "warmup_ratio": SHARE,
     "max_steps": Range(-1, LARGEST),
