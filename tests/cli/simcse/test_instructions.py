@@ -109,7 +109,8 @@ def test_one_file_is_a_task_too(supervised, place, tmp_path, ids_read):
     path.write_text(json.dumps({"one": "w50"}))
     file = str(place / "tasks" / "one.jsonl")
     assert run(supervised | {"instruction_file": str(path), "dataset_file_path": file, "stop_after_n_steps": 1}) == 0
-    assert sum(ids[0] == 0 for ids in ids_read) == 16  # "w50;" is one word, and not in the vocabulary
+    # "w50;" is one word, and not in the vocabulary. The model card's own examples hold no known word.
+    assert sum(ids[0] == 0 and any(ids) for ids in ids_read) == 16
 
 
 def test_the_loss_is_that_of_llm2vec(supervised, place, monkeypatch):
