@@ -36,7 +36,7 @@ def save_merged(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> No
         >>> from bidirect_patch import enable_bidirectional, save_merged
         >>> sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
         >>> model = enable_bidirectional(transformers.LlamaModel(transformers.LlamaConfig(**sizes)))
-        >>> model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_merged(model, folder)
         ...     transformers.AutoConfig.from_pretrained(folder).is_causal

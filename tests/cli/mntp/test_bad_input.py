@@ -31,7 +31,7 @@ pytest.importorskip("peft", reason="the training command needs the extra [train]
         ({"mask_token": "w1 w2"}, "must be exactly one id of the tokenizer; 'w1 w2' gives 2"),
         ({"train_file": "nowhere.txt"}, "no such file or folder: nowhere.txt"),
         ({"train_file": ["nowhere.txt", "a"]}, "no such file or folder: nowhere.txt"),
-        ({"train_file": ["a", 3]}, "train_file takes one string or a list of them; got ['a', 3]"),
+        ({"train_file": ["a", 3]}, "train_file takes one value or a list of them; got ['a', 3]"),
         ({"train_file": None, "validation_file": None}, "do_train needs dataset_name or train_file"),
         ({"train_file": None, "validation_file": None, "dataset_name": "no/such-data"}, "can't read no/such-data"),
         ({"dataset_name": "wikitext"}, "give dataset_name or files, not both"),

@@ -91,7 +91,8 @@ def test_a_chat_template_only_if_it_is_asked_for(settings, place, tmp_path, ids_
     if asked_for:
         assert all(wrapped(ids) for ids in ids_read)
     else:
-        assert all(ids in plain for ids in ids_read)
+        unknown = tokenizer.unk_token_id  # sentence-transformers' model card has texts of its own
+        assert [ids for ids in ids_read if unknown not in ids and ids not in plain] == []
     ids_read.clear()
     st.SentenceTransformer(settings["output_dir"], device="cpu").encode(["w1 w2 w3"])
     (ids,) = ids_read
