@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
+pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
 pytest.importorskip("datasets", reason="the contrastive step needs the extra [simcse]")
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from ...helpers.byte_tokenizers import CLASSES, byte_tokenizer
 from ...helpers.simcse_runs import run, write_e5, write_rows
 
-st = pytest.importorskip("sentence_transformers", reason="the contrastive step needs the extra [simcse]")
+st = pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
 pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
 
 
