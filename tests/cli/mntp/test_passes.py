@@ -67,8 +67,8 @@ def test_each_pass_has_masks_of_its_own(five_texts, seen, how):
     assert len(found) == 5
     for text, masks in found.items():
         expected = [collator([{"input_ids": text, "pass": number}])["labels"][0].tolist() for number in range(PASSES)]
-        # Releases before 4.46 stop within the last pass where the accumulation does not divide it.
-        assert masks == expected[: len(masks)] and len(masks) >= PASSES - 1
+        # Where the accumulation does not divide a pass, 4.44 stops within the last one, and 4.47 and 4.48 one pass earlier.
+        assert masks == expected[: len(masks)] and len(masks) >= PASSES - 2
         assert len(set(map(tuple, expected))) == PASSES
 
 
