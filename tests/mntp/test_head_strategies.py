@@ -98,9 +98,12 @@ def test_skip_logits_comes_before_the_mode():
 
 @pytest.mark.parametrize("of_config", [True, False])
 def test_the_output_is_a_tuple_where_the_config_or_the_call_says_so(of_config):
-    model = apply_mntp_head(tiny_model().train())
+    model = tiny_model().train()
     model.config = copy.deepcopy(model.config)  # the decoder keeps its own: with tuples inside, stock fails too
     model.config.return_dict = of_config
+    if isinstance(model(**batch(), return_dict=True), tuple):
+        pytest.skip("this transformers returns a tuple whatever the call says")
+    apply_mntp_head(model)
     assert isinstance(model(**batch()), tuple) is not of_config
     assert isinstance(model(**batch(), return_dict=not of_config), tuple) is of_config
 
