@@ -43,6 +43,9 @@ class _SettingsParser(HfArgumentParser, Parser):
     def __init__(self, kinds: Sequence[Any], command: str) -> None:
         usage = "%(prog)s [CONFIG.json] [--name value ...]"
         HfArgumentParser.__init__(self, kinds, prog=f"bidirect-patch {command}", usage=usage)
+        for action in self._actions:  # the help texts of transformers 5.2 hold a bare "%", and argparse formats by "%"
+            if action.help:
+                action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
