@@ -13,16 +13,7 @@ from ..errors import BackendError
 
 @contextmanager
 def loading(what: str, failure: str = "can't load") -> Iterator[None]:
-    """Raise an error of this package for any error in the `with` block.
-
-    Args:
-        what: What is loaded, for the message.
-        failure: The beginning of the message.
-
-    Raises:
-        BackendError: A package that is needed is not installed.
-        ConfigError: There is nothing of that name, or it is broken.
-    """
+    """As `checkpoints.loading.loading`; the message names the flag that does without FlashAttention, if that is missing."""
     try:
         with checkpoints_loading.loading(what, failure):
             yield

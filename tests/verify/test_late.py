@@ -56,6 +56,13 @@ def bare(cls):
     return model.eval()
 
 
+def enabled_on_meta(cls):
+    """A model of a class that was made bidirectional before it had weights."""
+    with torch.device("meta"):
+        model = bare(cls)
+    return enable_bidirectional(model)
+
+
 def materialized(model, like):
     """`model`, which was on meta, with the weights and buffers of `like`."""
     model.to_empty(device="cpu").load_state_dict(like.state_dict())
@@ -93,9 +100,7 @@ def test_attention_that_somebody_put_in_is_looked_at_itself():
 
 def test_a_model_on_meta_is_proven_at_its_first_forward():
     like = bare(ObedientModel)
-    with torch.device("meta"):
-        model = bare(ObedientModel)
-    enable_bidirectional(model)
+    model = enabled_on_meta(ObedientModel)
     assert all(p.is_meta for p in model.parameters())
     materialized(model, like)
     again = copy.deepcopy(model)
@@ -108,9 +113,7 @@ def test_a_stubborn_model_on_meta_gives_no_output():
     class Late(StubbornModel):  # a class that nobody has tried
         pass
 
-    with torch.device("meta"):
-        model = bare(Late)
-    enable_bidirectional(model)
+    model = enabled_on_meta(Late)
     materialized(model, bare(Late))
     for _ in range(2):
         with pytest.raises(UnsupportedModelError, match="Late was not made bidirectional"):
@@ -122,9 +125,7 @@ def test_no_thread_gets_an_output_while_another_verifies(monkeypatch):
     class Slow(StubbornModel):  # a class that nobody has tried
         pass
 
-    with torch.device("meta"):
-        model = bare(Slow)
-    enable_bidirectional(model)
+    model = enabled_on_meta(Slow)
     materialized(model, bare(Slow))
     begun, got = threading.Event(), []
 
@@ -153,9 +154,7 @@ def test_what_was_not_verified_stays_that_through_a_causal_block():
     class Later(StubbornModel):  # a class that nobody has tried
         pass
 
-    with torch.device("meta"):
-        model = bare(Later)
-    enable_bidirectional(model)
+    model = enabled_on_meta(Later)
     with bidirectional(model, enabled=False):
         pass
     materialized(model, bare(Later))

@@ -6,40 +6,35 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from transformers import Trainer, TrainerState
 
 from ...mntp.collator import MNTPCollator
-from ..callbacks import StopAfter
-from ..checkpoints import STATE, check_same_weights, resuming
+from ..checkpoints import check_same_weights, resuming
 from ..lora import WHOLE_MODULES
 from ..output_folder import writing
-from ..settings import transformers_errors
-from ..versions import allow_numpy_state
+from ..trainer import RunTrainer
 from .evaluation import masked_token_sums, summarize
 from .model import adapter_of
 from .passes import CountingSampler
 from .saving import save_bidirectional
 
 
-class MNTPTrainer(Trainer):
+class MNTPTrainer(RunTrainer):
     """A Trainer that evaluates the mean over all masked tokens, resumes exactly, and saves bidirectional models.
 
     Args:
         tokenizer: Is saved with the model.
         eval_collator: Makes the batches of an evaluation.
-        stop_after_n_steps: The last step, wherever the schedule of the learning rate is.
-        **kwargs: The other arguments of Trainer. `data_collator` makes the batches of training.
+        **kwargs: The other arguments of RunTrainer and Trainer. `data_collator` makes the batches of training.
     """
 
     data_collator: Any
 
-    def __init__(self, *, tokenizer: Any, eval_collator: MNTPCollator, stop_after_n_steps: int, **kwargs: Any) -> None:
+    def __init__(self, *, tokenizer: Any, eval_collator: MNTPCollator, **kwargs: Any) -> None:
         super().__init__(compute_metrics=summarize, **kwargs)
         self.label_names = ["labels"]
         self._counting: CountingSampler | None = None
         self.text_tokenizer = tokenizer
         self.eval_collator = eval_collator
-        self.add_callback(StopAfter(stop_after_n_steps))
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return the dataloader of an evaluation, with its own collator."""
@@ -63,11 +58,6 @@ class MNTPTrainer(Trainer):
         sums = masked_token_sums(outputs.logits, inputs["labels"])
         return None, sums, sums
 
-    def load_finished(self, checkpoint: str) -> None:
-        """Take a checkpoint of the last step as the result. Nothing is left to train."""
-        self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
-
     def get_train_dataloader(self) -> Any:
         """Return the dataloader of training, whose sampler is told each pass."""
         loader = super().get_train_dataloader()
@@ -76,16 +66,6 @@ class MNTPTrainer(Trainer):
             # accelerate looks for it here, and splits batches among processes by a class that lacks it.
             batches.sampler = self._counting
         return loader
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer, or raise ConfigError where its package is not installed or its arguments do not fit."""
-        with transformers_errors():
-            return super().create_optimizer(*args, **kwargs)
-
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the schedule of the learning rate, or raise ConfigError where its arguments do not fit."""
-        with transformers_errors():
-            return super().create_scheduler(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Return which weights decay: not the rows of an embedding that are kept as they are."""
@@ -110,10 +90,6 @@ class MNTPTrainer(Trainer):
             save_bidirectional(self.accelerator.unwrap_model(self.model), folder, self.text_tokenizer, state_dict)
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with writing(self.args.output_dir):
-            super()._save_checkpoint(*args, **kwargs)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter = adapter_of(self.accelerator.unwrap_model(model or self.model))
         with resuming(resume_from_checkpoint):
@@ -131,14 +107,3 @@ class MNTPTrainer(Trainer):
         missing = [name for name in load_result.missing_keys if own[name].data_ptr() not in loaded]  # not a tied weight
         check_same_weights(dict.fromkeys(missing, own[missing[0]]) if missing else {}, {})
         check_same_weights({}, dict.fromkeys(load_result.unexpected_keys, torch.empty(0)))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with resuming(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with resuming(checkpoint), allow_numpy_state():
-            super()._load_rng_state(checkpoint)

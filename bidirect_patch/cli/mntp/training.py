@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
-from ..output_folder import check_space, make_output_dir, writing
+from ..output_folder import check_space, make_output_dir
 from ..settings import transformers_errors
 from .collator import make_collator
 from .data import load_sequences, sequence_length
@@ -115,11 +115,7 @@ def _check_learned(trainer: MNTPTrainer, loss: float) -> None:
         raise ConfigError(
             "nothing was trained: no token was chosen to be predicted; give a larger mlm_probability or more text"
         )
-    trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
-    if not all(torch.isfinite(parameter).all() for parameter in trained):
-        raise ConfigError(
-            "the weights are no numbers any more after training: give a lower learning_rate; nothing is saved"
-        )
+    trainer.check_weights()
 
 
 def _train_from(checkpoint: str | None, trainer: MNTPTrainer, stop_after_n_steps: int) -> None:
@@ -130,6 +126,4 @@ def _train_from(checkpoint: str | None, trainer: MNTPTrainer, stop_after_n_steps
         # A run that was resumed may have had few steps left.
         _check_learned(trainer, result.training_loss if checkpoint is None else math.inf)
         trainer.save_metrics("train", result.metrics)
-    trainer.save_model()
-    with writing(trainer.args.output_dir):
-        trainer.save_state()
+    trainer.save_run()

@@ -3,13 +3,12 @@
 import os
 from typing import Any
 
-import torch
 from transformers import set_seed
 from transformers.trainer import OPTIMIZER_NAME
 
 from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
-from ..output_folder import make_output_dir, writing
+from ..output_folder import make_output_dir
 from ..settings import transformers_errors
 from .checks import check_batches, check_known_tokens, check_space_for
 from .data import Examples, first_example, load_examples
@@ -88,13 +87,8 @@ def _train_from(checkpoint: str | None, trainer: SimCSETrainer, stop_after_n_ste
                 "overwrite_output_dir to start anew, or another folder"
             )
         trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        if not all(torch.isfinite(weight).all() for weight in trainer.model.parameters() if weight.requires_grad):
-            raise ConfigError(
-                "the weights are no numbers any more after training: give a lower learning_rate; nothing is saved"
-            )
-    trainer.save_model()
-    with writing(trainer.args.output_dir):
-        trainer.save_state()
+        trainer.check_weights()
+    trainer.save_run()
 
 
 def _fill_in(encoder: EncoderArguments, examples: Examples) -> None:

@@ -1,0 +1,74 @@
+"""What both trainers share: where they stop, how they resume, and one line for what goes wrong meanwhile."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerState
+
+from ..errors import ConfigError
+from .callbacks import StopAfter
+from .checkpoints import STATE, resuming
+from .output_folder import writing
+from .settings import transformers_errors
+from .versions import allow_numpy_state
+
+
+class RunTrainer(Trainer):
+    """A Trainer that stops after a number of steps, and raises ConfigError where a checkpoint or a folder can't be used.
+
+    A subclass says how a checkpoint's weights are loaded, by `_load_from_checkpoint`.
+
+    Args:
+        stop_after_n_steps: The last step, wherever the schedule of the learning rate is. None means no limit.
+        **kwargs: The arguments of the next class.
+    """
+
+    def __init__(self, *, stop_after_n_steps: int | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_callback(StopAfter(stop_after_n_steps))
+
+    def load_finished(self, checkpoint: str) -> None:
+        """Take a checkpoint of the last step as the result. Nothing is left to train."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the optimizer, or raise ConfigError where its package is not installed or its arguments do not fit."""
+        with transformers_errors():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule of the learning rate, or raise ConfigError where its arguments do not fit."""
+        with transformers_errors():
+            return super().create_scheduler(*args, **kwargs)
+
+    def check_weights(self) -> None:
+        """Raise ConfigError if training has left a weight that is no number, before the weights are saved."""
+        if not all(torch.isfinite(weight).all() for weight in self.model.parameters() if weight.requires_grad):
+            raise ConfigError(
+                "the weights are no numbers any more after training: give a lower learning_rate; nothing is saved"
+            )
+
+    def save_run(self) -> None:
+        """Write the result and the state of the run to output_dir."""
+        self.save_model()
+        with writing(self.args.output_dir):
+            self.save_state()
+
+    # The methods below replace private methods of Trainer.
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with resuming(checkpoint), allow_numpy_state():
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
