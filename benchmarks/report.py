@@ -4,6 +4,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def goal(claim: str, met: bool, why: str = "") -> None:
 
 def bars(name: str, title: str, values: Mapping[str, Sequence[float]], goal: float | None = None) -> None:
     """figures/`name`.png: the median of each entry's values as a bar, minimum to maximum as a whisker."""
-    pyplot = _pyplot()
+    pyplot = pyplot_or_none()
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.42 * len(values)))
@@ -51,12 +52,12 @@ def bars(name: str, title: str, values: Mapping[str, Sequence[float]], goal: flo
         axes.legend(loc="best", fontsize=8)
     axes.set_title(title, fontsize=10)
     axes.tick_params(labelsize=8)
-    _save(figure, name)
+    save_figure(figure, name)
 
 
 def curves(name: str, panels: Mapping[str, tuple[str, Sequence[float], Mapping[str, Sequence[float]]]]) -> None:
     """figures/`name`.png: for each panel title its x label, x values, and curves by name."""
-    pyplot = _pyplot()
+    pyplot = pyplot_or_none()
     if pyplot is None:
         return
     figure, grid = pyplot.subplots(2, -(-len(panels) // 2), figsize=(10, 6), squeeze=False)
@@ -66,10 +67,11 @@ def curves(name: str, panels: Mapping[str, tuple[str, Sequence[float], Mapping[s
         axes.set(title=title, xlabel=label, ylim=(0, None))
         axes.legend(fontsize=7)
         axes.tick_params(labelsize=7)
-    _save(figure, name)
+    save_figure(figure, name)
 
 
-def _pyplot():
+def pyplot_or_none() -> Any:
+    """matplotlib's pyplot without a window, or None and a line that says so."""
     try:
         import matplotlib
     except ImportError:
@@ -81,7 +83,8 @@ def _pyplot():
     return pyplot
 
 
-def _save(figure, name: str) -> None:
+def save_figure(figure: Any, name: str) -> None:
+    """Write figures/`name`.png, and the line of Markdown that shows it."""
     os.makedirs(FIGURES, exist_ok=True)
     figure.tight_layout()
     figure.savefig(os.path.join(FIGURES, f"{name}.png"), dpi=80)

@@ -1,0 +1,125 @@
+"""LLM2Vec's ladder on a real model, from the registry's packages and a folder of texts to a table and a figure.
+
+    python -m benchmarks.ladder --data FOLDER [--model smollm2] [--quick | --scale paper] [--seeds 3] [--work FOLDER]
+
+FOLDER holds sts/*.csv (sentence1, sentence2, score) and wikipedia.txt (a paragraph a line); without it the same sets come from
+the hub. What was trained and measured is kept in the work folder: the same command again goes on where it was stopped.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.ladder import figure, plan, results, table, training
+from benchmarks.ladder.encode import cosines
+from benchmarks.ladder.model import MODELS, real_model, save_plain
+from benchmarks.ladder.plan import Row, Scale
+from benchmarks.ladder.texts import DEV, TEST, Pairs, load_pairs, load_paragraphs, split_sentences
+
+
+class Ladder:
+    """What the rows share.
+
+    Args:
+        options: Of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.scale: Scale = plan.SCALES[options.scale]
+        downloads = options.work / Path(options.model).name
+        self.work = downloads / options.scale
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.whole, self.cut = downloads / "whole", self.work / "model"
+        self.pairs = {name: self._load(name) for name in (DEV, *TEST)}
+        self.sentences = self._write_texts()
+        self._save_models(downloads)
+        self.trainer = training.Trainer(self.scale, self.cut, self.work, self.work / "runs", self.log)
+
+    def log(self, what: str) -> None:
+        """Say what begins, and when."""
+        print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+    def measure(self, row: Row, seed: int, names: Sequence[str]) -> None:
+        """Train a row, and keep the cosines of each set that is not measured yet."""
+        file = results.result_file(self.work, row, seed)
+        found = dict(results.load(file)) if file.exists() else {}
+        missing = [name for name in names if name not in found]
+        if not missing:
+            return
+        decoder, tokenizer = self.trainer.decoder(row, seed, self.whole)
+        depth = decoder.config.num_hidden_layers
+        layers = [depth * part // 5 for part in range(1, 6)] if row.whole else [depth // 2, depth]
+        for name in missing:
+            self.log(f"{row.name}, seed {seed}: {name}")
+            found[name] = cosines(decoder, tokenizer, self.pairs[name], layers, self.sentences[: self.scale.centre], row.echo)
+            results.save(file, found)
+
+    def results(self) -> dict[Row, list[results.Cosines]]:
+        """All that was measured so far."""
+        files = {row: [results.result_file(self.work, row, s) for s in range(self.options.seeds)] for row in self.scale.rows}
+        return {row: [results.load(f) for f in found if f.exists()] for row, found in files.items()}
+
+    def seconds(self) -> dict[Row, float]:
+        """How long each trained row took, MNTP included, on average over seeds."""
+        return {row: self.trainer.seconds(row, self.options.seeds) for row in self.scale.rows if row.trained}
+
+    def _load(self, name: str) -> Pairs:
+        pairs = load_pairs(self.options.data, name)
+        return pairs if self.scale.pairs is None else pairs.shortened(self.scale.pairs)
+
+    def _write_texts(self) -> list[str]:
+        paragraphs = load_paragraphs(self.options.data)
+        sentences = split_sentences(paragraphs)
+        for name, lines in (("paragraphs", paragraphs), ("sentences", sentences)):
+            (self.work / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+        return sentences
+
+    def _save_models(self, downloads: Path) -> None:
+        if not (self.whole / "config.json").exists():
+            model, gguf_file = real_model(self.options.model, downloads)
+            save_plain(model, gguf_file, self.whole, torch.float32)
+        if not (self.cut / "config.json").exists():
+            cut = {} if self.scale.layers is None else {"num_hidden_layers": self.scale.layers}
+            save_plain(self.whole, None, self.cut, torch.float32, **cut)
+
+
+def report(ladder: Ladder) -> str:
+    """The table, the differences and the figure."""
+    measured = {row: seeds for row, seeds in ladder.results().items() if seeds}
+    compared = table.Comparison(ladder.pairs, measured)
+    figure.draw(compared, ladder.options.figure)
+    return f"{table.write_table(compared, ladder.seconds())}\n\n{table.write_differences(compared)}\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train and measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of texts; by default they come from the hub")
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, or a folder or hub name")
+    parser.add_argument("--scale", choices=list(plan.SCALES), default="cpu")
+    parser.add_argument("--quick", dest="scale", action="store_const", const="quick", help="few steps, few pairs, one seed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("ladder"), help="where models, runs and cosines are kept")
+    parser.add_argument("--rows", nargs="*", help="only rows whose name holds one of these")
+    parser.add_argument("--sets", nargs="*", default=[DEV, *TEST], choices=[DEV, *TEST])
+    parser.add_argument("--report", action="store_true", help="measure nothing, print what was measured")
+    parser.add_argument("--figure", default="ladder", help="name of the figure")
+    options = parser.parse_args(arguments)
+    ladder = Ladder(options)
+    if not options.report:
+        for seed in range(options.seeds):
+            for row in ladder.scale.rows:
+                chosen = options.rows is None or any(part in row.name for part in options.rows)
+                if chosen and (row.trained or seed == 0):
+                    ladder.measure(row, seed, options.sets)
+    text = report(ladder)
+    (ladder.work / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

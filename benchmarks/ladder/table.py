@@ -1,0 +1,106 @@
+"""The table, and the differences between rows, from what was measured."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.ladder.plan import Row
+from benchmarks.ladder.results import Cosines, best_way, gathered, plain_way
+from benchmarks.ladder.statistics import Bootstrap, correlations, interval
+from benchmarks.ladder.texts import DEV, YEARS, Pairs
+
+GROUPS: dict[str, tuple[str, ...]] = {"STS-B test": ("stsb-test",), "SICK": ("sick-r-test",), "STS12-16": YEARS}
+
+
+class Comparison:
+    """Rows against each other, on the same draws of pairs.
+
+    Args:
+        pairs: The sets by name.
+        results: For each row, what was measured of each seed.
+    """
+
+    def __init__(self, pairs: Mapping[str, Pairs], results: Mapping[Row, Sequence[Cosines]]) -> None:
+        self.pairs, self.results = pairs, {row: list(seeds) for row, seeds in results.items() if seeds}
+        self.ways = {row: best_way(seeds, pairs[DEV].scores) for row, seeds in self.results.items()}
+        self.draws = {group: Bootstrap([pairs[n].scores for n in names]) for group, names in GROUPS.items()}
+        self._values: dict[tuple[Row, str], tuple[float, np.ndarray] | None] = {}
+
+    def value(self, row: Row, group: str) -> tuple[float, np.ndarray] | None:
+        """The value of a row in its best way, and in each draw. None: it was not measured."""
+        if (row, group) not in self._values:
+            cosines = gathered(self.results[row], self.ways[row], GROUPS[group])
+            self._values[row, group] = None if cosines is None else self.draws[group].values(cosines)
+        return self._values[row, group]
+
+    def dev(self, row: Row) -> float:
+        """The value on the development set in the best way, on average over seeds."""
+        return self._dev(row, self.ways[row])
+
+    def plain(self, row: Row, group: str) -> float | None:
+        """The value with the mean of the last layer's tokens."""
+        cosines = gathered(self.results[row], plain_way(self.results[row]), GROUPS[group])
+        if cosines is None:
+            return None
+        scores = [self.pairs[name].scores for name in GROUPS[group]]
+        return float(np.mean([correlations(c, s).mean() for c, s in zip(cosines, scores)]))
+
+    def _dev(self, row: Row, way: object) -> float:
+        rows = np.stack([result[DEV][way] for result in self.results[row]])
+        return float(correlations(rows, self.pairs[DEV].scores).mean())
+
+
+def cell(found: tuple[float, np.ndarray] | None) -> str:
+    """A value and its interval."""
+    if found is None:
+        return ""
+    low, high = interval(found[1])
+    return f"{found[0]:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def write_table(comparison: Comparison, seconds: Mapping[Row, float]) -> str:
+    """The rows, in Markdown. Numbers are 100 times Spearman's correlation."""
+    head = ("row", "seeds", "training, s", "best way on STS-B dev", "STS-B dev", *GROUPS, "plain mean: STS-B test")
+    lines = [head, ("---",) * len(head)]
+    for row in comparison.results:
+        plain = comparison.plain(row, "STS-B test")
+        lines.append(
+            (
+                row.name,
+                str(len(comparison.results[row])) if row.trained else "",
+                f"{seconds[row]:.0f}" if row in seconds else "",
+                str(comparison.ways[row]),
+                f"{comparison.dev(row):.1f}",
+                *(cell(comparison.value(row, group)) for group in GROUPS),
+                "" if plain is None else f"{plain:.1f}",
+            )
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_differences(comparison: Comparison) -> str:
+    """The best bidirectional row on the development set against each causal row, and what follows."""
+    ours = [row for row in comparison.results if row.bidirectional]
+    causal = [row for row in comparison.results if not row.bidirectional]
+    if not ours or not causal:
+        return ""
+    best = max(ours, key=comparison.dev)
+    lines = [("against", *GROUPS), ("---",) * (1 + len(GROUPS))]
+    ahead = []
+    for row in causal:
+        cells = []
+        for group in GROUPS:
+            one, other = comparison.value(best, group), comparison.value(row, group)
+            if one is None or other is None:
+                cells.append("")
+                continue
+            low, high = interval(one[1] - other[1])
+            ahead.append(low > 0)
+            cells.append(f"{one[0] - other[0]:+.1f} [{low:+.1f}, {high:+.1f}]")
+        lines.append((row.name, *cells))
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    verdict = "reached" if ahead and all(ahead) else "not reached"
+    return (
+        f"The bidirectional row that is best on STS-B dev is: {best.name}. Its difference to each causal row, with the 95 % "
+        f"interval of the same draws:\n\n{table}\n\nGoal: above each causal row on each set, with the interval above 0: {verdict}."
+    )

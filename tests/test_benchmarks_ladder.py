@@ -1,0 +1,169 @@
+"""The ladder's own arithmetic: poolings, correlations, intervals, the choice of a way, and what is kept between runs."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+if importlib.util.find_spec("scipy") is None:
+    pytest.skip("scipy is not installed", allow_module_level=True)
+
+from scipy.stats import spearmanr
+
+from benchmarks.ladder import encode, results, statistics, table, texts, training
+from benchmarks.ladder.encode import POOLINGS, Way
+from benchmarks.ladder.plan import CPU, QUICK, Row
+from benchmarks.ladder.texts import DEV, TEST, Pairs
+
+from .helpers.words import make_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ("mean", [[1 / 3, 1 / 3, 1 / 3, 0], [1, 0, 0, 0], [0, 0, 0.5, 0.5]]),
+        ("weighted mean", [[1 / 6, 2 / 6, 3 / 6, 0], [1, 0, 0, 0], [0, 0, 1 / 3, 2 / 3]]),
+        ("mean without the first token", [[0, 0.5, 0.5, 0], [1, 0, 0, 0], [0, 0, 0, 1]]),
+        ("last token", [[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]),
+    ],
+)
+def test_how_much_each_token_counts(pooling, expected):
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]])  # a text, one of one token, an echo
+    torch.testing.assert_close(encode.pooling_weights(mask, pooling), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_a_correlation_is_scipys_with_ties_too():
+    generator = np.random.default_rng(0)
+    cosines, scores = generator.normal(size=(3, 40)), generator.integers(0, 6, size=40).astype(float)
+    cosines[1, :20] = 0.5
+    found = statistics.correlations(cosines, scores)
+    np.testing.assert_allclose(found, [100 * spearmanr(row, scores).statistic for row in cosines])
+
+
+def test_an_interval_holds_the_value_and_a_real_difference_is_outside_zero():
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=300)
+    good, bad = (scores + noise * generator.normal(size=(2, 300)) for noise in (0.3, 2))
+    draws = statistics.Bootstrap([scores], draws=200)
+    (value, drawn), (_, drawn_bad) = draws.values([good]), draws.values([bad])
+    low, high = statistics.interval(drawn)
+    assert low < value < high < low + 5
+    assert statistics.interval(drawn - drawn_bad)[0] > 0
+    assert statistics.interval(drawn - drawn)[0] == 0
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    return LlamaModel(config).eval()
+
+
+def test_embeddings_are_those_of_each_text_alone(decoder):
+    tokenizer = make_tokenizer()
+    lines = ["w7 w8 w9", "w5", "w6 w7 w8 w9 w10 w11"]
+    found = encode.embed(decoder, tokenizer, lines, [1, 2])
+    assert set(found) == {(layer, pooling) for layer in (1, 2) for pooling in POOLINGS}
+    for i, line in enumerate(lines):
+        with torch.no_grad():
+            out = decoder(torch.tensor([tokenizer(line)["input_ids"]]), output_hidden_states=True)
+        for layer, hidden in ((1, decoder.norm(out.hidden_states[1])), (2, out.last_hidden_state)):
+            np.testing.assert_allclose(found[layer, "mean"][i], hidden[0].mean(0).detach(), atol=1e-5)
+            np.testing.assert_allclose(found[layer, "last token"][i], hidden[0, -1].detach(), atol=1e-5)
+
+
+def test_an_echo_pools_the_second_time_alone(decoder):
+    tokenizer = make_tokenizer()
+    found = encode.embed(decoder, tokenizer, ["w7 w8 w9"], [2], echo=True)[2, "mean"][0]
+    once = tokenizer("w7 w8 w9")["input_ids"]
+    twice = tokenizer("w7 w8 w9 w7 w8 w9")["input_ids"]
+    with torch.no_grad():
+        hidden = decoder(torch.tensor([twice])).last_hidden_state[0]
+    np.testing.assert_allclose(found, hidden[len(once) :].mean(0), atol=1e-5)
+
+
+def _results(pairs, good):
+    """Cosines of every set that agree with the scores in the way `good` alone."""
+    generator = np.random.default_rng(1)
+    ways = [Way(2, POOLINGS[0], False), Way(2, POOLINGS[1], False), Way(1, POOLINGS[0], True)]
+    return {
+        name: {way: (p.scores if way == good else 0) + generator.normal(size=len(p)) for way in ways}
+        for name, p in pairs.items()
+    }
+
+
+@pytest.fixture
+def pairs():
+    generator = np.random.default_rng(0)
+    return {name: Pairs(["a"] * 60, ["b"] * 60, generator.normal(size=60) * 3) for name in (DEV, *TEST)}
+
+
+def test_what_was_measured_is_read_as_it_was_written(pairs, tmp_path):
+    written = _results(pairs, None)
+    file = results.result_file(tmp_path, CPU.rows[0], 0)
+    results.save(file, written)
+    read = results.load(file)
+    for name, ways in written.items():
+        for way, values in ways.items():
+            np.testing.assert_allclose(read[name][way], values, rtol=1e-6)
+
+
+def test_the_table_takes_each_rows_best_way_on_the_development_set_and_tells_who_is_ahead(pairs):
+    good = Way(1, POOLINGS[0], True)
+    ours, causal = Row("ours", True, mntp=True), Row("theirs", False)
+    measured = {ours: [_results(pairs, good), _results(pairs, good)], causal: [_results(pairs, None)]}
+    compared = table.Comparison(pairs, measured)
+    assert compared.ways[ours] == good
+    assert f"| ours | 2 |  | {good} |" in table.write_table(compared, {})
+    assert table.write_differences(compared).endswith("reached.") and "not reached" not in table.write_differences(compared)
+    turned = table.Comparison(pairs, {Row("ours", True): measured[causal], Row("theirs", False): measured[ours]})
+    assert table.write_differences(turned).endswith("not reached.")
+
+
+def test_a_set_that_was_not_measured_is_empty(pairs):
+    measured = _results(pairs, None)
+    del measured["sts2014"]
+    compared = table.Comparison(pairs, {Row("theirs", False): [measured]})
+    line = table.write_table(compared, {}).splitlines()[-1].split("|")
+    assert line[8].strip() == "" and line[7].strip() != ""
+
+
+def test_a_run_that_is_done_is_not_trained_again(tmp_path):
+    folder = tmp_path / "mntp-0"
+    folder.mkdir()
+    (folder / training.TOOK).write_text(json.dumps(3.0))
+    training.run_command("no such command", {}, folder, print)
+    trainer = training.Trainer(CPU, tmp_path, tmp_path, tmp_path, print)
+    assert trainer.seconds(Row("x", True, mntp=True), 2) == 3.0
+
+
+def test_a_command_that_fails_is_an_error_with_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match="failed with 2: see .*x.log"):
+        training.run_command("mntp", {"no_such_setting": 1}, tmp_path / "x", print)
+    assert not (tmp_path / "x" / training.TOOK).exists()
+
+
+def test_the_settings_are_those_that_the_commands_take(tmp_path):
+    from bidirect_patch.cli.mntp.settings import parse
+
+    for scale in (CPU, QUICK):
+        settings = scale.mntp | {"model_name_or_path": "m", "train_file": ["t.txt"], "output_dir": str(tmp_path / "o")}
+        (tmp_path / "s.json").write_text(json.dumps(settings | {"do_train": True}))
+        assert parse([str(tmp_path / "s.json")]).mntp.mlm_probability == scale.mntp["mlm_probability"]
+
+
+def test_texts_are_read_from_a_folder(tmp_path):
+    (tmp_path / "sts").mkdir()
+    (tmp_path / "sts" / "stsb-dev.csv").write_text('sentence1,sentence2,score\n"A, b.",c,2.5\nd,e,1\n')
+    (tmp_path / "wikipedia.txt").write_text("One two three four five. Six.\n\nSeven eight nine ten eleven twelve.\n")
+    found = texts.load_pairs(tmp_path, DEV)
+    assert (found.first, found.second, list(found.scores)) == (["A, b.", "d"], ["c", "e"], [2.5, 1.0])
+    assert texts.split_sentences(texts.load_paragraphs(tmp_path)) == [
+        "One two three four five.",
+        "Seven eight nine ten eleven twelve.",
+    ]
