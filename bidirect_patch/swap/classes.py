@@ -9,6 +9,7 @@ import copyreg
 import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from operator import attrgetter
 from types import FunctionType
 from typing import Any
 from weakref import WeakSet
@@ -16,6 +17,7 @@ from weakref import WeakSet
 RECORD = "_bidirect_patch"  # the one key in an instance's __dict__ under which all that we know of it is kept
 _LINK = "_bidirect_patch_link"  # on a dynamic class: its forward, which hands on to the class below
 _entries: "WeakSet[Any]" = WeakSet()  # the forwards of all dynamic classes
+_SHARDED = frozenset({"FSDPModule", "FullyShardedDataParallel"})  # by name: FSDP need not be imported
 
 
 class Swapped:
@@ -141,7 +143,7 @@ def original(cls: type) -> type:
 
 def is_sharded(cls: type) -> bool:
     """Whether `cls` is a class of FSDP's, of either kind."""
-    return any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in cls.__mro__)
+    return not _SHARDED.isdisjoint(map(attrgetter("__name__"), cls.__mro__))
 
 
 def has_mixin(module: object, mixin: type[Swapped]) -> bool:
