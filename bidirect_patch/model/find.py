@@ -19,11 +19,11 @@ from .buffers import triangular_buffers
 from .config import text_config
 from .facts import (
     POSITIONWISE,
-    RECURRENT,
     builds_causal_mask,
     extends_mask,
     forward_builds_mask,
     is_named_attention,
+    is_recurrent,
     mask_parameter,
     reads_layer_kinds,
 )
@@ -258,5 +258,4 @@ def _other_mixers(layer: nn.Module) -> list[str]:
 def _mixes_otherwise(module: nn.Module) -> bool:
     if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module._modules.values()):
         return True
-    name = type(module).__name__
-    return RECURRENT.search(name) is not None and "norm" not in name.lower() and not is_attention(module)
+    return is_recurrent(type(module)) and not is_attention(module)

@@ -5,14 +5,15 @@ times, so this is most of what it would cost.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 
 def modules_of(module: nn.Module) -> Iterator[nn.Module]:
     """What `module.modules()` gives, in the same order: the module and all inside it, each once."""
-    seen: set[nn.Module | None] = {None}  # a slot may be empty
-    ahead: list[nn.Module | None] = [module]
+    seen: set[Any] = {None}  # a slot may be empty
+    ahead: list[Any] = [module]
     while ahead:
         part = ahead.pop()
         if part not in seen:

@@ -9,7 +9,6 @@ import copyreg
 import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from operator import attrgetter
 from types import FunctionType
 from typing import Any
 from weakref import WeakSet
@@ -138,12 +137,18 @@ def has_forward(cls: type) -> bool:
 
 def original(cls: type) -> type:
     """The model's own class under our dynamic class, and under FSDP's on top of that; else `cls` itself."""
-    return next(c for c in cls.__mro__ if not issubclass(c, Swapped) and not is_sharded(c))
+    for c in cls.__mro__:
+        if not issubclass(c, Swapped) and not is_sharded(c):
+            return c
+    return cls
 
 
 def is_sharded(cls: type) -> bool:
     """Whether `cls` is a class of FSDP's, of either kind."""
-    return not _SHARDED.isdisjoint(map(attrgetter("__name__"), cls.__mro__))
+    for c in cls.__mro__:  # loops, since every module of a model is asked, and a generator costs more than the rest
+        if c.__name__ in _SHARDED:
+            return True
+    return False
 
 
 def has_mixin(module: object, mixin: type[Swapped]) -> bool:
