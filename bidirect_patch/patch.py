@@ -15,6 +15,7 @@ from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
 from .checkpoints import hooks
 from .errors import ArgumentError, OrderError, UnsupportedModelError
 from .model.find import Decoder, decoders, says_bidirectional
+from .model.walk import modules_of
 from .swap import modes
 from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, has_mixin, is_sharded
@@ -306,7 +307,7 @@ def _patch_of(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> l
     modules = {id(module): module for decoder in going for module in decoder_modules(decoder)}
     staying = [decoder for decoder in found if id(decoder.module) not in modules and has_any_patch(decoder)]
     if not staying:
-        modules |= {id(module): module for module in model.modules()}
+        modules |= {id(module): module for module in modules_of(model)}
     kept = {id(module) for decoder in staying for module in decoder_modules(decoder)}
     ours = {*MIXINS, Unverified}
     return [
@@ -352,8 +353,9 @@ def _check_not_sharded(model: nn.Module, found: list[Decoder]) -> None:
     if all(map(is_patched, found)):
         return
     # One rule for both kinds of FSDP and for every part that was sharded, though not every mixture would go wrong.
-    for name, module in model.named_modules():
+    for module in modules_of(model):
         if is_sharded(type(module)):
+            name = next(name for name, each in model.named_modules() if each is module)
             raise OrderError(
                 f"{f'{name} ({type(module).__name__})' if name else type(module).__name__} is already sharded by FSDP: call "
                 "enable_bidirectional(model) first, then shard"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import LabelLeakWarning
 from ..model.facts import parameter_names
+from ..model.walk import modules_of
 from ..swap.classes import original
 from .model_forward import holds_bidirectional
 from .padding_and_packing import values_are_unknown
@@ -21,7 +22,9 @@ _judged: "WeakSet[nn.Module]" = WeakSet()
 
 def watch_labels(model: nn.Module) -> None:
     """Look at the labels of every model in `model` that computes a loss of them, by a forward pre-hook."""
-    for module in model.modules():
+    for module in modules_of(model):
+        if not module._modules:  # it holds no embeddings
+            continue
         embeddings = getattr(module, "get_output_embeddings", None)
         if callable(embeddings) and "labels" in parameter_names(original(type(module))) and embeddings() is not None:
             _judged.discard(module)
@@ -31,7 +34,7 @@ def watch_labels(model: nn.Module) -> None:
 
 def unwatch_labels(model: nn.Module) -> None:
     """Take the hooks of `watch_labels` off again."""
-    for module in model.modules():
+    for module in modules_of(model):
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _look]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, AttentionMaskError, CacheError
 from ..model.config import backend_of, text_config
 from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names
+from ..model.walk import modules_of
 from ..model.windows import Span
 from ..swap.classes import Swapped, has_mixin, original, set_forward
 from ..swap.modes import check_caller, running
@@ -90,7 +91,7 @@ class BidirectionalModel(Swapped):
 
 def holds_bidirectional(model: nn.Module) -> bool:
     """Whether a decoder in `model` is bidirectional by the patch."""
-    return any(has_mixin(module, BidirectionalModel) for module in model.modules())
+    return any(has_mixin(module, BidirectionalModel) for module in modules_of(model))
 
 
 class CausalBlock(Swapped):

@@ -10,6 +10,7 @@ from ..model.buffers import is_banded, triangular_buffers
 from ..model.config import ConfigView, backend_of, text_config
 from ..model.facts import mask_parameter, parameter_names
 from ..model.find import Attention, Decoder, causal_flags, says_bidirectional
+from ..model.walk import modules_of, parameters_of
 from ..model.windows import Span
 from ..swap.classes import Swapped, original
 from ..swap.plan import Plan, before_patch, own_before_patch
@@ -27,14 +28,16 @@ def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tu
         UnsupportedModelError: a window that the backend would not be given.
         OrderError: a causal mask in a buffer on the meta device, whose values can't be mirrored.
     """
+    config, spans = text_config(decoder.module.config), decoder.spans
     for attention in decoder.attentions:
-        yield attention.module, _attention_plan(decoder, attention, handling)
-        for part in attention.module.modules():
+        _, *inside = modules_of(attention.module)
+        yield attention.module, _attention_plan(attention, inside, spans, config, handling)
+        for part in inside:
             flags, buffers = dict.fromkeys(causal_flags(part), False), _mirrored(part)
-            if part is not attention.module and (flags or buffers):
+            if flags or buffers:
                 yield part, Plan(BidirectionalPart, None, flags, buffers)
     for module in decoder.mask_makers:
-        settings = ModelSettings(decoder.spans, handling, module is not decoder.outermost)
+        settings = ModelSettings(spans, handling, module is not decoder.outermost)
         yield module, Plan(BidirectionalModel, settings, dict.fromkeys(causal_flags(module), False), _mirrored(module))
 
 
@@ -54,7 +57,7 @@ def causal_block_plans(model: nn.Module, decoder: Decoder) -> Iterator[tuple[nn.
                 "use_bidirectional_attention=False) in its text config, then enable_bidirectional"
             )
         views = {"config": ConfigView(config, is_causal=True)}
-        for module in model.modules():
+        for module in modules_of(model):
             if own_before_patch(module, "config") is config and module is not decoder.module:
                 yield module, Plan(_WithConfig, None, views)
     yield decoder.module, Plan(CausalBlock, None, views)
@@ -83,24 +86,25 @@ def _mirrored(module: nn.Module) -> dict[str, Tensor]:
     return {name: mirrored_buffer(buffer) for name, buffer in buffers.items()}
 
 
-def _attention_plan(decoder: Decoder, attention: Attention, handling: MaskHandling) -> Plan:
+def _attention_plan(
+    attention: Attention, inside: list[nn.Module], spans: tuple[Span, ...], config: Any, handling: MaskHandling
+) -> Plan:
     module, span = attention.module, attention.span
-    config = text_config(decoder.module.config)
     is_flash = backend_of(config) == "flash"
-    windows = [part for part in module.modules() if any(map(is_banded, triangular_buffers(part).values()))]
+    windows = [part for part in (module, *inside) if any(map(is_banded, triangular_buffers(part).values()))]
     if windows and is_flash:
         raise UnsupportedModelError(
             f"{type(windows[0]).__name__} keeps its layer's window in a buffer, which transformers doesn't hand to "
             "FlashAttention: it would see everything. Use attn_implementation='eager'"
         )
     # A part that reads the mask too, or compares positions (a sparse attention's indexer), can't do without one.
-    parts = [original(type(p)) for p in module.modules() if p is not module and next(p.parameters(), None) is not None]
+    parts = [original(type(part)) for part in inside if next(parameters_of(part), None) is not None]
     reads = any(map(mask_parameter, parts))
     compares = not reads and any("position_ids" in parameter_names(part) for part in parts)
     omits = () if reads or compares or not handling.sees_all_without_mask else SEE_ALL_WITHOUT_MASK
     settings = AttentionSettings(
-        span=decoder.spans.index(span),
-        spans=len(decoder.spans),
+        span=spans.index(span),
+        spans=len(spans),
         config=config,
         handling=handling,
         omits_mask_on=omits,

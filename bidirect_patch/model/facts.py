@@ -94,6 +94,12 @@ def is_named_attention(cls: type) -> bool:
 
 
 @per_class
+def is_recurrent(cls: type) -> bool:
+    """Whether a class mixes tokens by other means than attention, by its name."""
+    return RECURRENT.search(cls.__name__) is not None and "norm" not in cls.__name__.lower()
+
+
+@per_class
 def builds_causal_mask(cls: type) -> bool:
     """Whether any method of the class makes a causal mask."""
     return any(_names_any(f, CAUSAL_MASK, TRIANGLE) for f in _methods(cls))

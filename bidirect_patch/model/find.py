@@ -19,14 +19,15 @@ from .buffers import triangular_buffers
 from .config import text_config
 from .facts import (
     POSITIONWISE,
-    RECURRENT,
     builds_causal_mask,
     extends_mask,
     forward_builds_mask,
     is_named_attention,
+    is_recurrent,
     mask_parameter,
     reads_layer_kinds,
 )
+from .walk import modules_of, parameters_of
 from .windows import Span, span_of
 
 _FLAGS = ("is_causal", "causal")  # what an attention module, or in XLM the model, says of itself
@@ -68,7 +69,7 @@ class Decoder:
     @property
     def is_on_meta(self) -> bool:
         """Whether its weights have no values yet."""
-        return all(parameter.is_meta for parameter in self.module.parameters())
+        return all(parameter.is_meta for parameter in parameters_of(self.module))
 
 
 class Refusal(NamedTuple):
@@ -177,42 +178,44 @@ def _why_not(
     modules = [module for _, module in attentions]
     if all(getattr(module, "is_kv_shared_layer", False) for module in modules):  # Gemma 4's assistants draft for another model
         return Refusal("shared keys", f"all keys and values of its {_kinds(modules)} come from another model")
-    # Attention that was built causal says so (is_causal) on most releases; else the model's own mask code does.
-    flags = [flag for module in modules for flag in _said_causal(module)]
     decodes = getattr(model.config, "is_decoder", False)
-    causal = not flags or any(flags) or decodes or says_bidirectional(model.config)
+    causal = decodes or _were_built_causal(modules) or says_bidirectional(model.config)
     cls = original(type(model))
     if causal and (builds_causal_mask(cls) or (decodes and extends_mask(cls))):
         return None
-    parts = (model, *(part for module in modules for part in module.modules()))
+    parts = (model, *(part for module in modules for part in modules_of(module)))
     if causal_flags(model) or any(map(triangular_buffers, parts)):
         return None
     return Refusal("no mask", f"an encoder: nothing makes a causal mask for its {_kinds(modules)}")
 
 
 def _why_no_attention(model: PreTrainedModel) -> Refusal | None:
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [m for m in modules_of(model) if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         return None
     layers = max(lists, key=len)
     others = dict.fromkeys(name for layer in layers for name in _other_mixers(layer))
     if others:
         return Refusal("no attention", f"its layers ({_kinds(layers)} with {', '.join(others)}) have no attention")
-    named = [m for layer in layers for m in layer.modules() if is_named_attention(original(type(m)))]
+    named = [m for layer in layers for m in modules_of(layer) if is_named_attention(original(type(m)))]
     if named:
         return Refusal("no mask", f"its {_kinds(named)} take no mask: an encoder, or attention that is causal by itself")
     return Refusal("encoder", f"an encoder: its layers ({_kinds(layers)}) have no causal attention")
 
 
-def _said_causal(attention: nn.Module) -> list[bool]:
-    """What an attention module and its parts say of themselves, as it is without the patch."""
-    flags = []
-    for module in attention.modules():
+def _were_built_causal(attentions: Iterable[nn.Module]) -> bool:
+    """Whether attention modules or their parts say that they are causal: one does, or none says anything.
+
+    On most releases they say so. Where they don't, the model's own mask code tells.
+    """
+    denied = False
+    for module in (part for attention in attentions for part in modules_of(attention)):
         flag = before_patch(module, "is_causal")
         flag = getattr(module, "is_decoder", None) if flag is None else flag  # BERT, T5 and their kind on old releases
-        if isinstance(flag, bool):
-            flags.append(flag)
-    return flags
+        if flag is True:
+            return True
+        denied = denied or flag is False
+    return not denied
 
 
 def _kinds(modules: Iterable[nn.Module]) -> str:
@@ -240,20 +243,19 @@ def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.
 def _unsupported_parts(layer: nn.Module) -> list[str]:
     """Classes of what mixes tokens in a layer by other means than attention, or may do so in a layer without attention."""
     others = _other_mixers(layer)
-    if others or any(is_attention(module) for module in layer.modules()):
+    if others or any(map(is_attention, modules_of(layer))):
         return others
     return [type(m).__name__ for m in layer.children() if not POSITIONWISE.search(type(m).__name__)]
 
 
 def _other_mixers(layer: nn.Module) -> list[str]:
     """Classes of what mixes tokens in `layer` by other means than attention; of a convolution, what holds it."""
-    names = [type(module).__name__ for module in layer.modules() if _mixes_otherwise(module)]
+    names = [type(module).__name__ for module in modules_of(layer) if _mixes_otherwise(module)]
     inside = [name for name in dict.fromkeys(names) if name != type(layer).__name__]
     return inside or names[:1]
 
 
 def _mixes_otherwise(module: nn.Module) -> bool:
-    if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children()):
+    if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module._modules.values()):
         return True
-    name = type(module).__name__
-    return RECURRENT.search(name) is not None and "norm" not in name.lower() and not is_attention(module)
+    return is_recurrent(type(module)) and not is_attention(module)

@@ -16,6 +16,7 @@ from weakref import WeakSet
 RECORD = "_bidirect_patch"  # the one key in an instance's __dict__ under which all that we know of it is kept
 _LINK = "_bidirect_patch_link"  # on a dynamic class: its forward, which hands on to the class below
 _entries: "WeakSet[Any]" = WeakSet()  # the forwards of all dynamic classes
+_SHARDED = frozenset({"FSDPModule", "FullyShardedDataParallel"})  # by name: FSDP need not be imported
 
 
 class Swapped:
@@ -136,12 +137,18 @@ def has_forward(cls: type) -> bool:
 
 def original(cls: type) -> type:
     """The model's own class under our dynamic class, and under FSDP's on top of that; else `cls` itself."""
-    return next(c for c in cls.__mro__ if not issubclass(c, Swapped) and not is_sharded(c))
+    for c in cls.__mro__:
+        if not issubclass(c, Swapped) and not is_sharded(c):
+            return c
+    return cls
 
 
 def is_sharded(cls: type) -> bool:
     """Whether `cls` is a class of FSDP's, of either kind."""
-    return any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in cls.__mro__)
+    for c in cls.__mro__:  # loops, since every module of a model is asked, and a generator costs more than the rest
+        if c.__name__ in _SHARDED:
+            return True
+    return False
 
 
 def has_mixin(module: object, mixin: type[Swapped]) -> bool:

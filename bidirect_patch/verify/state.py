@@ -5,6 +5,7 @@ from torch import nn
 from ..attention.attention_forward import BidirectionalAttention
 from ..attention.model_forward import BidirectionalModel
 from ..model.find import Decoder
+from ..model.walk import modules_of
 from ..swap.classes import Swapped, has_mixin
 from ..swap.instance_forward import calls_the_patch
 from ..swap.plan import record_of
@@ -25,7 +26,7 @@ def has_any_patch(decoder: Decoder) -> bool:
 
 def decoder_modules(decoder: Decoder) -> list[nn.Module]:
     """Every module that the patch may change for a decoder."""
-    parts = [part for attention in decoder.attentions for part in attention.module.modules()]
+    parts = [part for attention in decoder.attentions for part in modules_of(attention.module)]
     return [*decoder.mask_makers, *parts]
 
 
