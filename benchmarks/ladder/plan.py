@@ -94,7 +94,7 @@ CPU = Scale(
         "warmup_steps": 10,
         "gradient_checkpointing": False,
     },
-    simcse_steps=100,
+    simcse_steps=60,
     more_simcse_steps=60,
 )
 
