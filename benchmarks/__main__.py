@@ -27,7 +27,7 @@ Made by `python -m benchmarks`. Each section is one script, run in a process of 
 seconds on one thread, in turns: one round runs each way once, and a ratio is taken within a round. `a / b / c` is the
 minimum, median and maximum over rounds; `b [a, c]` is the median and the quartiles.
 """
-GPU_TITLE = "## On a GPU"
+KEPT = ("## The ladder", "## On a GPU", "## Mutants")  # sections that other commands make
 SECTIONS = (  # title, script and its arguments
     ("The MNTP head against the stock step", ("head", "--quick", "--rounds", "3")),
     ("Growth with vocabulary, length, layers and scored share", ("growth",)),
@@ -85,10 +85,11 @@ def _head_goal(body: str) -> str:
     )
 
 
-def gpu_section(text: str) -> str:
-    """The section of RESULTS.md about a GPU, which this script doesn't measure and keeps as it is."""
-    found = re.search(rf"^{re.escape(GPU_TITLE)}$.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    return f"\n{found[0].rstrip()}\n" if found else ""
+def kept_sections(text: str) -> str:
+    """The sections of RESULTS.md that this script doesn't measure and keeps as they are."""
+    titles = "|".join(map(re.escape, KEPT))
+    found = re.findall(rf"^(?:{titles})$.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return "".join(f"\n{section.rstrip()}\n" for section in found)
 
 
 def _time_goal(took: dict[str, float]) -> str:
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if os.path.exists(options.output):
         with open(options.output) as file:
-            text += gpu_section(file.read())
+            text += kept_sections(file.read())
     with open(options.output, "w") as file:
         file.write(text)
 

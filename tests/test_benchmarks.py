@@ -1,6 +1,7 @@
 """The benchmarks run: each script imports, and the cheap ones print a table. What they measure is not tested."""
 
 import importlib
+import os
 import pkgutil
 
 import pytest
@@ -76,9 +77,19 @@ def test_padded_and_padding_free_batches_train_alike(capsys):
     assert [row.split("|")[3].strip() == "100%" for row in rows] == [False, False, True, True]
 
 
-def test_measuring_again_keeps_what_a_gpu_gave():
+@pytest.mark.parametrize("title", importlib.import_module("benchmarks.__main__").KEPT)
+def test_measuring_again_keeps_what_other_commands_gave(title):
+    kept = importlib.import_module("benchmarks.__main__").kept_sections
+    section = f"{title}\n\nCard: H100.\n\n### Speed\n\n| a |\n"
+    assert kept(f"# All\n\n## One\n\n{section}") == f"\n{section}"
+    assert kept(f"{section}\n## Two\n") == f"\n{section}"
+    assert kept(f"{title} and more\n") == kept("## One\n") == ""
+
+
+def test_each_section_of_the_results_has_a_command_that_makes_it():
     module = importlib.import_module("benchmarks.__main__")
-    section = "## On a GPU\n\nCard: H100.\n\n### Speed\n\n| a |\n"
-    assert module.gpu_section(f"# All\n\n## One\n\n{section}") == f"\n{section}"
-    assert module.gpu_section(f"{section}\n## Two\n") == f"\n{section}"
-    assert module.gpu_section("## One\n") == ""
+    with open(os.path.join(os.path.dirname(module.FIGURES), "RESULTS.md")) as file:
+        titles = [line.strip().removeprefix("## ") for line in file if line.startswith("## ")]
+    made = [section[0] for section in module.SECTIONS] + [title.removeprefix("## ") for title in module.KEPT]
+    also = ("The patch against the peers, transformers", "Beside llm2vec 0.2.3", "Embeddings beside llm2vec 0.2.3")
+    assert [title for title in titles if title not in made and not title.startswith(also)] == []

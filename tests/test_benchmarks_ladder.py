@@ -87,6 +87,19 @@ def test_an_echo_pools_the_second_time_alone(decoder):
     np.testing.assert_allclose(found, hidden[len(once) :].mean(0), atol=1e-5)
 
 
+def test_a_centred_cosine_is_of_the_embeddings_minus_the_centre(decoder):
+    tokenizer = make_tokenizer()
+    pairs = Pairs(["w7 w8 w9", "w5"], ["w5", "w6 w7"], np.array([1.0, 2.0]))
+    centre = encode.centres(decoder, tokenizer, ["w20 w21", "w22"], [2])
+    found = encode.cosines(decoder, tokenizer, pairs, centre)
+    rows = encode.embed(decoder, tokenizer, ["w7 w8 w9", "w5", "w6 w7", "w20 w21", "w22"], [2])[2, "mean"].astype(float)
+    for way, middle in ((Way(2, "mean", False), 0), (Way(2, "mean", True), rows[3:].mean(0))):
+        for i, (a, b) in enumerate(((0, 1), (1, 2))):
+            one, other = rows[a] - middle, rows[b] - middle
+            expected = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+            np.testing.assert_allclose(found[way][i], expected, atol=1e-5)
+
+
 def _results(pairs, good):
     """Cosines of every set that agree with the scores in the way `good` alone."""
     generator = np.random.default_rng(1)

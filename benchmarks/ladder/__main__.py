@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ladder import figure, plan, results, table, training
-from benchmarks.ladder.encode import cosines
+from benchmarks.ladder.encode import centres, cosines
 from benchmarks.ladder.model import MODELS, real_model, save_plain
 from benchmarks.ladder.plan import Row, Scale
 from benchmarks.ladder.texts import DEV, TEST, Pairs, load_pairs, load_paragraphs, split_sentences
@@ -53,9 +53,10 @@ class Ladder:
         decoder, tokenizer = self.trainer.decoder(row, seed, self.whole)
         depth = decoder.config.num_hidden_layers
         layers = [depth * part // 5 for part in range(1, 6)] if row.whole else [depth // 2, depth]
+        centre = centres(decoder, tokenizer, self.sentences[: self.scale.centre], layers, row.echo)
         for name in missing:
             self.log(f"{row.name}, seed {seed}: {name}")
-            found[name] = cosines(decoder, tokenizer, self.pairs[name], layers, self.sentences[: self.scale.centre], row.echo)
+            found[name] = cosines(decoder, tokenizer, self.pairs[name], centre, row.echo)
             results.save(file, found)
 
     def results(self) -> dict[Row, list[results.Cosines]]:

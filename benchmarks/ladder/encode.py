@@ -1,6 +1,6 @@
 """Embeddings of many texts under each pooling and from several layers, out of one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,13 +98,15 @@ def _embed_batch(
     return found
 
 
+def centres(
+    decoder: Any, tokenizer: Any, sentences: Sequence[str], layers: Sequence[int], echo: bool = False
+) -> dict[tuple[int, str], np.ndarray]:
+    """The mean embedding of sentences by layer and pooling, (width,), float32; the arguments are those of `embed`."""
+    return {key: rows.mean(0) for key, rows in embed(decoder, tokenizer, sentences, layers, echo).items()}
+
+
 def cosines(
-    decoder: Any,
-    tokenizer: Any,
-    pairs: Pairs,
-    layers: Sequence[int],
-    centre: Sequence[str],
-    echo: bool = False,
+    decoder: Any, tokenizer: Any, pairs: Pairs, centre: Mapping[tuple[int, str], np.ndarray], echo: bool = False
 ) -> dict[Way, np.ndarray]:
     """The cosine of each pair in every way, (pairs,), float64.
 
@@ -112,19 +114,17 @@ def cosines(
         decoder: The bare decoder, in eval mode.
         tokenizer: Its tokenizer.
         pairs: The pairs.
-        layers: After how many layers.
-        centre: The sentences whose mean embedding is taken away.
+        centre: What `centres` gives; its layers are those that are pooled.
         echo: Read each text twice and pool its second time.
     """
     unique = sorted({*pairs.first, *pairs.second})
     where = {text: i for i, text in enumerate(unique)}
-    vectors = embed(decoder, tokenizer, unique, layers, echo)
-    centres = {key: rows.mean(0) for key, rows in embed(decoder, tokenizer, centre, layers, echo).items()}
+    vectors = embed(decoder, tokenizer, unique, sorted({layer for layer, _ in centre}), echo)
     first, second = ([where[text] for text in side] for side in (pairs.first, pairs.second))
     found = {}
     for (layer, pooling), rows in vectors.items():
         for centred in (False, True):
-            x = (rows - centres[layer, pooling] * centred).astype(np.float64)
+            x = (rows - centre[layer, pooling] * centred).astype(np.float64)
             x /= np.linalg.norm(x, axis=1, keepdims=True)
             found[Way(layer, pooling, centred)] = (x[first] * x[second]).sum(1)
     return found

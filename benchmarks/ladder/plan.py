@@ -51,7 +51,7 @@ class Scale:
     simcse_steps: int
     more_simcse_steps: int
     pairs: int | None = None
-    centre: int = 1000  # sentences whose mean embedding is taken away
+    centre: int = 300  # sentences whose mean embedding is taken away
     rows: tuple[Row, ...] = field(init=False)
 
     def __post_init__(self) -> None:
