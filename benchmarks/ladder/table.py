@@ -102,5 +102,6 @@ def write_differences(comparison: Comparison) -> str:
     verdict = "reached" if ahead and all(ahead) else "not reached"
     return (
         f"The bidirectional row that is best on STS-B dev is: {best.name}. Its difference to each causal row, with the 95 % "
-        f"interval of the same draws:\n\n{table}\n\nGoal: above each causal row on each set, with the interval above 0: {verdict}."
+        f"interval of the same draws:\n\n{table}\n\n"
+        f"Goal: above each causal row on each set, with the interval above 0: {verdict}."
     )
