@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ladder.plan import Row, Scale, Settings
+from benchmarks.ladder.plan import PUBLISHED, Row, Scale, Settings
 from benchmarks.measure import ROOT
 
 TOOK = "seconds.json"  # written when a run is done: a folder without it is trained anew
@@ -71,7 +72,8 @@ class Trainer:
         if row.mntp:
             settings["peft_model_name_or_path"] = str(self.mntp(seed))
         folder = self._folder(row, seed)
-        run_command("simcse", self.scale.simcse | settings, folder, self.log)
+        published = PUBLISHED if row.published else {}
+        run_command("simcse", self.scale.simcse | published | settings, folder, self.log)
         return folder
 
     def seconds(self, row: Row, seeds: int) -> float:
@@ -87,7 +89,8 @@ class Trainer:
         return sum(json.loads((folder / TOOK).read_text()) for folder in folders)
 
     def _folder(self, row: Row, seed: int) -> Path:
-        return self.work / f"{row.name.replace(' ', '-').replace('+', 'and').replace(',', '')}-{seed}"
+        words = re.findall(r"\w+", row.name.replace("+", "and").replace("'", ""))
+        return self.work / f"{'-'.join(words)}-{seed}"
 
     def decoder(self, row: Row, seed: int, whole_model: Path) -> tuple[Any, Any]:
         """The trained decoder of a row, in eval mode, and its tokenizer."""
