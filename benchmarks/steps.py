@@ -146,6 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
             "mntp": ("mntp", mntp),
             "simcse": ("simcse", simcse),
             "simcse, no checkpoints": ("simcse", simcse | {"gradient_checkpointing": False}),
+            "simcse, 8 pairs at a time, no checkpoints": (
+                "simcse",
+                simcse | {"gradient_checkpointing": False, "mini_batch_size": min(8, shape.pairs)},
+            ),
         }
         for name, (command, settings) in ways.items():
             settings = settings | {"model_name_or_path": str(folder / "model")}
