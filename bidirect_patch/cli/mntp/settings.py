@@ -62,7 +62,10 @@ class DataArguments:
 class MNTPArguments:
     """How tokens are masked, and when training stops."""
 
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict, in (0, 1]."})
+    mlm_probability: list[float] = field(
+        default_factory=lambda: [0.15],
+        metadata={"help": "Share of tokens to predict, in (0, 1]; or two: each text's share is drawn between them."},
+    )
     mask_token_type: Literal["blank", "eos", "mask"] = field(
         default="blank",
         metadata={"help": "What hides a token if the tokenizer has no mask token: _, its end token, or <mask>, added."},
@@ -125,11 +128,18 @@ def parse(argv: list[str]) -> Settings:
     check_output_dir(output_dir, "a folder for checkpoints and the result")
     _check_data(settings.data, training.do_train, training.do_eval)
     check_lora(settings.model)
-    if not 0 < settings.mntp.mlm_probability <= 1:
-        raise ConfigError(f"mlm_probability must be in (0, 1]; got {settings.mntp.mlm_probability}")
+    _check_shares(settings.mntp.mlm_probability)
     check_counts(settings.mntp, "stop_after_n_steps")
     _check_training(training)
     return settings
+
+
+def _check_shares(shares: list[float]) -> None:
+    for share in shares:
+        check_range("mlm_probability", share, Range(0, 1, open_low=True))
+    if len(shares) > 2 or shares != sorted(shares):
+        given = " ".join(map(str, shares))
+        raise ConfigError(f"mlm_probability takes one number, or two, the lower one first; got {given}")
 
 
 def _check_training(training: MNTPTrainingArguments) -> None:
