@@ -25,7 +25,7 @@ def shares(batch):
 
 def distance_to_uniform(found):
     """Kolmogorov's statistic: how far the found numbers' distribution is from the uniform one of [LOW, HIGH]."""
-    expected = (np.sort(found) - LOW) / (HIGH - LOW)
+    expected = np.clip((np.sort(found) - LOW) / (HIGH - LOW), 0, 1)
     steps = np.arange(len(found) + 1) / len(found)
     return max(np.abs(steps[1:] - expected).max(), np.abs(expected - steps[:-1]).max())
 

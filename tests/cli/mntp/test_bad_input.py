@@ -60,7 +60,7 @@ pytest.importorskip("peft", reason="the training command needs the extra [train]
         ({"max_grad_norm": "nan"}, "max_grad_norm must be 0 or more; got nan"),
         ({"train_file": "a\0b"}, "train_file holds a character that no path and no name can have: 'a\\x00b'"),
         ({"model_name_or_path": "/tmp/\udc80"}, "model_name_or_path holds a character"),
-        ({"metric_for_best_model": "f1"}, "metric_for_best_model must be loss or accuracy; got 'f1'"),
+        ({"metric_for_best_model": "f1"}, "metric_for_best_model must be loss, accuracy or sts_spearman; got 'f1'"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 4096}, "a batch takes 4096 sequences"),
         ({"mlm_probability": [0.5, 0.1]}, "takes one number, or two, the lower one first; got 0.5 0.1"),
         ({"mlm_probability": [0.1, 0.2, 0.3]}, "takes one number, or two, the lower one first; got 0.1 0.2 0.3"),
