@@ -50,6 +50,25 @@ class Report:
         cells = (f"{metrics[f'{prefix}_{c.metric}']:{c.width}{c.form}}" for c in self.columns)
         self.lines.append(f"{label:28}" + "".join(cells))
 
+    def add_result(self, untrained: str) -> None:
+        """Add the evaluations of the schedule to the table, then evaluate the result and add it to the table and the file.
+
+        Args:
+            untrained: What the result is called in the table where nothing was trained.
+        """
+        trainer = self.trainer
+        last, best = trainer.state.global_step, None
+        if trainer.args.load_best_model_at_end:
+            best = trainer.state.best_model_checkpoint
+        names = {f"eval_{column.metric}" for column in self.columns}
+        for entry in trainer.state.log_history:
+            if names <= entry.keys() and (best or entry["step"] != last):
+                self.add_line("eval", f"step {entry['step']}", entry)
+        label = f"after {last} steps" if trainer.args.do_train else untrained
+        if best:
+            label = f"the best, of step {best.rpartition('-')[2]}"
+        self.add("eval", label, trainer.evaluate())
+
     def show(self) -> None:
         """Print the table, in the main process, if there is an evaluation in it."""
         if len(self.lines) > 1 and self.trainer.is_world_process_zero():

@@ -194,14 +194,17 @@ def _convert(
         check_text(name, value)
     structured = {name: value for name, value in settings.items() if isinstance(value, (dict, list))}
     ours = {f.name for kind in kinds[:-1] for f in fields(kind)}
-    for name, value in structured.items():
+    flags = [f"--{name}={value}" for name, value in settings.items() if name not in structured and value is not None]
+    for name, value in list(structured.items()):
         kind = str(types[name]).lower()
         if "list" in kind and name in ours:
-            if not isinstance(value, list) or not ("int" in kind or all(isinstance(part, str) for part in value)):
+            of_numbers = re.search("int|float", kind)
+            if not isinstance(value, list) or not (of_numbers or all(isinstance(part, str) for part in value)):
                 raise ConfigError(f"{name} takes one value or a list of them; got {value!r}")
+            if of_numbers:
+                flags += [f"--{name}", *map(str, structured.pop(name))]
         elif name in ours or (re.search("int|float|bool", kind) and not re.search("dict|list", kind)):
             raise ConfigError(f"{name} is one value; got {value!r}")
-    flags = [f"--{name}={value}" for name, value in settings.items() if name not in structured and value is not None]
     return vars(parser.parse_args(flags)) | structured
 
 

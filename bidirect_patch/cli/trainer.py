@@ -28,10 +28,19 @@ class RunTrainer(Trainer):
         super().__init__(**kwargs)
         self.add_callback(StopAfter(stop_after_n_steps))
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate. Training is the same without it: the random numbers that this draws are put back."""
+        with torch.random.fork_rng(devices=[]):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
     def load_finished(self, checkpoint: str) -> None:
-        """Take a checkpoint of the last step as the result. Nothing is left to train."""
-        self._load_from_checkpoint(checkpoint)
+        """Take a checkpoint of the last step as the result, or the best one if that is asked for. Nothing is left to train."""
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(checkpoint)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create the optimizer, or raise ConfigError where its package is not installed or its arguments do not fit."""

@@ -38,7 +38,8 @@ class MNTPCollator:
 
     Args:
         tokenizer: any transformers tokenizer, with or without a mask or pad token. It is read and never changed.
-        mlm_probability: share of tokens to predict, in (0, 1].
+        mlm_probability: share of tokens to predict, in (0, 1]. Or a range (low, high): each text, and each document of a packed
+            row, has a share of its own, drawn uniformly from it.
         mask_token: the token that hides another one. Default: the tokenizer's own mask token, else `_`. It must be exactly
             one id.
         mask_replace_prob: share of the chosen tokens that become the mask token, in [0, 1].
@@ -71,7 +72,7 @@ class MNTPCollator:
         self,
         tokenizer: Any,
         *,
-        mlm_probability: float = 0.2,
+        mlm_probability: float | Sequence[float] = 0.2,
         mask_token: str | None = None,
         mask_replace_prob: float = 0.8,
         random_replace_prob: float = 0.1,
@@ -81,7 +82,8 @@ class MNTPCollator:
         seed: int | None = None,
         repeatable: bool = False,
     ) -> None:
-        _check_shares(mlm_probability, mask_replace_prob, random_replace_prob)
+        share = _share_or_range(mlm_probability)
+        _check_replacements(mask_replace_prob, random_replace_prob)
         _require_flag("padding_free", padding_free)
         _require_flag("return_flash_attn_kwargs", return_flash_attn_kwargs)
         _require_flag("repeatable", repeatable)
@@ -89,7 +91,7 @@ class MNTPCollator:
         _check_seed(seed, repeatable)
         check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
-        self.mlm_probability = mlm_probability
+        self.mlm_probability = share
         self.mask_replace_prob = mask_replace_prob
         self.random_replace_prob = random_replace_prob
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -139,7 +141,9 @@ class MNTPCollator:
         eligible = real & ~first & ~torch.from_numpy(np.isin(ids, self._special_ids))
         if any("special_tokens_mask" in row for row in rows):
             eligible &= torch.from_numpy(join(rows, "special_tokens_mask", lengths, 0) == 0)
-        tokens, labels = self._hide(torch.from_numpy(ids), eligible, self.draws(rows))
+        draws = self.draws(rows)
+        is_chosen = eligible & (draws[0] < self._shares(draws, first))
+        tokens, labels = self._hide(torch.from_numpy(ids), is_chosen, draws)
         if self.padding_free:
             return self._in_one_row(tokens, labels, first.numpy())
         return self._padded(tokens, labels, real, rows, lengths)
@@ -151,12 +155,19 @@ class MNTPCollator:
             rows: the texts, each a dict of int64 arrays (length,) with `input_ids`.
 
         Returns:
-            (3, total), float32, in [0, 1).
+            (3, total), float32, in [0, 1). With a range of shares (4, total): the last number of a document's first token
+            says where in the range its share is.
         """
         if self.repeatable:
             assert self.seed is not None  # checked when the collator was made
-            return torch.cat([text_draws(row, self.seed) for row in rows], 1)
-        return torch.rand(3, sum(len(row["input_ids"]) for row in rows), generator=self._generator())
+            return torch.cat([text_draws(row, self.seed, count=self.draws_per_token) for row in rows], 1)
+        total = sum(len(row["input_ids"]) for row in rows)
+        return torch.rand(self.draws_per_token, total, generator=self._generator())
+
+    @property
+    def draws_per_token(self) -> int:
+        """How many uniform numbers each token gets."""
+        return 4 if isinstance(self.mlm_probability, tuple) else 3
 
     def _generator(self) -> torch.Generator | None:
         if self.seed is None:
@@ -181,9 +192,23 @@ class MNTPCollator:
             index = int(np.searchsorted(lengths.cumsum(), at, side="right"))
             raise CollatorError(f"input_ids of feature {index} has the id {ids[at]}; {rule}.")
 
-    def _hide(self, ids: Tensor, eligible: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and which of them may be chosen, (total,) -> ids with some hidden, and labels, both (total,)."""
-        chosen = ((draws[0] < self.mlm_probability) & eligible).nonzero().squeeze(1)
+    def _shares(self, draws: Tensor, first: Tensor) -> Tensor | float:
+        """The share of tokens to predict: one number, or that of each token's document, (total,).
+
+        Args:
+            draws: (4, total), float32, in [0, 1).
+            first: (total,), bool, True where a document starts.
+        """
+        if not isinstance(self.mlm_probability, tuple):
+            return self.mlm_probability
+        low, high = self.mlm_probability
+        of_documents = low + (high - low) * draws[3, first]
+        before_any = of_documents.new_zeros(1)  # padding on the left
+        return torch.cat([before_any, of_documents])[first.cumsum(0)]
+
+    def _hide(self, ids: Tensor, is_chosen: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and which of them are to be predicted, (total,) -> ids with some hidden, and labels, both (total,)."""
+        chosen = is_chosen.nonzero().squeeze(1)
         labels = torch.full_like(ids, IGNORED)
         labels[chosen] = ids[chosen]
         draw = draws[1, chosen]
@@ -240,13 +265,13 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def text_draws(row: Row, *numbers: int) -> Tensor:
-    """Uniform numbers for the tokens of one text that depend on `numbers` and on its real tokens alone, (3, length), float32."""
+def text_draws(row: Row, *numbers: int, count: int = 3) -> Tensor:
+    """Uniform numbers for the tokens of one text that depend on `numbers` and its real tokens alone, (count, length), float32."""
     ids = row["input_ids"]
     real = row.get("attention_mask", np.ones_like(ids)) != 0
-    draws = torch.zeros(3, len(ids))
+    draws = torch.zeros(count, len(ids))
     generator = seeded(*numbers, zlib.crc32(ids[real].tobytes()))
-    draws[:, torch.from_numpy(real)] = torch.rand(3, int(real.sum()), generator=generator)
+    draws[:, torch.from_numpy(real)] = torch.rand(count, int(real.sum()), generator=generator)
     return draws
 
 
@@ -262,10 +287,23 @@ def _document_starts(rows: list[Row], lengths: np.ndarray, real: Tensor) -> Tens
     return first | starts(positions[None], real[None])[0]
 
 
-def _check_shares(mlm_probability: Any, mask_replace_prob: Any, random_replace_prob: Any) -> None:
-    _require_share("mlm_probability", mlm_probability)
-    if mlm_probability == 0:
+def _share_or_range(given: Any) -> float | tuple[float, float]:
+    """`mlm_probability` as the collator keeps it, checked."""
+    if isinstance(given, (tuple, list)):
+        if len(given) == 2 and all(_is_share(end) and end > 0 for end in given) and given[0] <= given[1]:
+            return float(given[0]), float(given[1])
+        raise CollatorError(
+            "mlm_probability must be a number from 0 to 1, or a range of two such numbers above 0, the lower one first; got "
+            f"{given!r}."
+        )
+    _require_share("mlm_probability", given)
+    if given == 0:
         raise CollatorError("mlm_probability must be above 0, or nothing is ever predicted; got 0.")
+    share: float = given
+    return share
+
+
+def _check_replacements(mask_replace_prob: Any, random_replace_prob: Any) -> None:
     _require_share("mask_replace_prob", mask_replace_prob)
     _require_share("random_replace_prob", random_replace_prob)
     if mask_replace_prob + random_replace_prob > 1 + 1e-9:
@@ -297,8 +335,12 @@ def _require_flag(name: str, value: Any) -> None:
         raise CollatorError(f"{name} must be True or False; got {value!r}.")
 
 
+def _is_share(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) <= 1
+
+
 def _require_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+    if not _is_share(value):
         raise CollatorError(f"{name} must be a number from 0 to 1; got {value!r}.")
 
 

@@ -133,6 +133,8 @@ def test_settings_of_another_kind_are_refused(tokenizer, settings, said):
     "settings",
     [
         {"mlm_probability": 1},
+        {"mlm_probability": [np.float32(0.5), 1]},
+        {"mlm_probability": (0.5, 0.5)},
         {"mask_replace_prob": 0, "random_replace_prob": 1},
         {"mask_replace_prob": 0.7, "random_replace_prob": 0.3},
         {"mask_replace_prob": 1 - 0.9, "random_replace_prob": 0.9 + 1e-10},

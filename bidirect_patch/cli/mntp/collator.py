@@ -27,7 +27,9 @@ class RepeatableCollator(MNTPCollator):
 
     def draws(self, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
         """Draw as MNTPCollator does, but from a generator of its own for each text."""
-        return torch.cat([text_draws(row, self.seed or 0, number) for row, number in zip(rows, self._passes)], 1)
+        count = self.draws_per_token
+        of_texts = [text_draws(row, self.seed or 0, n, count=count) for row, n in zip(rows, self._passes)]
+        return torch.cat(of_texts, 1)
 
 
 def make_collator(
@@ -49,13 +51,14 @@ def make_collator(
     if mask_token is None and tokenizer.mask_token is None:
         mask_token = {"blank": "_", "eos": tokenizer.eos_token, "mask": ADDED_MASK}[mntp.mask_token_type]
     always = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0}
-    shares: dict[str, Any] = always if mntp.data_collator_type == "all_mask" else {}
+    replacements: dict[str, Any] = always if mntp.data_collator_type == "all_mask" else {}
+    shares = mntp.mlm_probability
     return RepeatableCollator(
         tokenizer,
-        mlm_probability=mntp.mlm_probability,
+        mlm_probability=shares if len(shares) > 1 else shares[0],
         mask_token=mask_token,
         pad_to_multiple_of=sequence_length(tokenizer, data) if data.pad_to_max_length else None,
         padding_free=padding_free,
         seed=seed,
-        **shares,
+        **replacements,
     )

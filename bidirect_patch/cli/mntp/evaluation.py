@@ -10,6 +10,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from ...mntp.collator import IGNORED
 from ...patch import bidirectional
 from ..report import Column, Report
+from .settings import SPEARMAN
 
 
 def masked_token_sums(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -38,9 +39,11 @@ def summarize(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def make_report(trainer: Any) -> Report:
-    """Return the report of a run: loss and accuracy."""
-    columns = (Column("loss", "loss", 8, ".3f"), Column("accuracy", "accuracy", 10, ".1%"))
-    return Report(trainer, "masked next token prediction", columns)
+    """Return the report of a run: loss and accuracy, and the correlation of Spearman in percent if there are pairs."""
+    columns = [Column("loss", "loss", 8, ".3f"), Column("accuracy", "accuracy", 10, ".1%")]
+    if trainer.sentence_pairs is not None:
+        columns.append(Column(SPEARMAN, "Spearman", 10, ".1%"))
+    return Report(trainer, "masked next token prediction", tuple(columns))
 
 
 def evaluate_baselines(trainer: Any, model: PreTrainedModel, report: Report) -> None:

@@ -14,6 +14,8 @@ from ..output_folder import check_output_dir
 from ..ranges import LONGEST_SEQUENCE, WORKERS, Range, check_range
 from ..settings import CommonModelArguments, check_counts, check_given, check_lora, parse_settings
 
+PoolingMode = Literal["mean", "weighted_mean"]
+
 
 @dataclass
 class ModelArguments(CommonModelArguments):
@@ -62,7 +64,10 @@ class DataArguments:
 class MNTPArguments:
     """How tokens are masked, and when training stops."""
 
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict, in (0, 1]."})
+    mlm_probability: list[float] = field(
+        default_factory=lambda: [0.15],
+        metadata={"help": "Share of tokens to predict, in (0, 1]; or two: each text's share is drawn between them."},
+    )
     mask_token_type: Literal["blank", "eos", "mask"] = field(
         default="blank",
         metadata={"help": "What hides a token if the tokenizer has no mask token: _, its end token, or <mask>, added."},
@@ -72,6 +77,17 @@ class MNTPArguments:
         default="default", metadata={"help": "Mask, random token or unchanged 80/10/10; or always the mask."}
     )
     stop_after_n_steps: int = field(default=10000, metadata={"help": "Stop here, wherever the schedule is."})
+    eval_sts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate the encoder too, in each evaluation, on this .csv or .jsonl of sentence1, sentence2 and "
+            "score: Spearman's correlation of the scores with the cosines. Sentences are cut at 1024 tokens, or at the "
+            "limit of tokenizer or model."
+        },
+    )
+    eval_sts_pooling: PoolingMode = field(
+        default="mean", metadata={"help": "How the token vectors of a sentence become one for eval_sts."}
+    )
     eval_baselines: bool = field(
         default=True,
         metadata={"help": "With do_eval, evaluate both models before the first step (not under FSDP or DeepSpeed)."},
@@ -96,7 +112,8 @@ REPLACES = {
     "dataset_config_name": ("train_file", "validation_file"),
 }
 
-METRICS = ("loss", "accuracy")  # of an evaluation
+SPEARMAN = "sts_spearman"  # of an evaluation with eval_sts
+METRICS = ("loss", "accuracy", SPEARMAN)
 
 KINDS = (ModelArguments, DataArguments, MNTPArguments, MNTPTrainingArguments)
 
@@ -125,22 +142,38 @@ def parse(argv: list[str]) -> Settings:
     check_output_dir(output_dir, "a folder for checkpoints and the result")
     _check_data(settings.data, training.do_train, training.do_eval)
     check_lora(settings.model)
-    if not 0 < settings.mntp.mlm_probability <= 1:
-        raise ConfigError(f"mlm_probability must be in (0, 1]; got {settings.mntp.mlm_probability}")
+    _check_shares(settings.mntp.mlm_probability)
     check_counts(settings.mntp, "stop_after_n_steps")
     _check_training(training)
+    _check_sts(settings.mntp, training)
     return settings
+
+
+def _check_shares(shares: list[float]) -> None:
+    for share in shares:
+        check_range("mlm_probability", share, Range(0, 1, open_low=True))
+    if len(shares) > 2 or shares != sorted(shares):
+        given = " ".join(map(str, shares))
+        raise ConfigError(f"mlm_probability takes one number, or two, the lower one first; got {given}")
 
 
 def _check_training(training: MNTPTrainingArguments) -> None:
     metric = training.metric_for_best_model
     if metric is not None and str(metric).removeprefix("eval_") not in METRICS:
-        raise ConfigError(f"metric_for_best_model must be {' or '.join(METRICS)}; got {metric!r}")
+        raise ConfigError(f"metric_for_best_model must be {', '.join(METRICS[:-1])} or {METRICS[-1]}; got {metric!r}")
     if getattr(training, "use_liger_kernel", False) and find_spec("liger_kernel") is None:
         raise ConfigError("use_liger_kernel needs liger-kernel: pip install 'bidirect-patch[engines]', or take it out")
     strategy = getattr(training, "train_sampling_strategy", None)
     if getattr(strategy, "value", strategy) == "batch_rebalance":
         raise ConfigError("train_sampling_strategy=batch_rebalance is not for mntp: give random or group_by_length")
+
+
+def _check_sts(mntp: MNTPArguments, training: MNTPTrainingArguments) -> None:
+    if mntp.eval_sts and not training.do_eval:
+        raise ConfigError("eval_sts is a part of an evaluation, and there is none: give do_eval, or eval_strategy")
+    is_metric = str(training.metric_for_best_model).removeprefix("eval_") == SPEARMAN
+    if is_metric and not mntp.eval_sts:
+        raise ConfigError(f"metric_for_best_model={SPEARMAN} needs eval_sts, a file of sentence1, sentence2 and score")
 
 
 def _check_data(data: DataArguments, do_train: bool, do_eval: bool) -> None:

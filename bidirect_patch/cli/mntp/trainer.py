@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from transformers import EvalPrediction
 
 from ...mntp.collator import MNTPCollator
 from ..checkpoints import check_same_weights, resuming
@@ -16,6 +17,8 @@ from .evaluation import masked_token_sums, summarize
 from .model import adapter_of
 from .passes import CountingSampler
 from .saving import save_bidirectional
+from .sentence_pairs import SentencePairs
+from .settings import SPEARMAN
 
 
 class MNTPTrainer(RunTrainer):
@@ -24,17 +27,21 @@ class MNTPTrainer(RunTrainer):
     Args:
         tokenizer: Is saved with the model.
         eval_collator: Makes the batches of an evaluation.
+        sentence_pairs: The encoder's own quality is evaluated on them, next to the masked tokens.
         **kwargs: The other arguments of RunTrainer and Trainer. `data_collator` makes the batches of training.
     """
 
     data_collator: Any
 
-    def __init__(self, *, tokenizer: Any, eval_collator: MNTPCollator, **kwargs: Any) -> None:
-        super().__init__(compute_metrics=summarize, **kwargs)
+    def __init__(
+        self, *, tokenizer: Any, eval_collator: MNTPCollator, sentence_pairs: SentencePairs | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(compute_metrics=self._summarize, **kwargs)
         self.label_names = ["labels"]
         self._counting: CountingSampler | None = None
         self.text_tokenizer = tokenizer
         self.eval_collator = eval_collator
+        self.sentence_pairs = sentence_pairs
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return the dataloader of an evaluation, with its own collator."""
@@ -71,6 +78,15 @@ class MNTPTrainer(RunTrainer):
         """Return which weights decay: not the rows of an embedding that are kept as they are."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if WHOLE_MODULES not in name]
+
+    def _summarize(self, prediction: EvalPrediction) -> dict[str, float]:
+        metrics = summarize(prediction)
+        if self.sentence_pairs is not None:
+            backbone = self.accelerator.unwrap_model(self.model).base_model
+            with self.compute_loss_context_manager():
+                found = self.sentence_pairs.spearman(self.model, backbone, self.args.eval_batch_size)
+            metrics[SPEARMAN] = found
+        return metrics
 
     # The methods below replace private methods of Trainer.
 

@@ -4,17 +4,18 @@ import logging
 import math
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, set_seed
 
 from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import check_space, make_output_dir
+from ..pairs import load_pairs
 from ..settings import transformers_errors
 from .collator import make_collator
 from .data import load_sequences, sequence_length
 from .evaluation import evaluate_baselines, make_report
 from .model import add_adapter, check_model, load_model, load_tokenizer
+from .sentence_pairs import SentencePairs
 from .settings import Settings
 from .trainer import MNTPTrainer
 from .vocabulary import add_mask_token, add_rows
@@ -32,13 +33,11 @@ def train(settings: Settings) -> None:
     if training.do_train and checkpoint is None and training.should_save:
         put_aside_checkpoints(str(training.output_dir))
     if training.do_eval and settings.mntp.eval_baselines and checkpoint is None:
-        with torch.random.fork_rng(devices=[]):  # so that training is the same without baselines
-            evaluate_baselines(trainer, model, report)
+        evaluate_baselines(trainer, model, report)
     if training.do_train:
         _train_from(checkpoint, trainer, settings.mntp.stop_after_n_steps)
     if training.do_eval:
-        label = f"after {trainer.state.global_step} steps" if training.do_train else "bidirectional"
-        report.add("eval", label, trainer.evaluate())
+        report.add_result("bidirectional")
     report.show()
     if training.push_to_hub:
         trainer.push_to_hub(finetuned_from=settings.model.model_name_or_path)
@@ -46,8 +45,10 @@ def train(settings: Settings) -> None:
 
 def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
     training = settings.training
+    pairs = load_pairs("eval_sts", settings.mntp.eval_sts, settings.model.cache_dir) if settings.mntp.eval_sts else None
     limit = check_model(settings.model)  # before the texts are prepared, which takes long
     tokenizer = load_tokenizer(settings.model)
+    sentence_pairs = SentencePairs(pairs, tokenizer, limit, settings.mntp.eval_sts_pooling) if pairs else None
     settings.data.max_seq_length = _fitting_length(sequence_length(tokenizer, settings.data), limit)
     new_ids = add_mask_token(tokenizer, settings.mntp)
     # Evaluation is padded: it runs the causal model too, and older releases of transformers let packed documents see
@@ -74,6 +75,7 @@ def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
             eval_dataset=sequences.get("validation"),
             data_collator=train_collator,
             eval_collator=eval_collator,
+            sentence_pairs=sentence_pairs,
             tokenizer=tokenizer,
             stop_after_n_steps=settings.mntp.stop_after_n_steps,
         )

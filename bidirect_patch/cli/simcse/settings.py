@@ -155,11 +155,5 @@ def _check_what_to_do(texts: TextArguments, training: SimCSETrainingArguments) -
 def _check_loss(encoder: EncoderArguments) -> None:
     if encoder.loss_scale is not None and not 0 < encoder.loss_scale < math.inf:
         raise ConfigError(f"loss_scale must be above 0; got {encoder.loss_scale}")
-    given = encoder.matryoshka_dims
-    if given is not None:
-        try:
-            encoder.matryoshka_dims = [int(size) for size in given]
-        except (TypeError, ValueError):
-            raise ConfigError(f"matryoshka_dims takes whole numbers; got {given}") from None
-        if not encoder.matryoshka_dims or min(encoder.matryoshka_dims) < 1:
-            raise ConfigError(f"matryoshka_dims must be 1 or more each; got {given}")
+    if min(encoder.matryoshka_dims or [1]) < 1:
+        raise ConfigError(f"matryoshka_dims must be 1 or more each; got {encoder.matryoshka_dims}")

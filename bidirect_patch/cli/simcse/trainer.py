@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.sampler import BatchSamplers, DefaultBatchSampler
 from torch.utils.data import RandomSampler
@@ -25,12 +24,6 @@ class SimCSETrainer(RunTrainer, SentenceTransformerTrainer):
     def __init__(self, *, saved_max_seq_length: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.saved_max_seq_length = saved_max_seq_length
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate. Training is the same without it: the random numbers that this draws are put back."""
-        with torch.random.fork_rng(devices=[]):
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        return metrics
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the sampler of the batches. A resumed run draws those of its epoch."""

@@ -9,10 +9,11 @@ from transformers.trainer import OPTIMIZER_NAME
 from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import make_output_dir
+from ..pairs import load_pairs
 from ..settings import transformers_errors
 from .checks import check_batches, check_known_tokens, check_space_for
 from .data import Examples, first_example, load_examples
-from .evaluation import PairEvaluator, evaluate_after, evaluate_before, load_pairs, make_report
+from .evaluation import PairEvaluator, evaluate_before, make_report
 from .instructions import column_prompts
 from .loss import make_loss
 from .model import check_views_differ, load_encoder
@@ -41,12 +42,13 @@ def train(settings: Settings) -> None:
     if training.do_train:
         _train_from(checkpoint, trainer, steps)
     if training.do_eval:
-        evaluate_after(trainer, report)
+        report.add_result("as it was loaded")
+        report.show()
 
 
 def _make_trainer(settings: Settings) -> SimCSETrainer:
     encoder, texts, training = settings
-    pairs = load_pairs(str(texts.validation_file), texts.cache_dir) if training.do_eval else None
+    pairs = load_pairs("validation_file", str(texts.validation_file), texts.cache_dir) if training.do_eval else None
     examples = load_examples(texts) if training.do_train else Examples(None, False, {})
     if training.do_train:
         check_batches(examples, training)

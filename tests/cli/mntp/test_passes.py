@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from ...helpers.mntp_runs import run
@@ -12,6 +13,7 @@ pytest.importorskip("datasets", reason="the training command needs the extra [tr
 pytest.importorskip("peft", reason="the training command needs the extra [train]")
 
 PASSES = 4
+MASKED = [[1, 4, 6, 9], [7, 10, 12, 13, 14, 16], [4, 8, 17, 18]]  # places in each of three passes
 
 
 @pytest.fixture
@@ -55,6 +57,7 @@ def masks_by_text(batches):
         {},
         {"gradient_accumulation_steps": 2},  # which does not divide the 5 batches of a pass
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "gradient_accumulation_steps": 2},
+        {"mlm_probability": (0.1, 0.9)},
     ],
 )
 def test_each_pass_has_masks_of_its_own(five_texts, seen, how):
@@ -63,7 +66,7 @@ def test_each_pass_has_masks_of_its_own(five_texts, seen, how):
     assert run(five_texts | how) == 0
     found = masks_by_text(seen)
     tokenizer = AutoTokenizer.from_pretrained(five_texts["model_name_or_path"])
-    collator = RepeatableCollator(tokenizer, mlm_probability=five_texts["mlm_probability"], seed=five_texts["seed"])
+    collator = RepeatableCollator(tokenizer, mlm_probability=(five_texts | how)["mlm_probability"], seed=five_texts["seed"])
     assert len(found) == 5
     for text, masks in found.items():
         expected = [collator([{"input_ids": text, "pass": number}])["labels"][0].tolist() for number in range(PASSES)]
@@ -91,3 +94,24 @@ def test_a_stream_with_more_workers_than_files_ends(five_texts, seen, tmp_path, 
     found = masks_by_text(seen)
     assert len(found) == 5 and len(seen) == 12
     assert all(len(set(map(tuple, masks))) == len(masks) for masks in found.values())
+
+
+def test_the_shares_of_one_text_are_spread_over_the_range_from_pass_to_pass(five_texts):
+    from bidirect_patch.cli.mntp.collator import RepeatableCollator
+
+    tokenizer = AutoTokenizer.from_pretrained(five_texts["model_name_or_path"])
+    collator = RepeatableCollator(tokenizer, mlm_probability=(0.2, 0.8), seed=0)
+    batch = collator([{"input_ids": [i % 60 + 4 for i in range(1000)], "pass": number} for number in range(100)])
+    shares = (batch["labels"][:, 1:] != -100).float().mean(1).sort().values
+    assert shares[0] < 0.25 and shares[-1] > 0.75
+    assert (shares - torch.linspace(0.2, 0.8, 100)).abs().max() < 0.6 * 0.16  # Kolmogorov's bound, passed once in a hundred
+
+
+def test_a_number_gives_the_masks_of_a_pass_that_it_always_gave(five_texts):
+    """Recorded before there were ranges."""
+    from bidirect_patch.cli.mntp.collator import RepeatableCollator
+
+    tokenizer = AutoTokenizer.from_pretrained(five_texts["model_name_or_path"])
+    collator = RepeatableCollator(tokenizer, mlm_probability=0.3, seed=5)
+    batch = collator([{"input_ids": list(range(5, 25)), "pass": number} for number in range(3)])
+    assert [row.nonzero().flatten().tolist() for row in batch["labels"] != -100] == MASKED

@@ -8,6 +8,7 @@ from bidirect_patch.checkpoints.load import says_bidirectional
 from bidirect_patch.cli import main
 
 from ...helpers.mntp_runs import results
+from ...helpers.words import make_tokenizer
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -57,3 +58,24 @@ def test_it_runs(place, tmp_path, monkeypatch, name):
     found = results(published)
     assert says_bidirectional(published["output_dir"])
     assert {"causal_loss", "before_loss", "eval_loss", "train_loss"} <= found.keys()
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_each_setting_is_read_as_it_is_written(tmp_path, name):
+    from dataclasses import asdict
+
+    from bidirect_patch.cli.mntp.collator import make_collator
+    from bidirect_patch.cli.mntp.settings import parse
+    from bidirect_patch.cli.versions import translate_settings
+
+    published = COMMON | OWN[name] | {"model_name_or_path": name, "output_dir": str(tmp_path / "out")}
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps(published))
+    settings = parse([str(path), "--report_to", "none"])
+    read = {key: value for part in settings for key, value in asdict(part).items()}
+    written = translate_settings(published, set(read))
+    assert {key: getattr(read[key], "value", read[key]) for key in written} == written | {
+        "mlm_probability": [published["mlm_probability"]]
+    }
+    collator = make_collator(make_tokenizer(), settings.data, settings.mntp, padding_free=False, seed=0)
+    assert collator.mlm_probability == published["mlm_probability"]

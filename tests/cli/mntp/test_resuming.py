@@ -16,12 +16,12 @@ pytest.importorskip("datasets", reason="the training command needs the extra [tr
 pytest.importorskip("peft", reason="the training command needs the extra [train]")
 
 
-@pytest.mark.parametrize("lora_r, stop", [(4, 3), (4, 4), (4, 5), (0, 5)])
-def test_resuming_gives_the_weights_of_an_uninterrupted_run(settings, lora_r, stop):
+@pytest.mark.parametrize("lora_r, stop, share", [(4, 3, 0.2), (4, 4, 0.2), (4, 5, [0.1, 0.5]), (0, 5, 0.2)])
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(settings, lora_r, stop, share):
     """64 sequences, 4 steps an epoch: stopped within the first, between two, and within the second."""
     settings |= {"do_train": True, "per_device_train_batch_size": 16, "lora_r": lora_r, "lora_dropout": 0.3}
     settings |= {"max_train_samples": 64, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
-    settings |= {"line_by_line": True}
+    settings |= {"line_by_line": True, "mlm_probability": share}
     whole = settings | {"output_dir": settings["output_dir"] + "-whole"}
     name = "adapter_model.safetensors" if lora_r else "model.safetensors"
     assert run(whole | {"stop_after_n_steps": 6}) == 0

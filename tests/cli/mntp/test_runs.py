@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from bidirect_patch.checkpoints.load import says_bidirectional
 
 from ...helpers.mntp_runs import batches, launch, reaches_back, results, run, weights
+from ...helpers.simcse_runs import write_pairs
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -201,9 +202,11 @@ def test_real_weights_from_gguf_learn(load_real, real_weights, settings, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(settings):
+def test_two_processes_train_and_evaluate_what_one_does(settings, tmp_path):
     """With an evaluation before, after which accelerate would leave each to its own gradients."""
     path = Path(settings["output_dir"]).with_suffix(".json")
+    write_pairs(tmp_path / "pairs.csv")
+    settings |= {"eval_sts": str(tmp_path / "pairs.csv")}
     settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 6, "lora_dropout": 0.0, "lora_r": 4}
     settings |= {"per_device_train_batch_size": 4}
     alone = settings | {"gradient_accumulation_steps": 2, "output_dir": settings["output_dir"] + "-alone"}
@@ -216,6 +219,8 @@ def test_two_processes_train_what_one_does(settings):
     assert run(alone) == 0
     ours, expected = weights(settings), weights(alone)
     assert all(torch.allclose(ours[key], expected[key], atol=1e-5) for key in expected)
+    for name in ("causal_sts_spearman", "eval_sts_spearman"):
+        assert results(settings)[name] == pytest.approx(results(alone)[name], abs=1e-3)
 
 
 @pytest.mark.slow

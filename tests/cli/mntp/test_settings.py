@@ -10,6 +10,8 @@ import pytest
 from bidirect_patch.cli import main
 from bidirect_patch.errors import ConfigError
 
+from ...helpers.words import make_tokenizer
+
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
 pytest.importorskip("peft", reason="the training command needs the extra [train]")
@@ -27,6 +29,28 @@ def test_flags_win_over_the_file_and_types_are_the_same_either_way(settings):
     as_flags = [f"--{name}={value}" for name, value in settings.items()]
     again = parse([*as_flags, "--do_train", "--max_eval_samples", "3"])
     assert again[1].max_eval_samples == 3 and again[3].learning_rate == 0.01 and again[3].use_cpu is True
+
+
+@pytest.mark.parametrize(
+    "key, flags, expected",
+    [
+        (0.2, [], 0.2),
+        ("0.2", [], 0.2),
+        ([0.1, 0.5], [], [0.1, 0.5]),
+        (0.2, ["--mlm_probability", "0.1", "0.5"], [0.1, 0.5]),
+        ([0.1, 0.5], ["--mlm-probability=0.3"], 0.3),
+        (None, [], 0.15),
+    ],
+)
+def test_a_share_is_one_number_or_a_range(settings, tmp_path, key, flags, expected):
+    from bidirect_patch.cli.mntp.collator import make_collator
+    from bidirect_patch.cli.mntp.settings import parse
+
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings | {"mlm_probability": key}))
+    _, data, mntp, _ = parse([str(path), "--do_train", *flags])
+    shares = make_collator(make_tokenizer(), data, mntp, padding_free=False, seed=0).mlm_probability
+    assert (list(shares) if isinstance(shares, tuple) else shares) == expected
 
 
 HUB = {"dataset_name": "wikitext", "dataset_config_name": "wikitext-103"}
