@@ -105,17 +105,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", dest="scale", action="store_const", const="quick", help="few steps, few pairs, one seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("ladder"), help="where models, runs and cosines are kept")
-    parser.add_argument("--rows", nargs="*", help="only rows whose name holds one of these")
+    parser.add_argument("--rows", nargs="*", metavar="ROW", help="only the rows of these names")
     parser.add_argument("--sets", nargs="*", default=[DEV, *TEST], choices=[DEV, *TEST])
     parser.add_argument("--report", action="store_true", help="measure nothing, print what was measured")
     parser.add_argument("--figure", default="ladder", help="name of the figure")
     options = parser.parse_args(arguments)
+    names = [row.name for row in plan.SCALES[options.scale].rows]
+    unknown = [name for name in options.rows or [] if name not in names]
+    if unknown:
+        parser.error(f"no row {unknown[0]!r}; there are: {'; '.join(names)}")
     ladder = Ladder(options)
     if not options.report:
         for seed in range(options.seeds):
             for row in ladder.scale.rows:
-                chosen = options.rows is None or any(part in row.name for part in options.rows)
-                if chosen and (row.trained or seed == 0):
+                if (options.rows is None or row.name in options.rows) and (row.trained or seed == 0):
                     ladder.measure(row, seed, options.sets)
     text = report(ladder)
     (ladder.work / "table.md").write_text(text, encoding="utf-8")
