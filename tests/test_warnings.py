@@ -1,4 +1,4 @@
-"""Which warnings fail a test (setup.cfg): those out of this package and its tests, and its own kinds wherever they say they are."""
+"""Which warnings fail a test, by setup.cfg: those out of our own code, and our own kinds wherever they are said to be."""
 
 import warnings
 

@@ -16,7 +16,15 @@ from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirect
 
 from ..helpers import zoo
 from ..helpers.paths import ROOT
-from ..helpers.saved import HONOURS_THE_FLAG, config_of, encode, in_a_new_process, reaches_back, same, told_of_causal_loading
+from ..helpers.saved import (
+    HONOURS_THE_FLAG,
+    config_of,
+    encode,
+    in_a_new_process,
+    reaches_back,
+    same,
+    told_of_causal_loading,
+)
 from ..helpers.tiny_models import tiny_config, tiny_model
 from ..helpers.versions import TRANSFORMERS
 

@@ -36,9 +36,10 @@ def reaches_back(model):
 
 
 def told_of_causal_loading(what="the checkpoint"):
-    """Expect the warning that what is loaded belongs to a bidirectional model; for a block round the loading.
+    """A block in which loading is to warn that what it loads belongs to a bidirectional model.
 
-    From 5.2 on, transformers honours the flag in a checkpoint's config, and there is nothing to say. It reads none for an adapter.
+    From 5.2 on, transformers honours the flag in a checkpoint's config, and there is nothing to warn of. An adapter has no
+    flag that it reads.
     """
     if what == "the checkpoint" and TRANSFORMERS >= Version("5.2"):
         return contextlib.nullcontext()
