@@ -9,6 +9,8 @@ from transformers.trainer import OPTIMIZER_NAME
 from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import make_output_dir
+from ..progress import hide_bars_in_files
+from ..report import say_what_is_next
 from ..settings import transformers_errors
 from .checks import check_batches, check_known_tokens, check_space_for
 from .data import Examples, first_example, load_examples
@@ -16,7 +18,6 @@ from .evaluation import PairEvaluator, evaluate_after, evaluate_before, load_pai
 from .instructions import column_prompts
 from .loss import make_loss
 from .model import check_views_differ, load_encoder
-from .progress import hide_bars_in_files
 from .settings import DROPOUT, PAIR_SCALE, SCALE, EncoderArguments, Settings
 from .trainer import SimCSETrainer
 
@@ -42,6 +43,9 @@ def train(settings: Settings) -> None:
         _train_from(checkpoint, trainer, steps)
     if training.do_eval:
         evaluate_after(trainer, report)
+    if training.do_train:
+        folder = training.output_dir
+        say_what_is_next(trainer, f"the encoder, whole, to {folder}", f"from Python: SentenceTransformer({folder!r}).encode(texts)")
 
 
 def _make_trainer(settings: Settings) -> SimCSETrainer:
