@@ -1,6 +1,6 @@
-"""Draw which position sees which through one layer, for four kinds of layers and inputs, as the gradient tells.
+"""Draw which position sees which through one layer, as the gradient tells.
 
-The four are: causal, bidirectional, bidirectional with a sliding window of 3, and bidirectional with two texts packed into one row.
+Four grids: causal; bidirectional; bidirectional with a sliding window of 3; bidirectional with two texts packed into one row.
 Writes figures/layer_reach.svg; `python -m benchmarks.layer_reach`, two seconds.
 """
 

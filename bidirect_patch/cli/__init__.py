@@ -36,7 +36,7 @@ To look before you train:
   check   {COMMANDS["check"]}
   demo    {COMMANDS["demo"]}
 
-For example (MODEL is a folder or a name on the hub, texts.txt has a text a line):
+For example (MODEL is a folder or a name on the hub; texts.txt, a text a line):
 
   bidirect-patch check MODEL
   bidirect-patch mntp --model_name_or_path MODEL --train_file texts.txt \\

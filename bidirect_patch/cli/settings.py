@@ -79,7 +79,8 @@ def parse_settings(
     parser = _SettingsParser(kinds, command, about)
     show_all = ALL in map(underscored, argv)
     if show_all or "-h" in argv or "--help" in argv:
-        shorten(parser, {f.name for kind in kinds[:-1] for f in fields(kind)}, show_all=show_all)
+        own = {f.name for kind in kinds[:-1] for f in fields(kind)} | set(kinds[-1].__annotations__)
+        shorten(parser, own, show_all=show_all)
         parser.parse_args(["--help"])
     settings: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):

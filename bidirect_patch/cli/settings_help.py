@@ -7,8 +7,8 @@ from typing import Any
 ALL = "--help_all"  # shows every setting
 USED = frozenset(  # settings of transformers' TrainingArguments
     """output_dir overwrite_output_dir do_train do_eval max_steps num_train_epochs learning_rate lr_scheduler_type
-    warmup_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-    gradient_checkpointing bf16 eval_strategy eval_steps save_strategy save_steps save_total_limit logging_steps
+    warmup_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps bf16
+    eval_strategy evaluation_strategy eval_steps save_strategy save_steps save_total_limit logging_steps
     load_best_model_at_end metric_for_best_model seed report_to resume_from_checkpoint""".split()
 )
 NOTES = f"""
@@ -26,7 +26,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        if action.help and not (default is None or isinstance(default, (bool, list, dict)) or default == argparse.SUPPRESS):
+        if action.help and type(default) in (int, float, str) and default != argparse.SUPPRESS:
             return f"{action.help} (default {default})"
         return action.help
 

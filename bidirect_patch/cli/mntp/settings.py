@@ -90,9 +90,9 @@ class MNTPTrainingArguments(TrainingArguments):
 
 ABOUT = """\
 Train a causal model for masked next token prediction: it is made bidirectional,
-tokens of the texts are hidden, and it learns to predict them. Written are a LoRA
-adapter (with --lora_r 0 the whole model), the tokenizer and checkpoints. The same
-command again resumes from the last checkpoint.
+tokens of the texts are hidden, and it learns to predict them. Written are a
+LoRA adapter (with --lora_r 0 the whole model), the tokenizer and checkpoints.
+The same command again resumes from the last checkpoint.
 
 examples (MODEL is a folder or a name on the hub):
 

@@ -104,9 +104,9 @@ class SimCSETrainingArguments(SentenceTransformerTrainingArguments):
 
 ABOUT = """\
 Train a bidirectional encoder by contrast: on single texts (SimCSE, each text
-twice under dropout), or on pairs and triplets. Written is a sentence-transformers
-folder, every adapter merged. The same command again resumes from the last
-checkpoint.
+twice under dropout), or on pairs and triplets. Written is a folder for
+sentence-transformers, every adapter merged. The same command again resumes from
+the last checkpoint.
 
 examples (MODEL is a folder or a name on the hub):
 

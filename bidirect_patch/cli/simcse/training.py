@@ -44,8 +44,9 @@ def train(settings: Settings) -> None:
     if training.do_eval:
         evaluate_after(trainer, report)
     if training.do_train:
-        folder = training.output_dir
-        say_what_is_next(trainer, f"the encoder, whole, to {folder}", f"from Python: SentenceTransformer({folder!r}).encode(texts)")
+        folder = str(training.output_dir)
+        encode = f"from Python: SentenceTransformer({folder!r}).encode(texts)"
+        say_what_is_next(trainer, f"the encoder, whole, to {folder}", encode)
 
 
 def _make_trainer(settings: Settings) -> SimCSETrainer:
