@@ -4,84 +4,94 @@ One row of tokens holds two packed texts and padding. A cell is filled if the ou
 its column's token. Writes figures/attention.svg; `python -m benchmarks.attention_picture`, two seconds.
 """
 
-import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 
-from benchmarks.report import FIGURES, parser
+from benchmarks.report import parser
+from benchmarks.svg import cell, save, text
 from bidirect_patch import bidirectional
 
-TOKENS = ["The", "cat", "sat", "down", "It", "rained", "today", "pad", "pad"]
-POSITIONS = [[0, 1, 2, 3, 0, 1, 2, 0, 0]]
-REAL = [[1, 1, 1, 1, 1, 1, 1, 0, 0]]
+SIZES = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
 CELL, LEFT, TOP, GAP = 26, 62, 84, 250
 
-STYLE = """
-text { font: 13px sans-serif; fill: #24292f }
-.code { font: 13px monospace }
-.title { font: bold 14px sans-serif }
-.no { fill: #eaeef2 } .first { fill: #0969da } .second { fill: #1a7f37 } .across { fill: #bc4c00 }
-.padding { fill: #d0d7de; opacity: 0.35 }
-path { stroke: #57606a; fill: none; stroke-width: 1.5 }
-@media (prefers-color-scheme: dark) {
-  text { fill: #c9d1d9 } .no { fill: #21262d } .first { fill: #58a6ff } .second { fill: #3fb950 } .across { fill: #f0883e }
-  .padding { fill: #484f58 } path { stroke: #8b949e }
-}
-"""
+Cells = list[list[bool]]
 
 
-def seen(model: LlamaModel) -> list[list[bool]]:
+class Row(NamedTuple):
+    """One row of a batch.
+
+    Attributes:
+        tokens: The word of each position.
+        positions: Position ids. A new text starts where they fall.
+        real: 1 for tokens, 0 for padding.
+    """
+
+    tokens: Sequence[str]
+    positions: Sequence[int]
+    real: Sequence[int]
+
+
+ROW = Row(
+    ["The", "cat", "sat", "down", "It", "rained", "today", "pad", "pad"],
+    [0, 1, 2, 3, 0, 1, 2, 0, 0],
+    [1, 1, 1, 1, 1, 1, 1, 0, 0],
+)
+
+
+def seen(model: PreTrainedModel, row: Row) -> Cells:
     """For each position, which inputs its output depends on."""
-    inputs = model.get_input_embeddings()(torch.arange(5, 5 + len(TOKENS))[None]).detach().requires_grad_()
-    out = model(inputs_embeds=inputs, attention_mask=torch.tensor(REAL), position_ids=torch.tensor(POSITIONS))[0]
-    gradients = [torch.autograd.grad(out[0, at].sum(), inputs, retain_graph=True)[0][0] for at in range(len(TOKENS))]
+    count = len(row.tokens)
+    inputs = model.get_input_embeddings()(torch.arange(5, 5 + count)[None]).detach().requires_grad_()
+    given = {"attention_mask": torch.tensor([row.real]), "position_ids": torch.tensor([row.positions])}
+    out = model(inputs_embeds=inputs, **given)[0]
+    gradients = [torch.autograd.grad(out[0, at].sum(), inputs, retain_graph=True)[0][0] for at in range(count)]
     return [[bool(each.abs().max() > 1e-9) for each in gradient] for gradient in gradients]
 
 
-def grid(title: str, cells: list[list[bool]], x: int) -> list[str]:
-    """One grid as SVG, `x` pixels from the left."""
-    parts = [f'<text class="title" x="{x}" y="20">{title}</text>']
-    second = POSITIONS[0].index(0, 1)
-    for row, token in enumerate(TOKENS):
-        y = TOP + row * CELL
-        parts.append(f'<text x="{x - 6}" y="{y + 17}" text-anchor="end">{token}</text>')
-        turned = f"translate({x + row * CELL + 17} {TOP - 6}) rotate(-60)"
-        parts.append(f'<text transform="{turned}">{token}</text>')
-        for column, filled in enumerate(cells[row]):
+def grid(title: str, cells: Cells, row: Row, x: float, y: float, size: float = CELL) -> list[str]:
+    """One grid as SVG, whose first cell is at (x, y)."""
+    parts = [text(x, y - 64, title, "title")]
+    second = next((i for i in range(1, len(row.tokens)) if row.positions[i] == 0), len(row.tokens))
+    for at, token in enumerate(row.tokens):
+        top = y + at * size
+        parts.append(text(x - 6, top + size / 2 + 4, token, anchor="end"))
+        parts.append(text(x + at * size + size / 2 + 4, y - 6, token, turned=-60))
+        for column, filled in enumerate(cells[at]):
             kind = "no"
-            if not (REAL[0][row] and REAL[0][column]):
+            if not (row.real[at] and row.real[column]):
                 kind = "padding"
             elif filled:
-                kind = "across" if (row < second) != (column < second) else "first" if row < second else "second"
-            place = f'x="{x + column * CELL}" y="{y}" width="{CELL - 2}" height="{CELL - 2}" rx="3"'
-            parts.append(f'<rect class="{kind}" {place}/>')
+                kind = "across" if (at < second) != (column < second) else "first" if at < second else "second"
+            parts.append(cell(x + column * size, top, (size - 2, size - 2), kind))
     return parts
 
 
+def print_cells(name: str, cells: Cells) -> None:
+    """A grid as text."""
+    print(name, *("".join("#" if filled else "." for filled in row) for row in cells), sep="\n")
+
+
 def main() -> None:
+    """Run the model in both modes, and draw it."""
     parser(__doc__, 1).parse_args()
     torch.manual_seed(0)
-    sizes = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-    model = LlamaModel(LlamaConfig(**sizes)).eval()
-    before = seen(model)
+    model = LlamaModel(LlamaConfig(**SIZES)).eval()
+    before = seen(model, ROW)
     with bidirectional(model):
-        after = seen(model)
-    width = CELL * len(TOKENS)
+        after = seen(model, ROW)
+    width = CELL * len(ROW.tokens)
     right = LEFT + width + GAP
     middle = TOP + width // 2
-    parts = grid("causal", before, LEFT) + grid("bidirectional", after, right)
-    parts.append(f'<text class="code" x="{LEFT + width + 14}" y="{middle - 14}">enable_bidirectional</text>')
-    parts.append(f'<text class="code" x="{LEFT + width + 66}" y="{middle + 24}">(model)</text>')
-    end = right - 72
-    parts.append(f'<path d="M {LEFT + width + 14} {middle} H {end} m -8 -5 l 8 5 l -8 5"/>')
-    size = f'width="{right + width + 40}" height="{TOP + width + 8}"'
-    os.makedirs(FIGURES, exist_ok=True)
-    with open(os.path.join(FIGURES, "attention.svg"), "w") as file:
-        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n')
-        file.write("\n".join(parts) + "\n</svg>\n")
-    for name, cells in (("causal", before), ("bidirectional", after)):
-        print(name, *("".join("#" if cell else "." for cell in row) for row in cells), sep="\n")
+    parts = grid("causal", before, ROW, LEFT, TOP) + grid("bidirectional", after, ROW, right, TOP)
+    parts.append(text(LEFT + width + 14, middle - 14, "enable_bidirectional", "code"))
+    parts.append(text(LEFT + width + 66, middle + 24, "(model)", "code"))
+    parts.append(f'<path d="M {LEFT + width + 14} {middle} H {right - 72} m -8 -5 l 8 5 l -8 5"/>')
+    save("attention", right + width + 40, TOP + width + 8, parts)
+    print_cells("causal", before)
+    print_cells("bidirectional", after)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "'stock' -> 'stockXX'",
     ): "the answer is compared with the two others alone",
     (
+        "swap/instance_forward.py",
+        'return "stock"',
+        "return 'stock' -> return None",
+    ): "the answer is compared with the two others alone",
+    (
         "attention/ready_mask.py",
         "if READY_MASKS_ARE_INVERTED and mask.is_floating_point() and not mask.is_meta and bool((mask > 0).any()):",
         "0 -> 1",
@@ -69,6 +74,17 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "for start in range(0, max(len(hidden), 1), size):  # once too where nothing is scored, for the sink",
         "1 -> 2",
     ): "one more chunk, without rows",
+    ("mntp/head.py", "rank = 20", "20 -> 21"): "no other mixin has a rank between the two",
+    (
+        "mntp/loss.py",
+        "needs = [how.with_grad and needed for needed in ctx.needs_input_grad[:3]]",
+        "3 -> 4",
+    ): "the fourth are the targets, integers without a gradient",
+    (
+        "mntp/loss.py",
+        "torch.log_softmax(logits.detach(), -1, dtype=torch.float32, out=log_p)",
+        "-1 -> 1",
+    ): "the same dimension of a matrix",
     (
         "mntp/strategies.py",
         'labels = F.pad(scored.targets, (1, 0), value=kwargs.get("ignore_index", -100))[None]',

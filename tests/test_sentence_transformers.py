@@ -1,6 +1,5 @@
 """A patched model is a `Transformer` module of sentence-transformers like any other: encode, save, load, train."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -68,6 +67,8 @@ def test_an_adapter_on_it_saves_and_loads(encoder, tmp_path, auto):
 
 def test_its_trainer_trains_it(encoder, tmp_path):
     datasets = pytest.importorskip("datasets")
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
     enable_bidirectional(encoder)
     before = encoder.encode(TEXTS)
     data = datasets.Dataset.from_dict(
@@ -82,8 +83,7 @@ def test_its_trainer_trains_it(encoder, tmp_path):
         save_strategy="no",
         disable_tqdm=True,
     )
-    losses = importlib.import_module("sentence_transformers.losses")
-    loss = losses.MultipleNegativesRankingLoss(encoder)
+    loss = MultipleNegativesRankingLoss(encoder)
     trainer = st.SentenceTransformerTrainer(model=encoder, args=arguments, train_dataset=data, loss=loss)
     trainer.train()
     trainer.save_model(str(tmp_path / "trained"))

@@ -21,8 +21,32 @@ COMMANDS = {
     "mntp": "train a model for masked next token prediction",
     "simcse": "train it further with SimCSE or on supervised pairs",
 }
-USAGE = "usage: bidirect-patch COMMAND ...\n\n" + "".join(f"  {name:8}{what}\n" for name, what in COMMANDS.items())
-USAGE += "\nbidirect-patch COMMAND --help tells more.\n"
+USAGE = f"""\
+usage: bidirect-patch COMMAND ...
+
+A causal decoder becomes a bidirectional encoder in three steps:
+
+  1. Bidirectional attention. In Python: enable_bidirectional(model).
+     The commands of the next two steps do this by themselves.
+  2. mntp    {COMMANDS["mntp"]}
+  3. simcse  {COMMANDS["simcse"]}
+
+To look before you train:
+
+  check   {COMMANDS["check"]}
+  demo    {COMMANDS["demo"]}
+
+For example (MODEL is a folder or a name on the hub; texts.txt, a text a line):
+
+  bidirect-patch check MODEL
+  bidirect-patch mntp --model_name_or_path MODEL --train_file texts.txt \\
+    --do_train --max_steps 1000 --output_dir mntp_out
+  bidirect-patch simcse --model_name_or_path MODEL \\
+    --peft_model_name_or_path mntp_out --dataset_file_path texts.txt \\
+    --do_train --max_steps 1000 --output_dir encoder
+
+bidirect-patch COMMAND --help tells more.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:

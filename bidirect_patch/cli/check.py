@@ -29,6 +29,8 @@ def run(argv: list[str]) -> int:
     """
     settings = _parser().read(argv)
     model = _load_weights(settings) if settings.weights else _make_small(settings)
+    if not settings.weights:
+        print(f"A small random {type(model).__name__} stands for {settings.model}; --weights runs the real model.\n")
     before = attention_report(model, length=settings.length)
     print(f"as it is:\n{before}\n")
     try:
@@ -48,7 +50,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="bidirect-patch check",
         description="Show layer by layer which positions depend on which, before and after enable_bidirectional. The "
-        "model is a small random one of the same class, unless --weights is given.",
+        "model is a small random one of the same class, unless --weights is given. The exit code is 1 if a layer stays "
+        "causal or the model is refused.",
+        epilog="example: bidirect-patch check HuggingFaceTB/SmolLM2-135M-Instruct",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="NAME_OR_PATH", help="a model on the hub, or a folder with a config.json")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from ..checkpoints.loading import without_peft_warning
 from .settings import CommonModelArguments
 
 WHOLE_MODULES = "modules_to_save"  # PEFT's name for what it trains and saves as a whole
@@ -33,7 +34,8 @@ def with_lora(model: Any, settings: CommonModelArguments, new_rows: Sequence[int
         target_modules="all-linear",
         **rows,
     )
-    wrapped = get_peft_model(model, config)
+    with without_peft_warning():
+        wrapped = get_peft_model(model, config)
     if WHOLE_MODULES in rows:
         _keep_other_rows(wrapped, new_rows)
     return wrapped

@@ -1,4 +1,4 @@
-"""The report of a run's evaluations."""
+"""What a run says at its end: the report of its evaluations, and what comes next."""
 
 from typing import Any, NamedTuple
 
@@ -73,3 +73,15 @@ class Report:
         """Print the table, in the main process, if there is an evaluation in it."""
         if len(self.lines) > 1 and self.trainer.is_world_process_zero():
             print(self.title, *self.lines, sep="\n", flush=True)
+
+
+def say_what_is_next(trainer: Any, written: str, next_step: str) -> None:
+    """Print what a run has written and where, and what to do with it, in the main process.
+
+    Args:
+        trainer: The trainer of the run.
+        written: What was written, and where.
+        next_step: A command line or a line of code.
+    """
+    if trainer.is_world_process_zero():
+        print(f"\nWrote {written}", f"Next: {next_step}", sep="\n", flush=True)

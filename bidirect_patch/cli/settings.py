@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from . import Parser, one_line, underscored
 from .output_folder import check_output_dir as check_output_dir
 from .ranges import BELOW_ONE, COUNT, RANK, check_range, check_text, check_training_numbers
+from .settings_help import ALL, NOTES, Formatter, shorten
 from .versions import has_accelerator, translate_settings
 
 
@@ -40,9 +41,9 @@ class CommonModelArguments:
 class _SettingsParser(HfArgumentParser, Parser):
     """transformers' parser of dataclasses, with flags and errors as this package's other parsers have them."""
 
-    def __init__(self, kinds: Sequence[Any], command: str) -> None:
-        usage = "%(prog)s [CONFIG.json] [--name value ...]"
-        HfArgumentParser.__init__(self, kinds, prog=f"bidirect-patch {command}", usage=usage)
+    def __init__(self, kinds: Sequence[Any], command: str, about: str) -> None:
+        words = {"usage": "%(prog)s [CONFIG.json] [--name value ...]", "description": about, "epilog": NOTES}
+        HfArgumentParser.__init__(self, kinds, prog=f"bidirect-patch {command}", formatter_class=Formatter, **words)
         for action in self._actions:  # the help texts of transformers 5.2 hold a bare "%", and argparse formats by "%"
             if action.help:
                 action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
@@ -52,7 +53,12 @@ class _SettingsParser(HfArgumentParser, Parser):
 
 
 def parse_settings(
-    kinds: Sequence[Any], command: str, argv: list[str], replaces: Mapping[str, Sequence[str]] | None = None
+    kinds: Sequence[Any],
+    command: str,
+    argv: list[str],
+    replaces: Mapping[str, Sequence[str]] | None = None,
+    *,
+    about: str = "",
 ) -> tuple[tuple[Any, ...], str | None]:
     """Read `[CONFIG.json] [--name value ...]`.
 
@@ -61,6 +67,7 @@ def parse_settings(
         command: The name of the command.
         argv: Its arguments.
         replaces: For the name of a flag, the settings of the file that it puts aside, besides its own.
+        about: What the command does, and examples, for `--help`.
 
     Returns:
         An instance of each dataclass; and the `output_dir` that was given, which is None where TrainingArguments makes
@@ -69,8 +76,11 @@ def parse_settings(
     Raises:
         ConfigError: A file or a setting cannot be used. The message names it.
     """
-    parser = _SettingsParser(kinds, command)
-    if "-h" in argv or "--help" in argv:
+    parser = _SettingsParser(kinds, command, about)
+    show_all = ALL in map(underscored, argv)
+    if show_all or "-h" in argv or "--help" in argv:
+        own = {f.name for kind in kinds[:-1] for f in fields(kind)} | set(kinds[-1].__annotations__)
+        shorten(parser, own, show_all=show_all)
         parser.parse_args(["--help"])
     settings: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):
@@ -89,6 +99,8 @@ def parse_settings(
     check_training_numbers(values)
     if (values["bf16"] or values["bf16_full_eval"]) and not has_accelerator():
         values["use_cpu"] = True  # transformers asks for it
+    if not has_accelerator():
+        values["dataloader_pin_memory"] = False  # torch would warn that it can't
     with transformers_errors():
         parsed = parser.parse_dict(values)
     for part in parsed:

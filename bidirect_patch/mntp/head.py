@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import nn
 
-from ..attention.labels import warn_if_labels_leak
+from ..attention.labels import unwatch_labels, warn_if_labels_leak
 from ..attention.model_forward import named_arguments
 from ..errors import HeadError
 from ..model.facts import parameter_names
@@ -81,6 +81,8 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
         apply(plans)  # prepared again: enabling may have changed the same instance
     except BaseException:
         apply(remove=_patch_of(model) - before)
+        if all(mixin is MNTPHead for _, mixin in before):
+            unwatch_labels(model)
         raise
     return model
 
@@ -147,7 +149,7 @@ def _scored_forward(
     model: Any, inner: Forward, skip_logits: bool, labels: Any, return_dict: bool | None = None, **kwargs: Any
 ) -> Any:
     if return_dict is None:
-        return_dict = getattr(model.config, "return_dict", True)
+        return_dict = model.config.return_dict
     labels = checked_labels(labels, kwargs)
     warn_if_labels_leak(model, kwargs.get("input_ids"), labels)
     ignored = checked_ignore_index(kwargs)

@@ -66,7 +66,7 @@ class LayerReport:
         return ", ".join(problem for problem, there in found.items() if there)
 
     def _cells(self) -> tuple[str, ...]:
-        padding = {True: "out of reach", False: "REACHED", None: "-"}[self.padding_ok]
+        padding = {True: "unseen", False: "REACHED", None: "-"}[self.padding_ok]
         packing = {True: "apart", False: "MIXED", None: "-"}[self.packing_ok]
         notes = [f"only looks back: {part}" for part in self.causal_parts]
         if len(set(self.verdicts.values())) > 1:

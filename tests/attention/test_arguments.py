@@ -256,6 +256,7 @@ def test_a_mask_that_hides_is_added_or_ones_and_zeros():
 
 
 @pytest.mark.parametrize("mask", ["1111", "1011"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # it compares shapes, which a trace keeps
 def test_a_captured_graph_keeps_what_the_example_lacked(mask):
     """A trace made with a mask of ones and positions that rise runs on others too."""
 

@@ -16,7 +16,15 @@ from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirect
 
 from ..helpers import zoo
 from ..helpers.paths import ROOT
-from ..helpers.saved import HONOURS_THE_FLAG, config_of, encode, in_a_new_process, reaches_back, same
+from ..helpers.saved import (
+    HONOURS_THE_FLAG,
+    config_of,
+    encode,
+    in_a_new_process,
+    reaches_back,
+    same,
+    told_of_causal_loading,
+)
 from ..helpers.tiny_models import tiny_config, tiny_model
 from ..helpers.versions import TRANSFORMERS
 
@@ -191,7 +199,8 @@ def test_a_hybrid_patched_in_part_is_not_saved_as_bidirectional(tmp_path):
 def test_disabled_again_it_is_saved_without_the_flag(tmp_path):
     with bidirectional(model := tiny_model()):
         model.save_pretrained(tmp_path / "both")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    with told_of_causal_loading():
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
     assert model.config.is_causal is False
     disable_bidirectional(enable_bidirectional(model)).save_pretrained(tmp_path / "causal")
     assert "is_causal" not in json.loads((tmp_path / "causal" / "config.json").read_text())

@@ -103,6 +103,14 @@ def test_labels_that_are_no_ids_are_refused(plain, wrong, said):
         model(**inputs)
 
 
+@pytest.mark.parametrize("items", ["3", [3], -3, torch.tensor([1, 2])], ids=repr)
+def test_a_number_of_items_that_is_none_is_refused(items):
+    model, inputs = apply_mntp_head(tiny_model().train()), batch()
+    with pytest.raises(HeadError, match="num_items_in_batch") as refused:
+        model(**inputs, num_items_in_batch=items)
+    assert repr(items) in str(refused.value)
+
+
 @pytest.mark.parametrize("shape", [(51,), (3, 17, 1)], ids=str)
 def test_labels_of_other_dimensions_are_refused(shape):
     inputs = batch()

@@ -59,6 +59,7 @@ def test_a_head_that_fails_after_enabling_changes_nothing(was_bidirectional, mon
     if was_bidirectional:
         enable_bidirectional(model)
     classes, put = [type(module) for module in model.modules()], mntp_head.apply
+    hooks = [dict(module._forward_pre_hooks) for module in model.modules()]
 
     def fails(add=(), remove=()):
         put(remove=remove)
@@ -70,6 +71,7 @@ def test_a_head_that_fails_after_enabling_changes_nothing(was_bidirectional, mon
         apply_mntp_head(model)
     assert is_bidirectional(model) == was_bidirectional
     assert [type(module) for module in model.modules()] == classes
+    assert [dict(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
 def in_autocast(model, dtype):

@@ -11,6 +11,7 @@ import transformers
 
 from bidirect_patch import apply_mntp_head, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import HeadError, OrderError
+from bidirect_patch.mntp import head as mntp_head
 from bidirect_patch.mntp import loss as linear_loss
 from bidirect_patch.mntp.head import remove_mntp_head
 
@@ -160,7 +161,8 @@ def test_a_head_that_is_no_plain_linear_layer_is_called(kind, monkeypatch):
     assert in_chunks
 
 
-def test_errors_come_before_the_attention_is_changed():
+def test_errors_come_before_the_attention_is_changed(monkeypatch):
+    monkeypatch.setattr(mntp_head, "enable_bidirectional", lambda model: pytest.fail("the attention was changed first"))
     model = tiny_model()
     found = model.forward
     model.forward = lambda *args, **kwargs: found(*args, **kwargs)
@@ -264,6 +266,7 @@ def test_each_gradient_is_taken_where_it_is_wanted_alone(frozen, monkeypatch):
     wanted = [tensor for name, tensor in given.items() if name != frozen]
     loss = linear_loss.total(*given.values(), targets, lambda x: x, None)
     want = F.cross_entropy(F.linear(*given.values()), targets, reduction="sum")
+    assert [name for name, kept in zip(given, loss.grad_fn.saved_tensors) if kept is None] == [frozen]
     for a, b in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(want, wanted)):
         torch.testing.assert_close(a, b)
 

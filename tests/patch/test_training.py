@@ -12,6 +12,8 @@ from bidirect_patch.errors import BidirectPatchError
 from ..helpers.gradients import assert_gradients, gradients
 from ..helpers.seeing import IDS, MASK, sees_all
 
+pytestmark = pytest.mark.filterwarnings("ignore::bidirect_patch.errors.LabelLeakWarning")  # a loss is a loss
+
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])

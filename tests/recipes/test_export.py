@@ -69,6 +69,7 @@ def batches():
         pytest.param(traced, id="jit.trace"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # it compares shapes, which a trace keeps
 def test_what_was_exported_gives_what_the_encoder_gives(tmp_path, write, window):
     model = tiny_model("mistral", head=False, sliding_window=window).requires_grad_(False)
     example = torch.randint(3, 60, (2, 10)), torch.ones(2, 10, dtype=torch.long)

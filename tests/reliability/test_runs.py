@@ -98,6 +98,7 @@ def test_head_after_prepare_and_off_after_it(prepared):
 
 @each_backend
 @pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # it compares shapes, which a trace keeps
 def test_a_trace_is_right_for_other_masks_and_lengths(backend, window):
     config = transformers.MistralConfig(**SIZES, sliding_window=window)
     model = transformers.MistralModel._from_config(config, attn_implementation=backend).eval().requires_grad_(False)

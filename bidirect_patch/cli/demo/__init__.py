@@ -53,6 +53,7 @@ def _parser() -> Parser:
         description="Make a causal model bidirectional, prove it, train it for masked next token prediction on "
         "Python's own documentation, save it and open it again. Without --model it uses a tiny Llama that comes with "
         "the package, needs no network, and takes less than two minutes on two cores.",
+        epilog="example: bidirect-patch demo --model HuggingFaceTB/SmolLM2-135M-Instruct --steps 20",
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="another causal model, from the hub or a folder")

@@ -7,7 +7,10 @@ from transformers import TrainerCallback
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for training, with the loss of the last step, and one for each evaluation. A bar disappears at its end."""
+    """One bar for training, with the loss of the last step, and one for each evaluation. A bar disappears at its end.
+
+    Where stderr is no terminal, none is shown.
+    """
 
     bar: Any = None
 
@@ -32,7 +35,7 @@ class ProgressBar(TrainerCallback):
 
     def _advance(self, steps: int, total: int, what: str) -> None:
         if self.bar is None:
-            self.bar = tqdm(total=total, desc=what, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=None)
         self.bar.update(steps)
 
     def _close(self) -> None:

@@ -1,6 +1,7 @@
 """Texts from files or from the hub, as sequences of token ids."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -121,6 +122,8 @@ def _splits_in_use(training: MNTPTrainingArguments) -> list[Split]:
 
 
 def _tokenizing(tokenizer: Any, column: str, source: str) -> Callable[..., list[list[int]]]:
+    tokenizer = deepcopy(tokenizer)  # a fast tokenizer keeps the length of its last call, and it is saved with the model
+
     def to_ids(batch: Batch, **options: Any) -> list[list[int]]:
         wrong = next((text for text in batch[column] if not isinstance(text, (str, type(None)))), None)
         if wrong is not None:

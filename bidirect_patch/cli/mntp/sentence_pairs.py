@@ -119,12 +119,7 @@ def _ranks(numbers: np.ndarray) -> np.ndarray:
 
 
 def _token_ids(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
-    def tokenized(by: Any, **options: Any) -> list[list[int]]:
-        ids: list[list[int]] = by(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
-        return ids
-
-    ids = tokenized(tokenizer)
-    if max(map(len, ids)) <= length:
-        return ids
-    # By a copy: a fast tokenizer keeps the length of its last call, and it is saved with the model.
-    return tokenized(deepcopy(tokenizer), truncation=True, max_length=length)
+    tokenizer = deepcopy(tokenizer)  # a fast tokenizer keeps the length of its last call, and it is saved with the model
+    options = {"return_attention_mask": False, "verbose": False, "truncation": True, "max_length": length}
+    ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
+    return ids

@@ -104,6 +104,26 @@ class MNTPTrainingArguments(TrainingArguments):
     )
 
 
+ABOUT = """\
+Train a causal model for masked next token prediction: it is made bidirectional,
+tokens of the texts are hidden, and it learns to predict them. Written are a
+LoRA adapter (with --lora_r 0 the whole model), the tokenizer and checkpoints.
+The same command again resumes from the last checkpoint.
+
+examples (MODEL is a folder or a name on the hub):
+
+  # 1000 steps on a file of texts, and the loss on a part that is held out
+  bidirect-patch mntp --model_name_or_path MODEL --train_file texts.txt \\
+    --do_train --do_eval --max_steps 1000 --output_dir mntp_out
+
+  # a settings file, as LLM2Vec publishes them, and one setting changed
+  bidirect-patch mntp train_configs/mntp/MetaLlama3.json --learning_rate 1e-4
+
+  # only the loss of a model
+  bidirect-patch mntp --model_name_or_path MODEL --validation_file texts.txt \\
+    --do_eval --output_dir eval_out
+"""
+
 # A flag that names texts puts aside the texts of the settings file: all of them, or those that contradict it.
 REPLACES = {
     "dataset_name": ("dataset_config_name", "train_file", "validation_file"),
@@ -133,7 +153,7 @@ def parse(argv: list[str]) -> Settings:
     Raises:
         ConfigError: A file or a setting cannot be used. The message names it.
     """
-    parsed, output_dir = parse_settings(KINDS, "mntp", argv, REPLACES)
+    parsed, output_dir = parse_settings(KINDS, "mntp", argv, REPLACES, about=ABOUT)
     settings = Settings(*parsed)
     training = settings.training
     if not (training.do_train or training.do_eval):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
@@ -10,13 +11,15 @@ from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import check_space, make_output_dir
 from ..pairs import load_pairs
+from ..progress import hide_bars_in_files
+from ..report import say_what_is_next
 from ..settings import transformers_errors
 from .collator import make_collator
 from .data import load_sequences, sequence_length
 from .evaluation import evaluate_baselines, make_report
 from .model import add_adapter, check_model, load_model, load_tokenizer
 from .sentence_pairs import SentencePairs
-from .settings import Settings
+from .settings import ModelArguments, Settings
 from .trainer import MNTPTrainer
 from .vocabulary import add_mask_token, add_rows
 
@@ -27,6 +30,7 @@ def train(settings: Settings) -> None:
     """Train and evaluate as the settings say, and write the result to their output_dir."""
     training = settings.training
     checkpoint = checkpoint_to_resume(training, settings.model.lora_r)
+    hide_bars_in_files(training)
     set_seed(training.seed)
     trainer, model = _make_trainer(settings)
     report = make_report(trainer)
@@ -39,8 +43,21 @@ def train(settings: Settings) -> None:
     if training.do_eval:
         report.add_result("bidirectional")
     report.show()
+    if training.do_train:
+        say_what_is_next(trainer, *_next_step(settings.model, str(training.output_dir)))
     if training.push_to_hub:
         trainer.push_to_hub(finetuned_from=settings.model.model_name_or_path)
+
+
+def _next_step(model: ModelArguments, folder: str) -> tuple[str, str]:
+    """What was written where, and the command of the next step."""
+    base = ["--model_name_or_path", str(model.model_name_or_path) if model.lora_r else folder]
+    if model.lora_r and model.gguf_file:
+        base += ["--gguf_file", model.gguf_file]
+    adapter = ["--peft_model_name_or_path", folder] if model.lora_r else []
+    flags = shlex.join([*base, *adapter, "--do_train", "--dataset_file_path", "TEXTS", "--output_dir", "ENCODER"])
+    written = f"the adapter of {model.model_name_or_path} to {folder}" if adapter else f"the model to {folder}"
+    return written, f"bidirect-patch simcse {flags}"
 
 
 def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:

@@ -102,6 +102,28 @@ class SimCSETrainingArguments(SentenceTransformerTrainingArguments):
     )
 
 
+ABOUT = """\
+Train a bidirectional encoder by contrast: on single texts (SimCSE, each text
+twice under dropout), or on pairs and triplets. Written is a folder for
+sentence-transformers, every adapter merged. The same command again resumes from
+the last checkpoint.
+
+examples (MODEL is a folder or a name on the hub):
+
+  # SimCSE on a file of texts, after `bidirect-patch mntp`
+  bidirect-patch simcse --model_name_or_path MODEL \\
+    --peft_model_name_or_path mntp_out --dataset_file_path texts.txt \\
+    --do_train --max_steps 1000 --output_dir encoder
+
+  # pairs (query, positive), with Spearman's correlation before and after
+  bidirect-patch simcse --model_name_or_path MODEL \\
+    --dataset_file_path pairs.jsonl --validation_file sts.csv --do_train \\
+    --output_dir encoder
+
+  # a settings file, as LLM2Vec publishes them
+  bidirect-patch simcse train_configs/simcse/MetaLlama3.json
+"""
+
 KINDS = (EncoderArguments, TextArguments, SimCSETrainingArguments)
 
 
@@ -119,7 +141,7 @@ def parse(argv: list[str]) -> Settings:
     Raises:
         ConfigError: A file or a setting cannot be used. The message names it.
     """
-    parsed, output_dir = parse_settings(KINDS, "simcse", argv)
+    parsed, output_dir = parse_settings(KINDS, "simcse", argv, about=ABOUT)
     settings = Settings(*parsed)
     encoder, texts, training = settings
     _check_what_to_do(texts, training)

@@ -10,6 +10,8 @@ from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import make_output_dir
 from ..pairs import load_pairs
+from ..progress import hide_bars_in_files
+from ..report import say_what_is_next
 from ..settings import transformers_errors
 from .checks import check_batches, check_known_tokens, check_space_for
 from .data import Examples, first_example, load_examples
@@ -17,7 +19,6 @@ from .evaluation import PairEvaluator, evaluate_before, make_report
 from .instructions import column_prompts
 from .loss import make_loss
 from .model import check_views_differ, load_encoder
-from .progress import hide_bars_in_files
 from .settings import DROPOUT, PAIR_SCALE, SCALE, EncoderArguments, Settings
 from .trainer import SimCSETrainer
 
@@ -44,6 +45,10 @@ def train(settings: Settings) -> None:
     if training.do_eval:
         report.add_result("as it was loaded")
         report.show()
+    if training.do_train:
+        folder = str(training.output_dir)
+        encode = f"from Python: SentenceTransformer({folder!r}).encode(texts)"
+        say_what_is_next(trainer, f"the encoder, whole, to {folder}", encode)
 
 
 def _make_trainer(settings: Settings) -> SimCSETrainer:

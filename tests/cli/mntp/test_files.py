@@ -32,6 +32,9 @@ def test_files_and_folders_are_read_one_after_the_other(settings, tmp_path):
     expected = weights(settings)
     for other in (parts, flags):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(other).items())
+    # Lines were cut at max_seq_length; the saved tokenizer cuts no text.
+    saved = json.loads((Path(settings["output_dir"]) / "tokenizer.json").read_text())
+    assert saved["truncation"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The training command, run as a user runs it: a tiny Llama, real files, real Trainer, no network."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from bidirect_patch.checkpoints.load import says_bidirectional
+from bidirect_patch.cli import main
 
 from ...helpers.mntp_runs import batches, launch, reaches_back, results, run, weights
+from ...helpers.saved import told_of_causal_loading
 from ...helpers.simcse_runs import write_pairs
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
@@ -54,7 +57,8 @@ def test_a_published_settings_file_runs_unchanged_and_the_result_opens_bidirecti
     assert process.returncode == 0, err
     assert "causal, before training" in out and "bidirectional, untrained" in out and "after 8 steps" in out
     assert out.count("eval_accuracy") == 2  # on schedule, at steps 4 and 8
-    assert "%|" in err  # the progress bar
+    assert "%|" not in err  # a progress bar, in a file a line each time
+    assert "is_gradient_checkpointing" not in err and "pin_memory" not in err  # warnings about what it does not ask for
     folder = Path(settings["output_dir"])
     assert {"checkpoint-4", "checkpoint-8"} <= {entry.name for entry in folder.iterdir()}
     found = results(settings)
@@ -76,7 +80,8 @@ def test_all_weights_are_saved_as_a_stock_model_that_says_it_is_bidirectional(se
     assert run(settings, "--do_train", "--stop_after_n_steps=3", "--lora_r=0") == 0
     config = json.loads((Path(settings["output_dir"]) / "config.json").read_text())
     assert config["is_causal"] is False and config["architectures"] == ["LlamaForCausalLM"]
-    model = AutoModelForCausalLM.from_pretrained(settings["output_dir"])
+    with told_of_causal_loading():
+        model = AutoModelForCausalLM.from_pretrained(settings["output_dir"])
     original = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"])
     assert not torch.equal(model.lm_head.weight, original.lm_head.weight)
     assert reaches_back(enable_bidirectional(model))
@@ -245,3 +250,21 @@ def test_two_processes_under_deepspeed_train_the_same_adapter(settings, tmp_path
     assert launch(*launcher, "-m", "bidirect_patch", "mntp", path).wait(250) == 0
     ours, expected = weights(settings), weights(other)
     assert all(torch.allclose(ours[key], expected[key], atol=1e-6) for key in expected)
+
+
+def test_what_it_says_to_do_next_can_be_done(place, settings, tmp_path, capsys):
+    """The command that it prints trains, and the line of Python that this prints encodes."""
+    st = pytest.importorskip("sentence_transformers", "6", reason="the next step needs the extra [simcse]")
+    assert run(settings, "--do_train", "--max_steps", "1") == 0
+    wrote, following = capsys.readouterr().out.splitlines()[-2:]
+    assert wrote == f"Wrote the adapter of {settings['model_name_or_path']} to {settings['output_dir']}"
+    encoder = str(tmp_path / "encoder")
+    given = {"TEXTS": settings["train_file"], "ENCODER": encoder}
+    command, *argv = [given.get(word, word) for word in shlex.split(following.removeprefix("Next: "))]
+    assert command == "bidirect-patch"
+    small = ["--max_train_samples", "20", "--max_steps", "1", "--use_cpu", "--report_to", "none"]
+    assert main([*argv, *small, "--cache_dir", settings["cache_dir"]]) == 0
+    wrote, following = capsys.readouterr().out.splitlines()[-2:]
+    assert wrote == f"Wrote the encoder, whole, to {encoder}"
+    names = {"SentenceTransformer": st.SentenceTransformer, "texts": ["w1 w2", "w3"]}
+    assert eval(following.removeprefix("Next: from Python: "), names).shape == (2, 32)

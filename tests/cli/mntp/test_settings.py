@@ -219,6 +219,34 @@ def test_help_spells_each_flag_once(capsys, command):
     assert not [line for line in options if re.search("--[a-z_]+-[a-z]", line)]
 
 
+@pytest.mark.parametrize("command", ["check", "demo", "mntp", "simcse"])
+def test_help_is_short_and_begins_with_examples(capsys, command):
+    if command == "simcse":
+        pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 190 and max(map(len, lines)) <= 80
+    assert any(line.startswith("example") for line in lines)
+    assert any(f"bidirect-patch {command} " in line for line in lines[1:])
+
+
+@pytest.mark.parametrize("flag", ["--help_all", "--help-all"])
+def test_every_setting_is_in_the_long_help(capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        main(["mntp", flag])
+    assert ended.value.code == 0
+    shown = re.findall(r"^  --([a-z_0-9]+)", capsys.readouterr().out, re.MULTILINE)
+    assert {"train_file", "ddp_timeout", "adam_beta1"} <= set(shown) and len(shown) > 100
+
+
+def test_the_usage_names_the_three_steps_within_80_columns(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("1. ") < out.index("2. mntp") < out.index("3. simcse")
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(["mntp", "--do_train"]) == 2

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ...helpers.mntp_runs import run
+from ...helpers.saved import told_of_causal_loading
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -20,7 +21,8 @@ def embeddings_of(settings):
     tokenizer = AutoTokenizer.from_pretrained(settings["output_dir"])
     base = AutoModel.from_pretrained(settings["model_name_or_path"])
     base.resize_token_embeddings(len(tokenizer))
-    model = PeftModel.from_pretrained(base, settings["output_dir"]).eval()
+    with told_of_causal_loading("the adapter"):
+        model = PeftModel.from_pretrained(base, settings["output_dir"]).eval()
     with torch.no_grad():
         return model.get_input_embeddings()(torch.arange(len(tokenizer)))
 
@@ -56,7 +58,8 @@ def test_a_run_with_an_added_mask_token_is_resumed(settings):
 def test_all_weights_are_saved_with_the_row_of_an_added_mask_token(settings):
     settings |= {"do_train": True, "mask_token_type": "mask", "stop_after_n_steps": 1, "lora_r": 0}
     assert run(settings) == 0
-    model = AutoModelForCausalLM.from_pretrained(settings["output_dir"])
+    with told_of_causal_loading():
+        model = AutoModelForCausalLM.from_pretrained(settings["output_dir"])
     assert model.config.vocab_size == len(model.get_input_embeddings().weight) == len(model.lm_head.weight) == 65
 
 

@@ -1,4 +1,4 @@
-"""Progress bars: shown in a terminal, and not written into a file or a pipe."""
+"""Progress bars: shown in a terminal, and not written into a file or a pipe. Both trainers use this."""
 
 import sys
 from typing import Any
