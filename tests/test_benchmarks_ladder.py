@@ -176,7 +176,5 @@ def test_texts_are_read_from_a_folder(tmp_path):
     (tmp_path / "wikipedia.txt").write_text("One two three four five. Six.\n\nSeven eight nine ten eleven twelve.\n")
     found = texts.load_pairs(tmp_path, DEV)
     assert (found.first, found.second, list(found.scores)) == (["A, b.", "d"], ["c", "e"], [2.5, 1.0])
-    assert texts.split_sentences(texts.load_paragraphs(tmp_path)) == [
-        "One two three four five.",
-        "Seven eight nine ten eleven twelve.",
-    ]
+    sentences = [texts.split_sentences(paragraph) for paragraph in texts.load_paragraphs(tmp_path)]
+    assert sentences == [["One two three four five."], ["Seven eight nine ten eleven twelve."]]

@@ -7,8 +7,10 @@ the hub. What was trained and measured is kept in the work folder: the same comm
 """
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -74,9 +76,16 @@ class Ladder:
 
     def _write_texts(self) -> list[str]:
         paragraphs = load_paragraphs(self.options.data)
-        sentences = split_sentences(paragraphs)
-        for name, lines in (("paragraphs", paragraphs), ("sentences", sentences)):
-            (self.work / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+        split = [split_sentences(paragraph) for paragraph in paragraphs]
+        sentences = [sentence for inside in split for sentence in inside]
+        neighbours = [{"query": a, "positive": b} for inside in split for a, b in pairwise(inside)]
+        files = {
+            "paragraphs.txt": paragraphs,
+            "sentences.txt": sentences,
+            "neighbours.jsonl": [json.dumps(pair) for pair in neighbours],
+        }
+        for name, lines in files.items():
+            (self.work / name).write_text("\n".join(lines), encoding="utf-8")
         return sentences
 
     def _save_models(self, downloads: Path) -> None:

@@ -18,6 +18,7 @@ class Row:
         simcse: How many steps it is trained contrastively.
         whole: Whether all layers of the model are kept, where the others are cut.
         echo: Whether each text is read twice, and its second time pooled.
+        neighbours: Whether a sentence's positive is the next one of its paragraph, and not the same one under other dropout.
         published: Whether SimCSE has LLM2Vec's published settings, where they differ.
     """
 
@@ -27,6 +28,7 @@ class Row:
     simcse: int = 0
     whole: bool = False
     echo: bool = False
+    neighbours: bool = False
     published: bool = False
 
     @property
@@ -68,6 +70,9 @@ class Scale:
             Row("bidirectional + SimCSE", True, simcse=more),
             Row("bidirectional + SimCSE, LLM2Vec's settings", True, simcse=more, published=True),
             Row("causal + SimCSE", False, simcse=more),
+            Row("bidirectional + neighbours", True, simcse=more, neighbours=True),
+            Row("bidirectional + MNTP + neighbours", True, mntp=True, simcse=few, neighbours=True),
+            Row("causal + neighbours", False, simcse=more, neighbours=True),
         ]
         if self.layers is not None:
             rows += [Row("causal, all layers", False, whole=True), Row("bidirectional, all layers, untrained", True, whole=True)]
@@ -76,6 +81,9 @@ class Scale:
 
 # Where LLM2Vec's files for SimCSE differ from what was found better at few steps.
 PUBLISHED: Settings = {"learning_rate": 3e-5, "lora_dropout": 0.05}
+
+# Where training on neighbouring sentences differs from SimCSE's.
+NEIGHBOURS: Settings = {"loss_scale": 20.0}
 
 _LORA = {"lora_r": 16, "lora_dropout": 0.0, "lr_scheduler_type": "linear", "report_to": "none", "save_strategy": "no"}
 

@@ -67,7 +67,7 @@ def load_paragraphs(data: Path | None) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def split_sentences(paragraphs: list[str]) -> list[str]:
-    """The sentences of all paragraphs, of SHORTEST to LONGEST words."""
-    found = (s for paragraph in paragraphs for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", paragraph))
+def split_sentences(paragraph: str) -> list[str]:
+    """The sentences of a paragraph, of SHORTEST to LONGEST words."""
+    found = re.split(r"(?<=[.!?]) +(?=[A-Z])", paragraph)
     return [s for s in found if SHORTEST <= len(s.split()) <= LONGEST]

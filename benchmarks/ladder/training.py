@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ladder.plan import PUBLISHED, Row, Scale, Settings
+from benchmarks.ladder.plan import NEIGHBOURS, PUBLISHED, Row, Scale, Settings
 from benchmarks.measure import ROOT
 
 TOOK = "seconds.json"  # written when a run is done: a folder without it is trained anew
@@ -45,7 +45,7 @@ class Trainer:
     Args:
         scale: The settings.
         model: The folder of the model that is trained.
-        texts: The folder with paragraphs.txt and sentences.txt.
+        texts: The folder with paragraphs.txt, sentences.txt and neighbours.jsonl.
         work: Where the runs are kept.
         log: Is told what begins.
     """
@@ -72,6 +72,8 @@ class Trainer:
         if row.mntp:
             settings["peft_model_name_or_path"] = str(self.mntp(seed))
         folder = self._folder(row, seed)
+        if row.neighbours:
+            settings |= NEIGHBOURS | {"dataset_file_path": str(self.texts / "neighbours.jsonl")}
         published = PUBLISHED if row.published else {}
         run_command("simcse", self.scale.simcse | published | settings, folder, self.log)
         return folder
