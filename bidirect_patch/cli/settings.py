@@ -19,7 +19,7 @@ from . import Parser, one_line, underscored
 from .output_folder import check_output_dir as check_output_dir
 from .ranges import BELOW_ONE, COUNT, RANK, check_range, check_text, check_training_numbers
 from .settings_help import ALL, NOTES, Formatter, shorten
-from .versions import has_accelerator, translate_settings
+from .versions import has_accelerator, name_of_checkpointing, translate_settings
 
 
 @dataclass
@@ -93,9 +93,10 @@ def parse_settings(
     settings = translate_settings(settings, set(types))
     _check_names(settings, types)
     values = _convert(parser, settings, kinds, types)
-    if values["gradient_checkpointing"] and not values["gradient_checkpointing_kwargs"]:
+    checkpointing = name_of_checkpointing(values)
+    if values[checkpointing] and not values[f"{checkpointing}_kwargs"]:
         # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.
-        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        values[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
     check_training_numbers(values)
     if (values["bf16"] or values["bf16_full_eval"]) and not has_accelerator():
         values["use_cpu"] = True  # transformers asks for it

@@ -52,6 +52,24 @@ _OTHER_NAME = {old: new for old, new in RENAMED} | {new: old for old, new in REN
 _CHOICE_TO_SWITCH = {choice: switch for switch, choice in SWITCH_TO_CHOICE.items()}
 
 
+def name_of_checkpointing(values: dict[str, Any]) -> str:
+    """Return the name that the installed transformers has for gradient checkpointing, and move the values there, in place.
+
+    transformers 5.24 calls it activation_checkpointing, and warns about the old name.
+
+    Args:
+        values: The value of each setting.
+    """
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    if new not in values:
+        return old
+    for part in ("", "_kwargs"):
+        if values[new + part] is None:
+            values[new + part] = values[old + part]
+        values[old + part] = None  # transformers fills it in from the new one
+    return new
+
+
 def translate_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """Translate settings of other releases to those of the installed transformers.
 

@@ -42,7 +42,9 @@ def test_backend_and_length(folder, capsys, flags):
 def test_weights(tmp_path, capsys):
     tiny_model("llama", num_hidden_layers=3).save_pretrained(tmp_path)
     assert cli.main(["check", str(tmp_path), "--weights"]) == 0
-    assert capsys.readouterr().out.count("model.layers.2") == 2
+    out = capsys.readouterr().out
+    assert out.count("model.layers.2") == 2 and "stands for" not in out
+    assert max(len(line) for line in out.splitlines() if line.startswith(("layer", "model.layers"))) <= 80
 
 
 def test_a_model_without_attention_is_refused_by_name(tmp_path, capsys):

@@ -118,7 +118,8 @@ def _training_arguments(options: argparse.Namespace, folder: str) -> MNTPTrainin
 
 
 def _show_attention(model: PreTrainedModel) -> None:
-    print("\n1. Which positions does each layer use? Seen by changing its input at one position after another.\n")
+    print("\n1. Which positions does each layer use? Its input is changed at one position")
+    print("   after another.\n")
     before = attention_report(disable_bidirectional(model))
     after = attention_report(enable_bidirectional(model))
     print(_side_by_side(before, after))
@@ -137,8 +138,9 @@ def _side_by_side(before: AttentionReport, after: AttentionReport) -> str:
 def _train(model: PreTrainedModel, materials: Materials) -> float:
     """Train and save the model. Returns the loss after training."""
     steps = materials.training.max_steps
-    print(f"\n2. Masked next token prediction, {steps} steps of {BATCH} x {LENGTH} tokens of Python's own")
-    print("   documentation. Loss (nats) and accuracy are those of masked tokens in chapters held out.\n")
+    print(f"\n2. Masked next token prediction, {steps} steps of {BATCH} x {LENGTH} tokens of Python's")
+    print("   own documentation. Loss (nats) and accuracy are those of masked tokens in")
+    print("   chapters held out.\n")
     set_seed(materials.training.seed)  # the weights of a new adapter are random
     add_adapter(model, materials.source)
     trainer = materials.trainer(model)

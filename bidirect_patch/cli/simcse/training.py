@@ -1,6 +1,7 @@
 """A run of contrastive training, from its settings to the saved encoder."""
 
 import os
+import warnings
 from typing import Any
 
 from transformers import set_seed
@@ -93,7 +94,10 @@ def _train_from(checkpoint: str | None, trainer: SimCSETrainer, stop_after_n_ste
                 f"{checkpoint} holds no optimizer, as save_only_model asks for, so the run can't go on: give "
                 "overwrite_output_dir to start anew, or another folder"
             )
-        trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        with warnings.catch_warnings():  # SentenceTransformer has transformers' old name for it alone
+            warnings.filterwarnings("ignore", ".*`gradient_checkpointing_enable`", FutureWarning)
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_metrics("train", result.metrics)
         trainer.check_weights()
     trainer.save_run()
 

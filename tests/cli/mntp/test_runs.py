@@ -56,7 +56,7 @@ def test_a_published_settings_file_runs_unchanged_and_the_result_opens_bidirecti
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "causal, before training" in out and "bidirectional, untrained" in out and "after 8 steps" in out
-    assert out.count("eval_accuracy") == 2  # on schedule, at steps 4 and 8
+    assert out.count("eval_accuracy") == 3  # on schedule, at steps 4 and 8, and of the result
     assert "%|" not in err  # a progress bar, in a file a line each time
     assert "is_gradient_checkpointing" not in err and "pin_memory" not in err  # warnings about what it does not ask for
     folder = Path(settings["output_dir"])

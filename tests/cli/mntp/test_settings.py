@@ -240,6 +240,18 @@ def test_every_setting_is_in_the_long_help(capsys, flag):
     assert {"train_file", "ddp_timeout", "adam_beta1"} <= set(shown) and len(shown) > 100
 
 
+@pytest.mark.parametrize("given", [["--gradient_checkpointing"], ["--no_gradient_checkpointing"], []])
+def test_gradient_checkpointing_is_not_reentrant_and_gives_no_warning(recwarn, tmp_path, given):
+    from bidirect_patch.cli.mntp.settings import parse
+
+    argv = ["--model_name_or_path", "m", "--train_file", "t", "--do_train", "--output_dir", str(tmp_path), *given]
+    training = parse(argv).training
+    assert bool(training.gradient_checkpointing) is (given == ["--gradient_checkpointing"])
+    if training.gradient_checkpointing:
+        assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+
+
 def test_the_usage_names_the_three_steps_within_80_columns(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
