@@ -6,9 +6,7 @@ FOLDER holds sts/*.csv (sentence1, sentence2, score) and wikipedia.txt (a paragr
 """
 
 import contextlib
-import csv
 import io
-import re
 import shutil
 import tarfile
 import tempfile
@@ -18,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks.ladder.model import save_plain
+from benchmarks.ladder.texts import load_pairs, load_paragraphs, split_sentences
 
 MOST_BYTES = 60_000_000
 SENTENCE_TOKENS = 64  # no sentence to train on is read further
@@ -71,32 +72,19 @@ def prepare(
     Returns:
         The files, in order.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from bidirect_patch.cli.versions import plain_gguf_weights, remove_gguf_mark
-
-    where = {"gguf_file": gguf_file} if gguf_file else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tokenizer = AutoTokenizer.from_pretrained(model, **where)
-        tokenizer.save_pretrained(folder / "model")
-        plain = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, **where, **plain_gguf_weights(gguf_file)
-        )
-        if gguf_file:
-            remove_gguf_mark(plain)
-        plain.save_pretrained(folder / "model")
-        paragraphs = [
-            line for line in (data / "wikipedia.txt").read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-        sentences = [s for p in paragraphs for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", p) if len(s.split()) >= 5]
+        save_plain(model, gguf_file, folder / "model", torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        paragraphs = load_paragraphs(data)
         _save(folder / "paragraphs.npz", tokenizer, paragraphs, None)
+        sentences = [sentence for paragraph in paragraphs for sentence in split_sentences(paragraph)]
         _save(folder / "sentences.npz", tokenizer, sentences, SENTENCE_TOKENS)
         for file in sorted((data / "sts").glob("*.csv")):
-            with open(file, newline="", encoding="utf-8") as lines:
-                rows = list(csv.DictReader(lines))
-            both = [row[column] for column in ("sentence1", "sentence2") for row in rows]
-            scores = np.array([float(row["score"]) for row in rows], dtype=np.float32)
+            pairs = load_pairs(data, file.stem)
+            both, scores = pairs.first + pairs.second, pairs.scores.astype(np.float32)
             _save(folder / f"sts-{file.stem}.npz", tokenizer, both, LONGEST, scores=scores)
         return _pack(folder, parts, most_bytes)
 
