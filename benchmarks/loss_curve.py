@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.report import parser
 from benchmarks.svg import line, save, text
 
-LEFT, TOP, WIDTH, HEIGHT, RIGHT = 52, 44, 520, 260, 210
+LEFT, TOP, WIDTH, HEIGHT, RIGHT = 52, 44, 520, 260, 260
 BASELINES = (("causal_loss", "causal, before training"), ("before_loss", "bidirectional, untrained"))
 
 

@@ -167,7 +167,7 @@ def test_the_settings_are_those_that_the_commands_take(tmp_path):
     for scale in (CPU, QUICK):
         settings = scale.mntp | {"model_name_or_path": "m", "train_file": ["t.txt"], "output_dir": str(tmp_path / "o")}
         (tmp_path / "s.json").write_text(json.dumps(settings | {"do_train": True}))
-        assert parse([str(tmp_path / "s.json")]).mntp.mlm_probability == scale.mntp["mlm_probability"]
+        assert parse([str(tmp_path / "s.json")]).mntp.mlm_probability == [scale.mntp["mlm_probability"]]
 
 
 def test_texts_are_read_from_a_folder(tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 from bidirect_patch import enable_bidirectional
 
 from ...helpers.mntp_runs import refused, results, run, weights
+from ...helpers.saved import told_of_causal_loading
 from ...helpers.simcse_runs import write_pairs
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
@@ -57,7 +58,9 @@ def correlation(model, settings, rows, weighted=False):
 def trained(settings):
     """The bidirectional backbone that a run wrote."""
     if settings.get("lora_r") == 0:
-        return enable_bidirectional(AutoModel.from_pretrained(settings["output_dir"]))
+        with told_of_causal_loading():
+            model = AutoModel.from_pretrained(settings["output_dir"])
+        return enable_bidirectional(model)
     from peft import PeftModel
 
     base = enable_bidirectional(AutoModel.from_pretrained(settings["model_name_or_path"]))
