@@ -138,6 +138,19 @@ def test_the_table_takes_each_rows_best_way_on_the_development_set_and_tells_who
     assert table.write_differences(turned).endswith("not reached.")
 
 
+def test_the_depths_are_those_of_rows_that_keep_all_layers(pairs):
+    good = Way(2, POOLINGS[0], False)
+    measured = {Row("cut", False): [_results(pairs, good)], Row("whole", False, whole=True): [_results(pairs, good)]}
+    for ways in measured[Row("whole", False, whole=True)][0].values():
+        ways[Way(1, POOLINGS[0], False)] = -ways[good]
+    compared = table.Comparison(pairs, measured)
+    head, _, *rows = table.write_depths(compared).splitlines()
+    assert head.split("|")[2:4] == [" 1 ", " 2 "] and len(rows) == 1
+    found = [float(cell) for cell in rows[0].split("|")[2:4]]
+    assert found[0] == -found[1] and found[1] == round(compared.value_on_dev(Row("cut", False), good), 1) > 80
+    assert table.write_depths(table.Comparison(pairs, {Row("cut", False): measured[Row("cut", False)]})) == ""
+
+
 def test_a_set_that_was_not_measured_is_empty(pairs):
     measured = _results(pairs, None)
     del measured["sts2014"]

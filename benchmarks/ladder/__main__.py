@@ -102,7 +102,8 @@ def report(ladder: Ladder) -> str:
     measured = {row: seeds for row, seeds in ladder.results().items() if seeds}
     compared = table.Comparison(ladder.pairs, measured)
     figure.draw(compared, ladder.options.figure)
-    return f"{table.write_table(compared, ladder.seconds())}\n\n{table.write_differences(compared)}\n"
+    parts = (table.write_table(compared, ladder.seconds()), table.write_differences(compared), table.write_depths(compared))
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from benchmarks.ladder.encode import POOLINGS, Way
 from benchmarks.ladder.plan import Row
 from benchmarks.ladder.results import Cosines, best_way, gathered, plain_way
 from benchmarks.ladder.statistics import Bootstrap, correlations, interval
@@ -35,7 +36,7 @@ class Comparison:
 
     def dev(self, row: Row) -> float:
         """The value on the development set in the best way, on average over seeds."""
-        return self._dev(row, self.ways[row])
+        return self.value_on_dev(row, self.ways[row])
 
     def plain(self, row: Row, group: str) -> float | None:
         """The value with the mean of the last layer's tokens."""
@@ -45,7 +46,8 @@ class Comparison:
         scores = [self.pairs[name].scores for name in GROUPS[group]]
         return float(np.mean([correlations(c, s).mean() for c, s in zip(cosines, scores)]))
 
-    def _dev(self, row: Row, way: object) -> float:
+    def value_on_dev(self, row: Row, way: Way) -> float:
+        """The value on the development set in one way, on average over seeds."""
         rows = np.stack([result[DEV][way] for result in self.results[row]])
         return float(correlations(rows, self.pairs[DEV].scores).mean())
 
@@ -105,3 +107,16 @@ def write_differences(comparison: Comparison) -> str:
         f"interval of the same draws:\n\n{table}\n\n"
         f"Goal: above each causal row on each set, with the interval above 0: {verdict}."
     )
+
+
+def write_depths(comparison: Comparison) -> str:
+    """What the mean of the tokens gives on the development set after so many layers, for the rows that keep all layers."""
+    whole = [row for row in comparison.results if row.whole]
+    if not whole:
+        return ""
+    layers = sorted({way.layer for row in whole for way in comparison.results[row][0][DEV]})
+    lines = [("STS-B dev, mean, after layer", *map(str, layers)), ("---",) * (1 + len(layers))]
+    for row in whole:
+        values = (comparison.value_on_dev(row, Way(layer, POOLINGS[0], False)) for layer in layers)
+        lines.append((row.name, *(f"{value:.1f}" for value in values)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
