@@ -4,11 +4,11 @@ Reads trainer_state.json of the run's output_dir, and all_results.json beside it
 figures/mntp_loss.svg; `python -m benchmarks.loss_curve OUTPUT_DIR`, one second.
 """
 
+import argparse
 import json
 import os
 from typing import Any
 
-from benchmarks.report import parser
 from benchmarks.svg import line, save, text
 
 LEFT, TOP, WIDTH, HEIGHT, RIGHT = 52, 44, 520, 260, 260
@@ -62,7 +62,7 @@ def legend() -> list[str]:
 
 def main() -> None:
     """Read, and draw."""
-    options = parser(__doc__, 1)
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("output_dir", help="that of the run")
     log, results = read(options.parse_args().output_dir)
     save("mntp_loss", LEFT + WIDTH + RIGHT, TOP + HEIGHT + 56, draw(log, results))

@@ -119,6 +119,30 @@ def matmul_rate(shape: Shape) -> float:
     return 2 * a.numel() * len(b) / statistics.median(times)
 
 
+def commands(shape: Shape, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What is measured: a command and its settings."""
+    mntp = {
+        "train_file": [str(folder / "paragraphs.txt")],
+        "mlm_probability": 0.2,
+        "max_seq_length": shape.length,
+        "per_device_train_batch_size": shape.batch,
+    }
+    simcse = {
+        "dataset_file_path": str(folder / "sentences.txt"),
+        "max_seq_length": shape.words,
+        "per_device_train_batch_size": shape.pairs,
+    }
+    return {
+        "mntp": ("mntp", mntp),
+        "simcse": ("simcse", simcse),
+        "simcse, no checkpoints": ("simcse", simcse | {"gradient_checkpointing": False}),
+        "simcse, 8 pairs at a time, no checkpoints": (
+            "simcse",
+            simcse | {"gradient_checkpointing": False, "mini_batch_size": min(8, shape.pairs)},
+        ),
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     options = parser(__doc__, rounds=3).parse_args(arguments)
@@ -131,27 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
         save_model(shape, folder / "model")
         save_lines(shape, folder / "paragraphs.txt", MORE * shape.batch, shape.length)
         save_lines(shape, folder / "sentences.txt", MORE * shape.pairs, shape.words - 2)
-        mntp = {
-            "train_file": [str(folder / "paragraphs.txt")],
-            "mlm_probability": 0.2,
-            "max_seq_length": shape.length,
-            "per_device_train_batch_size": shape.batch,
-        }
-        simcse = {
-            "dataset_file_path": str(folder / "sentences.txt"),
-            "max_seq_length": shape.words,
-            "per_device_train_batch_size": shape.pairs,
-        }
-        ways = {
-            "mntp": ("mntp", mntp),
-            "simcse": ("simcse", simcse),
-            "simcse, no checkpoints": ("simcse", simcse | {"gradient_checkpointing": False}),
-            "simcse, 8 pairs at a time, no checkpoints": (
-                "simcse",
-                simcse | {"gradient_checkpointing": False, "mini_batch_size": min(8, shape.pairs)},
-            ),
-        }
-        for name, (command, settings) in ways.items():
+        for name, (command, settings) in commands(shape, folder).items():
             settings = settings | {"model_name_or_path": str(folder / "model")}
             floor = operations(shape, folder / "model", command) / rate
             steps, peaks = [], []

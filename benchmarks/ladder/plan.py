@@ -68,12 +68,13 @@ class Scale:
             Row("bidirectional + MNTP", True, mntp=True),
             Row("bidirectional + MNTP + SimCSE", True, mntp=True, simcse=few),
             Row("bidirectional + SimCSE", True, simcse=more),
-            Row("bidirectional + SimCSE, LLM2Vec's settings", True, simcse=more, published=True),
             Row("causal + SimCSE", False, simcse=more),
             Row("bidirectional + neighbours", True, simcse=more, neighbours=True),
             Row("bidirectional + MNTP + neighbours", True, mntp=True, simcse=few, neighbours=True),
             Row("causal + neighbours", False, simcse=more, neighbours=True),
         ]
+        if any(self.simcse.get(name) != value for name, value in PUBLISHED.items()):
+            rows.append(Row("bidirectional + SimCSE, LLM2Vec's settings", True, simcse=more, published=True))
         if self.layers is not None:
             rows += [Row("causal, all layers", False, whole=True), Row("bidirectional, all layers, untrained", True, whole=True)]
         object.__setattr__(self, "rows", tuple(rows))
@@ -135,6 +136,7 @@ PAPER = Scale(
     },
     simcse=CPU.simcse
     | {
+        "max_seq_length": 128,
         "per_device_train_batch_size": 128,
         "learning_rate": 3e-5,
         "lora_dropout": 0.05,

@@ -19,6 +19,8 @@ READY_MASKS_ARE_INVERTED = _VERSION < Version("4.42")
 FLASH_WINDOW_IS_INCLUSIVE = _VERSION < Version("4.56")
 # The value of `max_window_layers` at which a Qwen2 layer on FlashAttention has its window; 4.43 turned the comparison round.
 MAX_WINDOW_LAYERS_FOR_WINDOW = 0 if _VERSION >= Version("4.43") else 1 << 30
+# From 5.2 on, a checkpoint whose config says `is_causal: false` opens as a bidirectional model.
+OPENS_BIDIRECTIONAL = _VERSION >= Version("5.2")
 # The beginning of the warning that 5.24 gives where PEFT (up to 0.21 at least) reads that name of a model.
 PEFT_READS_A_DEPRECATED_NAME = "`is_gradient_checkpointing` is deprecated"
 

@@ -21,8 +21,7 @@ def loading(what: str, failure: str = "can't load") -> Iterator[None]:
         ConfigError: There is nothing of that name, or it is broken.
     """
     try:
-        with without_peft_warning():
-            yield
+        yield
     except BidirectPatchError:
         raise
     except Exception as error:  # a missing or broken checkpoint raises errors of many classes

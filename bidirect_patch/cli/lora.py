@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from ..checkpoints.loading import without_peft_warning
 from .settings import CommonModelArguments
@@ -39,6 +39,12 @@ def with_lora(model: Any, settings: CommonModelArguments, new_rows: Sequence[int
     if WHOLE_MODULES in rows:
         _keep_other_rows(wrapped, new_rows)
     return wrapped
+
+
+def trains_rows(adapter: PeftModel) -> bool:
+    """Whether an adapter holds rows of the embedding too, so that its base must have as many rows before it is opened."""
+    config: Any = adapter.peft_config[adapter.active_adapter]
+    return bool(getattr(config, "trainable_token_indices", None) or config.modules_to_save)
 
 
 def _rows_to_train(model: Any, new_rows: Sequence[int]) -> dict[str, Any]:

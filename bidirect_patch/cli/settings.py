@@ -93,20 +93,26 @@ def parse_settings(
     settings = translate_settings(settings, set(types))
     _check_names(settings, types)
     values = _convert(parser, settings, kinds, types)
-    checkpointing = name_of_checkpointing(values)
-    if values[checkpointing] and not values[f"{checkpointing}_kwargs"]:
-        # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.
-        values[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
     check_training_numbers(values)
-    if (values["bf16"] or values["bf16_full_eval"]) and not has_accelerator():
-        values["use_cpu"] = True  # transformers asks for it
-    if not has_accelerator():
-        values["dataloader_pin_memory"] = False  # torch would warn that it can't
+    _fit(values)
     with transformers_errors():
         parsed = parser.parse_dict(values)
     for part in parsed:
         _check_dictionaries(part)
     return parsed, values["output_dir"]
+
+
+def _fit(values: dict[str, Any]) -> None:
+    """Set what follows from the settings and the machine, in place."""
+    checkpointing = name_of_checkpointing(values)
+    if values[checkpointing] and not values[f"{checkpointing}_kwargs"]:
+        # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.
+        values[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
+    if has_accelerator():
+        return
+    values["dataloader_pin_memory"] = False  # torch would warn that it can't
+    if values["bf16"] or values["bf16_full_eval"]:
+        values["use_cpu"] = True  # transformers asks for it
 
 
 def read_json(path: str) -> dict[str, Any]:

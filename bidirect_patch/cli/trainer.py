@@ -37,7 +37,11 @@ class RunTrainer(Trainer):
     def load_finished(self, checkpoint: str) -> None:
         """Take a checkpoint of the last step as the result, or the best one if that is asked for. Nothing is left to train."""
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+        best = self.state.best_model_checkpoint
+        if best:  # it lies beside the last one, wherever the folder was moved to
+            best = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
+            self.state.best_model_checkpoint = best = best if os.path.isdir(best) else None
+        if self.args.load_best_model_at_end and best:
             self._load_best_model()
         else:
             self._load_from_checkpoint(checkpoint)

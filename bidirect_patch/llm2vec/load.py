@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..checkpoints.load import HUB_OPTIONS, read_json
-from ..checkpoints.loading import loading
+from ..checkpoints.loading import loading, without_peft_warning
 from ..errors import ConfigError, extra_needed
 from ..patch import enable_bidirectional
 from .reading import KNOWN_NAMES, TextFormat, check_tokenizer
@@ -145,7 +145,8 @@ def _load_model(source: _Source, config: Any, model_kwargs: dict[str, Any], hub:
 
         account = {name: hub[name] for name in ("cache_dir", "token") if name in hub}  # the revision is the base's
         for adapter in source.adapters:
-            model = PeftModel.from_pretrained(model, adapter, **account).merge_and_unload()
+            with without_peft_warning():
+                model = PeftModel.from_pretrained(model, adapter, **account).merge_and_unload()
             vars(model).pop("peft_config", None)  # older releases of PEFT leave it there
     return model.eval()
 

@@ -72,7 +72,7 @@ class MNTPCollator:
         self,
         tokenizer: Any,
         *,
-        mlm_probability: float | Sequence[float] = 0.2,
+        mlm_probability: float | tuple[float, float] | list[float] = 0.2,
         mask_token: str | None = None,
         mask_replace_prob: float = 0.8,
         random_replace_prob: float = 0.1,

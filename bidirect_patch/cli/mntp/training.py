@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
+from ..lora import trains_rows
 from ..output_folder import check_space, make_output_dir
 from ..pairs import load_pairs
 from ..progress import hide_bars_in_files
@@ -17,7 +18,7 @@ from ..settings import transformers_errors
 from .collator import make_collator
 from .data import load_sequences, sequence_length
 from .evaluation import evaluate_baselines, make_report
-from .model import add_adapter, check_model, load_model, load_tokenizer
+from .model import adapter_of, add_adapter, check_model, load_model, load_tokenizer
 from .sentence_pairs import SentencePairs
 from .settings import ModelArguments, Settings
 from .trainer import MNTPTrainer
@@ -44,19 +45,23 @@ def train(settings: Settings) -> None:
         report.add_result("bidirectional")
     report.show()
     if training.do_train:
-        say_what_is_next(trainer, *_next_step(settings.model, str(training.output_dir)))
+        adapter = adapter_of(model)
+        new_rows = adapter is not None and trains_rows(adapter)
+        say_what_is_next(trainer, *_next_step(settings.model, str(training.output_dir), new_rows))
     if training.push_to_hub:
         trainer.push_to_hub(finetuned_from=settings.model.model_name_or_path)
 
 
-def _next_step(model: ModelArguments, folder: str) -> tuple[str, str]:
-    """What was written where, and the command of the next step."""
+def _next_step(model: ModelArguments, folder: str, new_rows: bool) -> tuple[str, str]:
+    """What was written where, and the command of the next step, if one command is enough."""
     base = ["--model_name_or_path", str(model.model_name_or_path) if model.lora_r else folder]
     if model.lora_r and model.gguf_file:
         base += ["--gguf_file", model.gguf_file]
     adapter = ["--peft_model_name_or_path", folder] if model.lora_r else []
     flags = shlex.join([*base, *adapter, "--do_train", "--dataset_file_path", "TEXTS", "--output_dir", "ENCODER"])
     written = f"the adapter of {model.model_name_or_path} to {folder}" if adapter else f"the model to {folder}"
+    if adapter and (new_rows or model.tokenizer_name or model.model_revision != "main"):
+        return written, "open it with its own tokenizer and revision: see Train, MNTP in the README"
     return written, f"bidirect-patch simcse {flags}"
 
 

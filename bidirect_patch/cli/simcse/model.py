@@ -8,6 +8,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerModelC
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from ...checkpoints.loading import without_peft_warning
 from ...errors import ConfigError
 from ...patch import disable_bidirectional, enable_bidirectional
 from ..loading import loading
@@ -57,7 +58,8 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
             raise ConfigError("chat_template is given, and the tokenizer has none")
         enable_bidirectional(model)  # an adapter that was trained on a bidirectional model is loaded onto one
         if settings.peft_model_name_or_path:
-            model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
+            with without_peft_warning():
+                model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
     if not settings.bidirectional:
         disable_bidirectional(model)
     module.model = model = with_lora(model.requires_grad_(True), settings)  # PEFT froze what it was put on

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import set_seed
 from transformers.trainer import OPTIMIZER_NAME
 
+from ...attention.versions import OPENS_BIDIRECTIONAL
 from ...errors import ConfigError
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import make_output_dir
@@ -48,7 +49,10 @@ def train(settings: Settings) -> None:
         report.show()
     if training.do_train:
         folder = str(training.output_dir)
-        encode = f"from Python: SentenceTransformer({folder!r}).encode(texts)"
+        opened = f"SentenceTransformer({folder!r})"
+        if settings.encoder.bidirectional and not OPENS_BIDIRECTIONAL:
+            opened = f"enable_bidirectional({opened})"
+        encode = f"from Python: {opened}.encode(texts)"
         say_what_is_next(trainer, f"the encoder, whole, to {folder}", encode)
 
 

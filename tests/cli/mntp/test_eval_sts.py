@@ -146,6 +146,11 @@ def test_the_best_encoder_is_kept_and_a_resumed_run_finds_the_same(evaluated, ro
     assert run(evaluated) == 0  # nothing is left to train
     assert same(kept, weights(evaluated)) and results(evaluated)["eval_sts_spearman"] == found[best]
 
+    moved = evaluated | {"output_dir": str(tmp_path / "moved")}
+    Path(evaluated["output_dir"]).rename(moved["output_dir"])
+    assert run(moved) == 0
+    assert same(kept, weights(moved))
+
 
 def test_a_longer_sentence_is_cut_at_the_tokenizers_limit(place, evaluated, tmp_path):
     from bidirect_patch.cli.mntp.sentence_pairs import SentencePairs

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from bidirect_patch import enable_bidirectional, is_bidirectional
 from bidirect_patch.checkpoints.load import says_bidirectional
 from bidirect_patch.cli import main
 
@@ -23,8 +24,6 @@ pytest.importorskip("peft", reason="the training command needs the extra [train]
 def test_a_published_settings_file_runs_unchanged_and_the_result_opens_bidirectional(place, settings, tmp_path, capfd):
     """The keys of LLM2Vec's train_configs/mntp/*.json, all of them, with a model and data that fit a test."""
     from peft import PeftModel
-
-    from bidirect_patch import enable_bidirectional
 
     published = {
         "model_name_or_path": settings["model_name_or_path"],
@@ -75,8 +74,6 @@ def test_a_published_settings_file_runs_unchanged_and_the_result_opens_bidirecti
 
 
 def test_all_weights_are_saved_as_a_stock_model_that_says_it_is_bidirectional(settings):
-    from bidirect_patch import enable_bidirectional
-
     assert run(settings, "--do_train", "--stop_after_n_steps=3", "--lora_r=0") == 0
     config = json.loads((Path(settings["output_dir"]) / "config.json").read_text())
     assert config["is_causal"] is False and config["architectures"] == ["LlamaForCausalLM"]
@@ -266,5 +263,15 @@ def test_what_it_says_to_do_next_can_be_done(place, settings, tmp_path, capsys):
     assert main([*argv, *small, "--cache_dir", settings["cache_dir"]]) == 0
     wrote, following = capsys.readouterr().out.splitlines()[-2:]
     assert wrote == f"Wrote the encoder, whole, to {encoder}"
-    names = {"SentenceTransformer": st.SentenceTransformer, "texts": ["w1 w2", "w3"]}
-    assert eval(following.removeprefix("Next: from Python: "), names).shape == (2, 32)
+    names = {"SentenceTransformer": st.SentenceTransformer, "enable_bidirectional": enable_bidirectional}
+    names["texts"] = ["w1 w2", "w3"]
+    line = following.removeprefix("Next: from Python: ")
+    assert eval(line, names).shape == (2, 32)
+    assert is_bidirectional(eval(line.removesuffix(".encode(texts)"), names))
+
+
+def test_no_next_command_is_given_where_the_adapter_does_not_fit_the_base_as_it_is(settings, capsys):
+    assert run(settings, "--do_train", "--max_steps", "1", "--mask_token_type", "mask") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "Next: open it with its own tokenizer and revision: see Train, MNTP in the README"
+    )
