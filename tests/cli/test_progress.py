@@ -15,7 +15,9 @@ from bidirect_patch.cli.progress import hide_bars_in_files
 
 @pytest.fixture(autouse=True)
 def bars():
-    """They are on before and after."""
+    """They are on before and after. A command that ran in this process may have turned them off."""
+    datasets.enable_progress_bars()
+    logging.enable_progress_bar()
     yield
     datasets.enable_progress_bars()
     logging.enable_progress_bar()
