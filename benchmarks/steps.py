@@ -4,7 +4,7 @@
 
 Random weights of SmolLM2-135M's shape. A command runs twice, for a few and for more steps: the difference of CPU seconds is
 that of the steps, with the collator, the optimizer and the trainer; the floor is the floating point operations that torch
-counts in a forward and a backward of the same batch, at the speed of a matrix product of these sizes.
+counts in a forward and a backward of the same batch, at the speed of a square matrix product.
 """
 
 import json
@@ -13,55 +13,46 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import ROOT, paired_times, table
+from benchmarks.head import Setting, make_model
+from benchmarks.measure import ROOT, matmul_rate, table
 from benchmarks.report import parser, single_thread
 from benchmarks.texts import tokenizer
 
-WORDS = 49_152
 FEW, MORE = 2, 6  # steps
 LORA = {"lora_r": 16, "lora_dropout": 0.0}
 EITHER_WAY = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "disable_tqdm": True}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of the model and of the batches."""
+class Shape(Setting):
+    """Sizes of the model and of MNTP's batches, and of SimCSE's.
 
-    vocab: int = WORDS
-    hidden: int = 576
-    layers: int = 30
-    batch: int = 8
-    length: int = 128
+    Args:
+        pairs: Texts of a batch of SimCSE, each of which is read twice.
+        words: Tokens of each.
+    """
+
     pairs: int = 32
     words: int = 32
 
 
-QUICK = Shape(vocab=200, hidden=32, layers=1, batch=2, length=16, pairs=3, words=8)
+SMOLLM2 = Shape(vocab=49_152, hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, length=128, tied=True)
+TINY = dict(vocab=200, hidden=32, intermediate=64, layers=1, heads=1, kv_heads=1, batch=2, length=16, pairs=3, words=8)
+QUICK = replace(SMOLLM2, **TINY)
 
 
 def save_model(shape: Shape, folder: Path) -> None:
     """A Llama of this shape with a tokenizer of words."""
     from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    heads = max(1, shape.hidden // 64)
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.hidden * 8 // 3,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 3),
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    make_model(shape).save_pretrained(folder)
     words = tokenizer(shape.vocab)
     words.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     words.save_pretrained(folder)
@@ -112,13 +103,6 @@ def operations(shape: Shape, folder: Path, command: str) -> int:
     return counter.get_total_flops()
 
 
-def matmul_rate(shape: Shape) -> float:
-    """Operations a second of the product of a batch with a layer's largest weight."""
-    a, b = torch.randn(shape.batch * shape.length, shape.hidden), torch.randn(shape.hidden * 8 // 3, shape.hidden)
-    times = paired_times({"product": lambda: torch.nn.functional.linear(a, b)}, rounds=5)["product"]
-    return 2 * a.numel() * len(b) / statistics.median(times)
-
-
 def commands(shape: Shape, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     """What is measured: a command and its settings."""
     mntp = {
@@ -147,8 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     options = parser(__doc__, rounds=3).parse_args(arguments)
     single_thread()
-    shape = QUICK if options.quick else Shape()
-    rate = matmul_rate(shape)
+    shape = QUICK if options.quick else SMOLLM2
+    rate = matmul_rate()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -174,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
                 }
             )
     print(table(rows))
-    print(f"\nA product of {shape.batch * shape.length} tokens with the largest weight: {rate / 1e9:.0f} GFLOP/s, float32.")
+    print(f"\nSquare matmul: {rate / 1e9:.0f} GFLOP/s, float32.")
 
 
 if __name__ == "__main__":

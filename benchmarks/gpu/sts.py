@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.carried import load_scores, load_texts
+from benchmarks.ladder.encode import batches_by_length, pooling_weights
+from bidirect_patch.cli.spearman import spearman
 
 POOLINGS = ("mean", "weighted mean")
 BATCH_TOKENS = 16_384
@@ -28,39 +30,22 @@ def padded(texts: Sequence[np.ndarray], pad: int, length: int, device: torch.dev
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """(texts, width), float32: the mean over real tokens; weighted, the i-th of them counts i times."""
-    weights = mask.float()
-    if pooling == "weighted mean":
-        weights = weights * weights.cumsum(-1)
-    return (hidden.float() * weights[..., None]).sum(1) / weights.sum(-1, keepdim=True)
+    return (hidden.float() * pooling_weights(mask.float(), pooling)[..., None]).sum(1)
 
 
 @torch.no_grad()
 def embed(decoder: Any, texts: Sequence[np.ndarray], pad: int, device: torch.device) -> dict[str, Tensor]:
     """The embeddings of the texts by pooling, each (texts, width), float32, on the CPU."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[str, list[Tensor]] = {pooling: [] for pooling in POOLINGS}
-    begin = 0
-    while begin < len(order):
-        count = 1
-        while begin + count < len(order) and (count + 1) * len(texts[order[begin + count]]) <= BATCH_TOKENS:
-            count += 1
-        batch = padded([texts[i] for i in order[begin : begin + count]], pad, 10**6, device)
+    order: list[int] = []
+    for chosen in batches_by_length([len(text) for text in texts], BATCH_TOKENS):
+        order += chosen
+        batch = padded([texts[i] for i in chosen], pad, 10**6, device)
         hidden = decoder(**batch, use_cache=False).last_hidden_state
         for pooling in POOLINGS:
             found[pooling].append(pooled(hidden, batch["attention_mask"], pooling).cpu())
-        begin += count
     back = torch.tensor(order).argsort()
     return {pooling: torch.cat(rows)[back] for pooling, rows in found.items()}
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two arrays of one length; equal values share their mean rank."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def evaluate(decoder: Any, folder: Path, pad: int, device: torch.device) -> dict[str, dict[str, float]]:

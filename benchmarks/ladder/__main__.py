@@ -99,8 +99,7 @@ class Ladder:
 
 def report(ladder: Ladder) -> str:
     """The table, the differences and the figure."""
-    measured = {row: seeds for row, seeds in ladder.results().items() if seeds}
-    compared = table.Comparison(ladder.pairs, measured)
+    compared = table.Comparison(ladder.pairs, ladder.results())
     if ladder.options.scale != "quick":
         figure.draw(compared, ladder.options.figure)
     parts = (table.write_table(compared, ladder.seconds()), table.write_differences(compared), table.write_depths(compared))

@@ -1,6 +1,6 @@
 """Embeddings of many texts under each pooling and from several layers, out of one pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,18 @@ def pooling_weights(mask: Tensor, pooling: str) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
+def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """The indices of all texts, the shortest first, in batches of at most so many tokens with padding, or of one text."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    begin = 0
+    while begin < len(order):
+        count = 1
+        while begin + count < len(order) and (count + 1) * lengths[order[begin + count]] <= tokens:
+            count += 1
+        yield order[begin : begin + count]
+        begin += count
+
+
 @torch.no_grad()
 def embed(
     decoder: Any, tokenizer: Any, texts: Sequence[str], layers: Sequence[int], echo: bool = False
@@ -59,17 +71,12 @@ def embed(
     """
     ids = [tokenizer(f"{text} {text}" if echo else text)["input_ids"] for text in texts]
     skipped = [len(tokenizer(text)["input_ids"]) if echo else 0 for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[tuple[int, str], list[Tensor]] = {}
-    begin = 0
-    while begin < len(order):
-        count = 1
-        while begin + count < len(order) and (count + 1) * len(ids[order[begin + count]]) <= BATCH_TOKENS:
-            count += 1
-        chosen = order[begin : begin + count]
-        for (layer, pooling), vectors in _embed_batch(decoder, ids, skipped, chosen, layers).items():
-            found.setdefault((layer, pooling), []).append(vectors)
-        begin += count
+    order: list[int] = []
+    for chosen in batches_by_length([len(row) for row in ids], BATCH_TOKENS):
+        order += chosen
+        for key, vectors in _embed_batch(decoder, ids, skipped, chosen, layers).items():
+            found.setdefault(key, []).append(vectors)
     back = torch.tensor(order).argsort()
     return {key: torch.cat(rows)[back].numpy() for key, rows in found.items()}
 

@@ -8,24 +8,31 @@ from scipy.stats import rankdata
 DRAWS = 1000
 
 
-def correlations(cosines: np.ndarray, scores: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
+def correlations(cosines: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """100 times Spearman's correlation of rows of cosines with scores.
 
     Args:
         cosines: (rows, pairs), float64.
         scores: (pairs,), float64.
-        chosen: (pairs,), int64: take these pairs, one of them perhaps several times. None: all pairs.
 
     Returns:
         (rows,), float64.
     """
-    if chosen is not None:
-        cosines, scores = cosines[:, chosen], scores[chosen]
     ranks = rankdata(cosines, axis=1)
     wanted = rankdata(scores)
     ranks -= ranks.mean(1, keepdims=True)
     wanted -= wanted.mean()
     return 100 * ranks @ wanted / np.sqrt((ranks**2).sum(1) * (wanted**2).sum())
+
+
+def mean_correlation(cosines: Sequence[np.ndarray], sets: Sequence[np.ndarray]) -> float:
+    """The mean over seeds, then over sets, of `correlations`.
+
+    Args:
+        cosines: For each set (seeds, pairs).
+        sets: The scores of each set, (pairs,).
+    """
+    return float(np.mean([correlations(c, scores).mean() for c, scores in zip(cosines, sets, strict=True)]))
 
 
 class Bootstrap:
@@ -50,12 +57,11 @@ class Bootstrap:
         Returns:
             The value; (draws,), float64.
         """
-        found = np.mean([correlations(c, s).mean() for c, s in zip(cosines, self.sets, strict=True)])
         drawn = [
-            np.mean([correlations(c, s, i).mean() for c, s, i in zip(cosines, self.sets, chosen, strict=True)])
+            mean_correlation([c[:, i] for c, i in zip(cosines, chosen)], [s[i] for s, i in zip(self.sets, chosen)])
             for chosen in self.chosen
         ]
-        return float(found), np.array(drawn)
+        return mean_correlation(cosines, self.sets), np.array(drawn)
 
 
 def interval(drawn: np.ndarray) -> tuple[float, float]:

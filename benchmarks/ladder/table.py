@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.ladder.encode import POOLINGS, Way
 from benchmarks.ladder.plan import Row
 from benchmarks.ladder.results import Cosines, best_way, gathered, plain_way
-from benchmarks.ladder.statistics import Bootstrap, correlations, interval
+from benchmarks.ladder.statistics import Bootstrap, interval, mean_correlation
 from benchmarks.ladder.texts import DEV, YEARS, Pairs
 
 GROUPS: dict[str, tuple[str, ...]] = {"STS-B test": ("stsb-test",), "SICK": ("sick-r-test",), "STS12-16": YEARS}
@@ -43,13 +43,12 @@ class Comparison:
         cosines = gathered(self.results[row], plain_way(self.results[row]), GROUPS[group])
         if cosines is None:
             return None
-        scores = [self.pairs[name].scores for name in GROUPS[group]]
-        return float(np.mean([correlations(c, s).mean() for c, s in zip(cosines, scores)]))
+        return mean_correlation(cosines, self.draws[group].sets)
 
     def value_on_dev(self, row: Row, way: Way) -> float:
         """The value on the development set in one way, on average over seeds."""
         rows = np.stack([result[DEV][way] for result in self.results[row]])
-        return float(correlations(rows, self.pairs[DEV].scores).mean())
+        return mean_correlation([rows], [self.pairs[DEV].scores])
 
 
 def cell(found: tuple[float, np.ndarray] | None) -> str:
@@ -60,10 +59,16 @@ def cell(found: tuple[float, np.ndarray] | None) -> str:
     return f"{found[0]:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table, whose first line is its head."""
+    head, *rows = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
 def write_table(comparison: Comparison, seconds: Mapping[Row, float]) -> str:
     """The rows, in Markdown. Numbers are 100 times Spearman's correlation."""
     head = ("row", "seeds", "training, s", "best way on STS-B dev", "STS-B dev", *GROUPS, "plain mean: STS-B test")
-    lines = [head, ("---",) * len(head)]
+    lines = [head]
     for row in comparison.results:
         plain = comparison.plain(row, "STS-B test")
         lines.append(
@@ -77,7 +82,7 @@ def write_table(comparison: Comparison, seconds: Mapping[Row, float]) -> str:
                 "" if plain is None else f"{plain:.1f}",
             )
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def write_differences(comparison: Comparison) -> str:
@@ -87,7 +92,7 @@ def write_differences(comparison: Comparison) -> str:
     if not ours or not causal:
         return ""
     best = max(ours, key=comparison.dev)
-    lines = [("against", *GROUPS), ("---",) * (1 + len(GROUPS))]
+    lines = [("against", *GROUPS)]
     ahead = []
     for row in causal:
         cells = []
@@ -100,11 +105,10 @@ def write_differences(comparison: Comparison) -> str:
             ahead.append(low > 0)
             cells.append(f"{one[0] - other[0]:+.1f} [{low:+.1f}, {high:+.1f}]")
         lines.append((row.name, *cells))
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     verdict = "reached" if ahead and all(ahead) else "not reached"
     return (
         f"The bidirectional row that is best on STS-B dev is: {best.name}. Its difference to each causal row, with the 95 % "
-        f"interval of the same draws:\n\n{table}\n\n"
+        f"interval of the same draws:\n\n{markdown(lines)}\n\n"
         f"Goal: above each causal row on each set, with the interval above 0: {verdict}."
     )
 
@@ -115,8 +119,8 @@ def write_depths(comparison: Comparison) -> str:
     if not whole:
         return ""
     layers = sorted({way.layer for row in whole for way in comparison.results[row][0][DEV]})
-    lines = [("STS-B dev, mean, after layer", *map(str, layers)), ("---",) * (1 + len(layers))]
+    lines = [("STS-B dev, mean, after layer", *map(str, layers))]
     for row in whole:
         values = (comparison.value_on_dev(row, Way(layer, POOLINGS[0], False)) for layer in layers)
         lines.append((row.name, *(f"{value:.1f}" for value in values)))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)

@@ -56,7 +56,7 @@ class Trainer:
     def mntp(self, seed: int) -> Path:
         """The adapter of masked next token prediction."""
         settings = {"model_name_or_path": str(self.model), "train_file": [str(self.texts / "paragraphs.txt")], "seed": seed}
-        folder = self.work / f"mntp-{seed}"
+        folder = self._mntp_folder(seed)
         run_command("mntp", self.scale.mntp | settings, folder, self.log)
         return folder
 
@@ -85,10 +85,13 @@ class Trainer:
         return sum(done) / len(done) if done else math.nan
 
     def _took(self, row: Row, seed: int) -> float | None:
-        folders = [self.work / f"mntp-{seed}"] * row.mntp + [self._folder(row, seed)] * (row.simcse > 0)
+        folders = [self._mntp_folder(seed)] * row.mntp + [self._folder(row, seed)] * (row.simcse > 0)
         if not all((folder / TOOK).exists() for folder in folders):
             return None
         return sum(json.loads((folder / TOOK).read_text()) for folder in folders)
+
+    def _mntp_folder(self, seed: int) -> Path:
+        return self.work / f"mntp-{seed}"
 
     def _folder(self, row: Row, seed: int) -> Path:
         words = re.findall(r"\w+", row.name.replace("+", "and").replace("'", ""))

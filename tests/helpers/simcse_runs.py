@@ -124,3 +124,11 @@ def write_pairs(path, count=24, seed=0):
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+BAD_PAIRS = [  # a file of pairs, and what is said of it
+    ("sentence1,sentence2\na,b\n", "has no column score; it has sentence1, sentence2"),
+    ("sentence1,sentence2,score\na,b,high\nc,d,low\n", "row 1: two texts and a number are needed"),
+    ("sentence1,sentence2,score\na,b,1\nc,,2\n", "row 2: two texts and a number are needed"),
+    ("sentence1,sentence2,score\na,b,1\nc,d,1\n", "needs two different scores at least"),
+]

@@ -13,7 +13,7 @@ from bidirect_patch import enable_bidirectional
 
 from ...helpers.mntp_runs import refused, results, run, weights
 from ...helpers.saved import told_of_causal_loading
-from ...helpers.simcse_runs import write_pairs
+from ...helpers.simcse_runs import BAD_PAIRS, write_pairs
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -162,16 +162,7 @@ def test_a_longer_sentence_is_cut_at_the_tokenizers_limit(place, evaluated, tmp_
     assert tokenizer.backend_tokenizer.truncation is None
 
 
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("sentence1,sentence2\na,b\n", "has no column score; it has sentence1, sentence2"),
-        ("sentence1,sentence2,score\na,b,high\nc,d,low\n", "row 1: two texts and a number are needed"),
-        ("sentence1,sentence2,score\na,b,1\nc,,2\n", "row 2: two texts and a number are needed"),
-        ("sentence1,sentence2,score\na,b,1\nc,d,1\n", "needs two different scores at least"),
-        ("", "can't read"),
-    ],
-)
+@pytest.mark.parametrize("text, says", [*BAD_PAIRS, ("", "can't read")])
 def test_pairs_that_cannot_be_used(evaluated, tmp_path, capsys, monkeypatch, text, says):
     from bidirect_patch.cli.mntp import training
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch.nn.functional import cosine_similarity
 
-from ...helpers.simcse_runs import run, write_pairs
+from ...helpers.simcse_runs import BAD_PAIRS, run, write_pairs
 
 st = pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
 spearmanr = pytest.importorskip("scipy.stats", reason="the contrastive step needs the extra [simcse]").spearmanr
@@ -80,15 +80,7 @@ def test_evaluation_alone(evaluated, capsys):
     assert not Path(evaluated["output_dir"], "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("sentence1,sentence2\na,b\n", "has no column score; it has sentence1, sentence2"),
-        ("sentence1,sentence2,score\na,b,high\nc,d,low\n", "row 1: two texts and a number are needed"),
-        ("sentence1,sentence2,score\na,b,1\nc,,2\n", "row 2: two texts and a number are needed"),
-        ("sentence1,sentence2,score\na,b,1\nc,d,1\n", "needs two different scores at least"),
-    ],
-)
+@pytest.mark.parametrize("text, says", BAD_PAIRS)
 def test_pairs_that_cannot_be_used(evaluated, tmp_path, capsys, text, says):
     path = tmp_path / "pairs.csv"
     path.write_text(text)
