@@ -6,14 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 if importlib.util.find_spec("scipy") is None:
     pytest.skip("scipy is not installed", allow_module_level=True)
 
 from scipy.stats import spearmanr
 
-from benchmarks.ladder import encode, results, statistics, table, texts, training
+from benchmarks.ladder import encode, model, results, statistics, table, texts, training
 from benchmarks.ladder.encode import POOLINGS, Way
 from benchmarks.ladder.plan import CPU, QUICK, Row
 from benchmarks.ladder.texts import DEV, TEST, Pairs
@@ -191,3 +191,37 @@ def test_texts_are_read_from_a_folder(tmp_path):
     assert (found.first, found.second, list(found.scores)) == (["A, b.", "d"], ["c", "e"], [2.5, 1.0])
     sentences = [texts.split_sentences(paragraph) for paragraph in texts.load_paragraphs(tmp_path)]
     assert sentences == [["One two three four five."], ["Seven eight nine ten eleven twelve."]]
+
+
+def test_the_lower_layers_of_a_model_with_windows_are_kept(tmp_path):
+    gemma3 = pytest.importorskip("transformers.models.gemma3", reason="this transformers has no Gemma 3")
+    config = gemma3.Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=4,
+    )
+    whole = gemma3.Gemma3ForCausalLM(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    model.save_plain(tmp_path / "whole", None, tmp_path / "cut", torch.float32, layers=6)
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert len(cut.model.layers) == 6
+    ids = torch.arange(5, 17)[None]
+    hidden = whole(ids, output_hidden_states=True).hidden_states[6]
+    torch.testing.assert_close(cut.model(ids).last_hidden_state, whole.model.norm(hidden))
+
+
+def test_a_finished_encoder_is_no_row_of_ours_and_no_causal_one(pairs):
+    good = Way(1, POOLINGS[0], True)
+    measured = {
+        Row("ours", True): [_results(pairs, None)],
+        Row("theirs", False): [_results(pairs, None)],
+        Row("ceiling", True, ceiling=True): [_results(pairs, good)],
+    }
+    differences = table.write_differences(table.Comparison(pairs, measured))
+    assert "is: ours." in differences and "| theirs |" in differences and "ceiling" not in differences

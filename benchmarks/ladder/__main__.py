@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.ladder import figure, plan, results, table, training
 from benchmarks.ladder.encode import centres, cosines
-from benchmarks.ladder.model import MODELS, real_model, save_plain
+from benchmarks.ladder.model import MODELS, fetch_encoder, real_model, save_plain
 from benchmarks.ladder.plan import Row, Scale
 from benchmarks.ladder.texts import DEV, TEST, Pairs, load_pairs, load_paragraphs, split_sentences
 
@@ -52,9 +52,13 @@ class Ladder:
         missing = [name for name in names if name not in found]
         if not missing:
             return
-        decoder, tokenizer = self.trainer.decoder(row, seed, self.whole)
+        if row.ceiling:
+            decoder, tokenizer = training.open_encoder(fetch_encoder(self.options.work / "minilm"))
+        else:
+            decoder, tokenizer = self.trainer.decoder(row, seed, self.whole)
         depth = decoder.config.num_hidden_layers
-        layers = [depth * part // 5 for part in range(1, 6)] if row.whole else [depth // 2, depth]
+        parts = 1 if row.ceiling else 5 if row.whole else 2
+        layers = [depth * part // parts for part in range(1, parts + 1)]
         centre = centres(decoder, tokenizer, self.sentences[: self.scale.centre], layers, row.echo)
         for name in missing:
             self.log(f"{row.name}, seed {seed}: {name}")
@@ -93,8 +97,7 @@ class Ladder:
             model, gguf_file = real_model(self.options.model, downloads)
             save_plain(model, gguf_file, self.whole, torch.float32)
         if not self.cut.exists():
-            cut = {} if self.scale.layers is None else {"num_hidden_layers": self.scale.layers}
-            save_plain(self.whole, None, self.cut, torch.float32, **cut)
+            save_plain(self.whole, None, self.cut, torch.float32, self.scale.layers)
 
 
 def report(ladder: Ladder) -> str:

