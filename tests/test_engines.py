@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from bidirect_patch import apply_mntp_head, bidirectional, disable_bidirectional
 from bidirect_patch.errors import ForeignWrapperError, OrderError
 
 from .helpers.paths import ROOT
+from .helpers.processes import finish
 from .helpers.tiny_models import tiny_model
 from .helpers.training_step import BATCH, IDS, LEARNING_RATE, MASK, loss_and_gradients
 from .helpers.versions import TRANSFORMERS
@@ -53,11 +53,7 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_process(tmp_path):
         text=True,
         start_new_session=True,
     )
-    try:
-        output, _ = launched.communicate(timeout=200)
-    finally:
-        if launched.poll() is None:
-            os.killpg(launched.pid, signal.SIGKILL)
+    output, _ = finish(launched, 200)
     assert launched.returncode == 0, output
     stock = enable_bidirectional(tiny_model()).train()
     want_loss, want = loss_and_gradients(stock, stock, BATCH)

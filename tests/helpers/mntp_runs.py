@@ -30,6 +30,7 @@ def launch(*command, **how):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         **how,
     )
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ...helpers.mntp_runs import launch, results, run, weights
+from ...helpers.processes import finish
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -95,7 +96,7 @@ def test_an_interrupted_run_can_be_resumed(settings, kill, code):
     while not (folder / "checkpoint-3").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(kill)
-    _, err = process.communicate(timeout=60)
+    _, err = finish(process, 60)
     assert process.returncode == code, err
     assert "Traceback" not in err
     from bidirect_patch.cli.checkpoints import last_whole_checkpoint

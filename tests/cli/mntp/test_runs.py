@@ -13,6 +13,7 @@ from bidirect_patch.checkpoints.load import says_bidirectional
 from bidirect_patch.cli import main
 
 from ...helpers.mntp_runs import batches, launch, reaches_back, results, run, weights
+from ...helpers.processes import finish
 from ...helpers.saved import told_of_causal_loading
 from ...helpers.simcse_runs import write_pairs
 
@@ -52,7 +53,7 @@ def test_a_published_settings_file_runs_unchanged_and_the_result_opens_bidirecti
     path = tmp_path / "published.json"
     path.write_text(json.dumps(published))
     process = launch("bidirect_patch", "mntp", path, "--cache_dir", tmp_path / "cache", "--learning_rate", "0.01")
-    out, err = process.communicate(timeout=200)
+    out, err = finish(process, 200)
     assert process.returncode == 0, err
     assert "causal, before training" in out and "bidirectional, untrained" in out and "after 8 steps" in out
     assert out.count("eval_accuracy") == 3  # on schedule, at steps 4 and 8, and of the result
@@ -215,7 +216,7 @@ def test_two_processes_train_and_evaluate_what_one_does(settings, tmp_path):
     path.write_text(json.dumps(settings))
     launcher = ("torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
     process = launch(*launcher, "-m", "bidirect_patch", "mntp", path)
-    out, err = process.communicate(timeout=250)
+    out, err = finish(process, 250)
     assert process.returncode == 0, err
     assert out.count("after 6 steps") == 1
     assert run(alone) == 0
@@ -241,10 +242,12 @@ def test_two_processes_under_deepspeed_train_the_same_adapter(settings, tmp_path
         path.write_text(json.dumps(settings))
         flags += ["--deepspeed", str(tmp_path / "zero.json")]
         process = launch(*launcher, "-m", "bidirect_patch", "mntp", path, *flags)
-        _, err = process.communicate(timeout=250)
+        _, err = finish(process, 250)
         assert process.returncode == 0, err
     path.write_text(json.dumps(other))
-    assert launch(*launcher, "-m", "bidirect_patch", "mntp", path).wait(250) == 0
+    process = launch(*launcher, "-m", "bidirect_patch", "mntp", path)
+    _, err = finish(process, 250)
+    assert process.returncode == 0, err
     ours, expected = weights(settings), weights(other)
     assert all(torch.allclose(ours[key], expected[key], atol=1e-6) for key in expected)
 
