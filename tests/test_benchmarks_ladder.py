@@ -175,12 +175,14 @@ def test_a_command_that_fails_is_an_error_with_its_log(tmp_path):
 
 
 def test_the_settings_are_those_that_the_commands_take(tmp_path):
-    from bidirect_patch.cli.mntp.settings import parse
+    from bidirect_patch.cli.mntp.settings import PRESETS, parse
 
     for scale in (CPU, QUICK):
         settings = scale.mntp | {"model_name_or_path": "m", "train_file": ["t.txt"], "output_dir": str(tmp_path / "o")}
         (tmp_path / "s.json").write_text(json.dumps(settings | {"do_train": True}))
-        assert parse([str(tmp_path / "s.json")]).mntp.mlm_probability == [scale.mntp["mlm_probability"]]
+        found = parse([str(tmp_path / "s.json")])
+        assert found.mntp.mlm_probability == [PRESETS["small"]["mlm_probability"]]
+        assert found.training.max_steps == scale.mntp.get("max_steps", PRESETS["small"]["max_steps"])
 
 
 def test_texts_are_read_from_a_folder(tmp_path):

@@ -89,62 +89,42 @@ PUBLISHED: Settings = {"learning_rate": 3e-5, "lora_dropout": 0.05}
 # Where training on neighbouring sentences differs from SimCSE's.
 NEIGHBOURS: Settings = {"loss_scale": 20.0}
 
-_LORA = {"lora_r": 16, "lora_dropout": 0.0, "lr_scheduler_type": "linear", "report_to": "none", "save_strategy": "no"}
+_EITHER = {"lr_scheduler_type": "linear", "report_to": "none", "save_strategy": "no"}
 
 CPU = Scale(
     layers=6,
-    mntp=_LORA
-    | {
-        "mlm_probability": 0.3,
-        "data_collator_type": "all_mask",
-        "max_seq_length": 128,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "max_steps": 100,
-        "warmup_steps": 10,
-        "stop_after_n_steps": 100,
-    },
-    simcse=_LORA
-    | {
-        "max_seq_length": 32,
-        "per_device_train_batch_size": 32,
-        "learning_rate": 5e-4,
-        "warmup_steps": 10,
-        "gradient_checkpointing": False,
-    },
+    mntp={"preset": "small"} | _EITHER,
+    simcse={"preset": "small"} | _EITHER,
     simcse_steps=60,
     more_simcse_steps=60,
 )
 
-_TINY = {"max_steps": 2, "stop_after_n_steps": 2, "warmup_steps": 0}
+_TINY = {"max_steps": 2, "warmup_steps": 0}
 QUICK = replace(
     CPU, mntp=CPU.mntp | _TINY, simcse=CPU.simcse | {"warmup_steps": 0}, simcse_steps=2, more_simcse_steps=1, pairs=100, centre=50
 )
 
 # LLM2Vec's own sizes, for a GPU.
+_LORA = {"lora_r": 16, "lora_dropout": 0.05, "bf16": True}
 PAPER = Scale(
     layers=None,
-    mntp=CPU.mntp
+    mntp=_EITHER
+    | _LORA
     | {
         "mlm_probability": 0.2,
-        "data_collator_type": "default",
         "max_seq_length": 512,
         "per_device_train_batch_size": 32,
         "learning_rate": 5e-5,
-        "lora_dropout": 0.05,
         "max_steps": 1000,
-        "stop_after_n_steps": 1000,
-        "warmup_steps": 0,
-        "bf16": True,
     },
-    simcse=CPU.simcse
+    simcse=_EITHER
+    | _LORA
     | {
         "max_seq_length": 128,
         "per_device_train_batch_size": 128,
         "learning_rate": 3e-5,
-        "lora_dropout": 0.05,
         "warmup_steps": 300,
-        "bf16": True,
+        "gradient_checkpointing": False,
     },
     simcse_steps=1000,
     more_simcse_steps=2000,

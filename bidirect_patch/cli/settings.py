@@ -36,6 +36,10 @@ class CommonModelArguments:
     )
     lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapter; 0 trains all weights instead."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    preset: Literal["small"] | None = field(
+        default=None,
+        metadata={"help": "small: other defaults, for some 100M parameters and minutes of a CPU. The README lists them."},
+    )
 
 
 class _SettingsParser(HfArgumentParser, Parser):
@@ -58,6 +62,7 @@ def parse_settings(
     argv: list[str],
     replaces: Mapping[str, Sequence[str]] | None = None,
     *,
+    presets: Mapping[str, Mapping[str, Any]],
     about: str = "",
 ) -> tuple[tuple[Any, ...], str | None]:
     """Read `[CONFIG.json] [--name value ...]`.
@@ -67,6 +72,7 @@ def parse_settings(
         command: The name of the command.
         argv: Its arguments.
         replaces: For the name of a flag, the settings of the file that it puts aside, besides its own.
+        presets: For each name that `preset` can have, the settings that it stands for. A file or a flag wins over them.
         about: What the command does, and examples, for `--help`.
 
     Returns:
@@ -89,6 +95,8 @@ def parse_settings(
     given = _read_flags(argv)
     aside = {name for flag in given for name in (replaces or {}).get(flag, ())}
     settings = {name: value for name, value in settings.items() if name not in aside} | given
+    preset = settings.get("preset")
+    settings = {**presets.get(preset, {}), **settings} if isinstance(preset, str) else settings
     types = {f.name: f.type for kind in kinds for f in fields(kind) if f.init}
     settings = translate_settings(settings, set(types))
     _check_names(settings, types)

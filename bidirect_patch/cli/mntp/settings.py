@@ -124,6 +124,20 @@ examples (MODEL is a folder or a name on the hub):
     --do_eval --output_dir eval_out
 """
 
+PRESETS = {
+    "small": {
+        "lora_r": 16,
+        "lora_dropout": 0.0,
+        "mlm_probability": 0.3,
+        "data_collator_type": "all_mask",
+        "max_seq_length": 128,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "warmup_steps": 10,
+        "max_steps": 100,
+    }
+}
+
 # A flag that names texts puts aside the texts of the settings file: all of them, or those that contradict it.
 REPLACES = {
     "dataset_name": ("dataset_config_name", "train_file", "validation_file"),
@@ -153,7 +167,7 @@ def parse(argv: list[str]) -> Settings:
     Raises:
         ConfigError: A file or a setting cannot be used. The message names it.
     """
-    parsed, output_dir = parse_settings(KINDS, "mntp", argv, REPLACES, about=ABOUT)
+    parsed, output_dir = parse_settings(KINDS, "mntp", argv, REPLACES, presets=PRESETS, about=ABOUT)
     settings = Settings(*parsed)
     training = settings.training
     if not (training.do_train or training.do_eval):

@@ -124,6 +124,19 @@ examples (MODEL is a folder or a name on the hub):
   bidirect-patch simcse train_configs/simcse/MetaLlama3.json
 """
 
+PRESETS = {
+    "small": {
+        "lora_r": 16,
+        "lora_dropout": 0.0,
+        "max_seq_length": 32,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 5e-4,
+        "warmup_steps": 10,
+        "max_steps": 120,
+        "gradient_checkpointing": False,
+    }
+}
+
 KINDS = (EncoderArguments, TextArguments, SimCSETrainingArguments)
 
 
@@ -141,7 +154,7 @@ def parse(argv: list[str]) -> Settings:
     Raises:
         ConfigError: A file or a setting cannot be used. The message names it.
     """
-    parsed, output_dir = parse_settings(KINDS, "simcse", argv, about=ABOUT)
+    parsed, output_dir = parse_settings(KINDS, "simcse", argv, presets=PRESETS, about=ABOUT)
     settings = Settings(*parsed)
     encoder, texts, training = settings
     _check_what_to_do(texts, training)
