@@ -42,7 +42,7 @@ def check_known_tokens(tokenizer: Any, examples: Examples) -> None:
     sets = examples.data.values() if isinstance(examples.data, dict) else [examples.data]
     for data in sets:
         texts = [text for row in islice(data, SAMPLE) for text in row.values()]
-        if any(set(ids) - {unknown} for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]):
+        if any(set(ids) - {unknown} for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]):
             return
     raise ConfigError(f"every token of the texts is {tokenizer.unk_token}, which the tokenizer has for what it doesn't know")
 

@@ -19,6 +19,7 @@ from ...helpers.simcse_runs import PUBLISHED, published, run, write_e5
 from ...helpers.words import EOS, make_tokenizer
 
 st = pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
+datasets = pytest.importorskip("datasets", reason="the contrastive step needs the extra [simcse]")
 peft = pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
 
 
@@ -225,6 +226,18 @@ def test_no_progress_bar_is_written_into_a_pipe(settings, capfd):
     out, err = capfd.readouterr()
     assert "%|" not in err and "examples/s" not in err
     assert out.count("'loss'") == 3  # the log is there all the same
+
+
+def test_texts_beyond_the_limit_are_cut_without_a_warning(place, caplog):
+    """A tokenizer says once that a text is too long: of one that was opened here."""
+    from bidirect_patch.cli.simcse.checks import check_known_tokens
+    from bidirect_patch.cli.simcse.data import Examples
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "model", model_max_length=4)
+    check_known_tokens(tokenizer, Examples(datasets.Dataset.from_dict({"anchor": ["w5 w6 w7 w8 w9 w10"]}), True, {}))
+    assert "longer than" not in caplog.text
+    tokenizer("w5 w6 w7 w8 w9 w10")
+    assert "longer than" in caplog.text
 
 
 def test_no_module_is_imported_by_a_name_that_sentence_transformers_has_deprecated():
