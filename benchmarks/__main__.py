@@ -35,6 +35,7 @@ SECTIONS = (  # title, script and its arguments
     ("The patch against the peers", ("patch_cost",)),
     ("The collator", ("collator",)),
     ("Lower precision", ("precision",)),
+    ("A step of each command beside its floor", ("steps",)),
 )
 
 

@@ -41,8 +41,11 @@ def unwatch_labels(model: nn.Module) -> None:
 
 
 def _look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("labels") is not None:
-        warn_if_labels_leak(module, args[0] if args else kwargs.get("input_ids"), kwargs["labels"])
+    if values_are_unknown():
+        return
+    given = {**dict(zip(parameter_names(original(type(module))), args)), **kwargs}
+    if given.get("labels") is not None:
+        warn_if_labels_leak(module, given.get("input_ids"), given["labels"])
 
 
 def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
@@ -56,7 +59,7 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
         input_ids: (batch, length), int64, other types are ignored.
         labels: (batch, length), int64, -100 where not scored, or anything else.
     """
-    if values_are_unknown() or model in _judged or not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
+    if model in _judged or not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
         return
     if input_ids.dim() != 2 or input_ids.shape != labels.shape or input_ids.device != labels.device:
         return

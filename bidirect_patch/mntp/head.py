@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import nn
 
-from ..attention.labels import unwatch_labels, warn_if_labels_leak
+from ..attention.labels import unwatch_labels
 from ..attention.model_forward import named_arguments
 from ..errors import HeadError
 from ..model.facts import parameter_names
@@ -151,7 +151,6 @@ def _scored_forward(
     if return_dict is None:
         return_dict = model.config.return_dict
     labels = checked_labels(labels, kwargs)
-    warn_if_labels_leak(model, kwargs.get("input_ids"), labels)
     ignored = checked_ignore_index(kwargs)
     targets = F.pad(labels[:, 1:], (0, 1), value=ignored).flatten()
     rows = (targets != ignored).nonzero().squeeze(1)  # (n,)

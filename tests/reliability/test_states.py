@@ -1,6 +1,7 @@
 """Labels, masks, configs, mixtures and refusals: what failed in real use, each by its kind, seen by changing a token."""
 
 import copy
+import inspect
 import json
 import threading
 import warnings
@@ -54,6 +55,10 @@ def test_labels_that_leak_are_said_once(head):
     model = (apply_mntp_head if head else enable_bidirectional)(causal_lm())
     with pytest.warns(LabelLeakWarning, match="visible"):
         model(input_ids=IDS, labels=IDS)
+    by_position = (apply_mntp_head if head else enable_bidirectional)(causal_lm())
+    names = list(inspect.signature(type(causal_lm()).forward).parameters)[1:]
+    with pytest.warns(LabelLeakWarning, match="visible"):
+        by_position(IDS, *[None] * (names.index("labels") - 1), IDS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(input_ids=IDS, labels=IDS)
