@@ -19,7 +19,7 @@ from .model.walk import modules_of
 from .swap import modes
 from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, has_mixin, is_sharded
-from .swap.instance_forward import calls_the_patch
+from .swap.instance_forward import calls_the_patch, name_and_place
 from .swap.plan import Plan, before_patch, record_of
 from .verify.late import Unverified, is_unverified, unverified_plan, verify_now
 from .verify.state import attends_both_ways, decoder_modules, has_any_patch, is_patched
@@ -64,6 +64,8 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
         _check_modes(found, True)
         _check_not_sharded(model, found)
         _enable(model, found, found, allow_partial)
+        for decoder in found:
+            modes.set_after_others(decoder.module, (State.BIDIRECTIONAL, is_unverified(decoder)))
     return model
 
 
@@ -95,6 +97,8 @@ def disable_bidirectional(model: Model) -> Model:
         for decoder in found:
             _check_not_native(decoder)
         _take_off(model, [decoder for decoder in found if not _stays_in_block(decoder)], found)
+        for decoder in found:
+            modes.set_after_others(decoder.module, (State.AS_LOADED, False))
     return model
 
 
@@ -298,8 +302,7 @@ def _enable(
 def _take_off(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> None:
     """Undo the patch of the decoders in `going`."""
     apply(remove=_patch_of(model, going, found))
-    if not any(map(has_any_patch, found)):
-        unwatch_labels(model)
+    unwatch_labels(model)
 
 
 def _patch_of(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> list[tuple[nn.Module, type[Swapped]]]:
@@ -365,15 +368,20 @@ def _check_not_sharded(model: nn.Module, found: list[Decoder]) -> None:
 def _check_forwards(found: Iterable[Decoder]) -> None:
     for module in (module for decoder in found for module in decoder_modules(decoder)):
         if record_of(module) is not None and not calls_the_patch(module):
-            forward = module.__dict__.get("forward")
+            by = name_and_place(module.__dict__.get("forward"))
             raise OrderError(
-                f"{type(module).__name__}.forward was replaced on the instance by {getattr(forward, '__qualname__', forward)}, "
-                "and nothing shows that this calls the patched forward: take it off, or call disable_bidirectional first"
+                f"{type(module).__name__}.forward was replaced on the instance by {by}, and nothing shows that this "
+                "calls the patched forward: take it off, or call disable_bidirectional first"
             )
 
 
 def _check_not_native(decoder: Decoder) -> None:
-    if _state(decoder) is not State.CAUSAL_BLOCK and is_natively_bidirectional(decoder):
+    if _state(decoder) is State.CAUSAL_BLOCK:  # in which its config is a view that says it is causal
+        own_block = not modes.only_others_hold(decoder.module)
+        native = not own_block and says_bidirectional(before_patch(decoder.module, "config"))
+    else:
+        native = is_natively_bidirectional(decoder)
+    if native:
         raise OrderError(
             f"{type(decoder.module).__name__} is bidirectional by its config, so that undoing the patch would not make it "
             "causal: load it with is_causal=True (Gemma: use_bidirectional_attention=False), or use a causal block, `with "

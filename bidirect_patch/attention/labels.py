@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from ..errors import LabelLeakWarning
 from ..model.facts import parameter_names
 from ..model.walk import modules_of
-from ..swap.classes import original
-from .model_forward import holds_bidirectional
+from ..swap.classes import has_mixin, original
+from .model_forward import BidirectionalModel, CausalBlock, holds_bidirectional
 from .padding_and_packing import values_are_unknown
 
 IGNORED = -100
 _ENOUGH = 4  # scored tokens to judge by; fewer could all be visible by chance, since MNTP leaves one in ten unchanged
 
+_watched: "WeakSet[nn.Module]" = WeakSet()  # copies of those are not among them
 _judged: "WeakSet[nn.Module]" = WeakSet()
 
 
@@ -30,14 +31,18 @@ def watch_labels(model: nn.Module) -> None:
             _judged.discard(module)
             if _look not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_look, with_kwargs=True)
+                _watched.add(module)
 
 
 def unwatch_labels(model: nn.Module) -> None:
-    """Take the hooks of `watch_labels` off again."""
-    for module in modules_of(model):
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _look]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    """Take the hooks of `watch_labels` off again: in `model` and around it, wherever no decoder is patched any more."""
+    for module in [*modules_of(model), *_watched]:
+        keys = [key for key, hook in module._forward_pre_hooks.items() if hook is _look]
+        if keys and not any(has_mixin(m, BidirectionalModel) or has_mixin(m, CausalBlock) for m in modules_of(module)):
+            for key in keys:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+            _watched.discard(module)
 
 
 def _look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -71,7 +76,7 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
         return
     if not holds_bidirectional(model):
         return  # in a causal block
-    _judged.add(model)
+    _judged.update(module for module in modules_of(model) if _look in module._forward_pre_hooks.values())
     if not hidden.any():
         warnings.warn(
             f"{type(model).__name__} attends in both directions and was given labels that are all visible in its input, as "

@@ -115,6 +115,18 @@ class CausalBlock(Swapped):
 
         set_forward(cls, forward, below)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle and copy: refused to who is in no such block, since the copy would be causal for good."""
+        check_caller(self, "copied")  # type: ignore[arg-type]  # a module
+        return super().__reduce_ex__(protocol)
+
+
+def check_not_in_others_block(model: nn.Module) -> None:
+    """Raise ModeConflictError if only others hold a decoder of `model` in a causal block, where it would be saved as causal."""
+    for module in modules_of(model):
+        if has_mixin(module, CausalBlock):
+            check_caller(module, "saved")
+
 
 def named_arguments(cls: type, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward, all by name.

@@ -9,7 +9,7 @@ from typing import Any
 
 import wrapt
 
-from ..attention.model_forward import holds_bidirectional
+from ..attention.model_forward import check_not_in_others_block, holds_bidirectional
 from ..errors import GenerateError
 from ..swap import modes
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
@@ -76,6 +76,7 @@ def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    check_not_in_others_block(model)
     if holds_bidirectional(model):
         return save_model(wrapped, model, args, kwargs)
     if getattr(model.config, "is_causal", True) is False and holds_decoder(model) and not is_bidirectional_now(model):
@@ -84,6 +85,7 @@ def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    check_not_in_others_block(model)
     both = holds_bidirectional(model) or is_bidirectional_now(model)
     with marked(model.peft_config.values() if both else ()):
         return wrapped(*args, **kwargs)

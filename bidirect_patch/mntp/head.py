@@ -81,8 +81,7 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
         apply(plans)  # prepared again: enabling may have changed the same instance
     except BaseException:
         apply(remove=_patch_of(model) - before)
-        if all(mixin is MNTPHead for _, mixin in before):
-            unwatch_labels(model)
+        unwatch_labels(model)
         raise
     return model
 

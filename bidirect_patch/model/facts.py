@@ -4,11 +4,12 @@ The patterns are guesses by name. Each says what happens where it misses, and wh
 is never trusted: `verify` runs a small model and looks.
 """
 
+import dis
 import inspect
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ CAUSAL_MASK = re.compile(r"causal_mask|causal_attention_mask|masks_for_generate|
 TRIANGLE = re.compile(r"^tri[lu]$")  # made on the spot, as CTRL and GIT do; as above
 EXTENDED_MASK = re.compile(r"get_extended_attention_mask")  # BERT and models of its time, until 5.3
 CUMSUM = re.compile(r"^cumsum$")  # counts positions from the 2D mask; a miss: verification sees wrong outputs
+
+_BY_CONFIG = "use_bidirectional_attention"  # of a Gemma config
 
 # Names of parameters, by family and release.
 CROSS_ATTENTION = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "kv")  # another sequence
@@ -103,6 +106,36 @@ def is_recurrent(cls: type) -> bool:
 def builds_causal_mask(cls: type) -> bool:
     """Whether any method of the class makes a causal mask."""
     return any(_names_any(f, CAUSAL_MASK, TRIANGLE) for f in _methods(cls))
+
+
+@per_class
+def is_built_causal(cls: type) -> bool:
+    """Whether the class's `__init__` sets `is_causal` to True, but for what Gemma's config says by `use_bidirectional_attention`.
+
+    A miss: the module's own flag decides, which a user may have changed. A wrong match: verification sees an encoder.
+    """
+    for code in (code for base in cls.__mro__ for code in _codes(vars(base).get("__init__"))):
+        if stored := list(_stored(code, "is_causal")):
+            return stored[-1] is True or _BY_CONFIG in (*code.co_names, *code.co_consts)
+    return False
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """The code of a function, and of the functions that it closes over: one of them is what a decorator put it around."""
+    function = inspect.unwrap(function) if callable(function) else None
+    if isinstance(function, FunctionType):
+        yield function.__code__
+        inside = (cell.cell_contents for cell in function.__closure__ or ())
+        yield from (f.__code__ for f in inside if isinstance(f, FunctionType))
+
+
+def _stored(code: CodeType, attribute: str) -> Iterator[Any]:
+    """What `self.ATTRIBUTE = ...` stores, in order: the constant, or None where it is none."""
+    steps = list(dis.get_instructions(code))
+    for at, step in enumerate(steps):
+        if step.opname == "STORE_ATTR" and step.argval == attribute:
+            value = steps[at - 2] if at > 1 else step  # before it, self is loaded
+            yield value.argval if value.opname == "LOAD_CONST" else None
 
 
 @per_class

@@ -22,6 +22,7 @@ from .facts import (
     builds_causal_mask,
     extends_mask,
     forward_builds_mask,
+    is_built_causal,
     is_named_attention,
     is_recurrent,
     mask_parameter,
@@ -211,6 +212,8 @@ def _were_built_causal(attentions: Iterable[nn.Module]) -> bool:
     denied = False
     for module in (part for attention in attentions for part in modules_of(attention)):
         flag = before_patch(module, "is_causal")
+        if flag is False and is_built_causal(original(type(module))):
+            return True  # somebody set it to False since, which changes no mask that the model makes
         flag = getattr(module, "is_decoder", None) if flag is None else flag  # BERT, T5 and their kind on old releases
         if flag is True:
             return True

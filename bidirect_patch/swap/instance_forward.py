@@ -5,6 +5,7 @@ wraps the class's forward, and its wrappers say so by `__wrapped__`. Any other i
 not reach it.
 """
 
+import os
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any, Literal, NamedTuple
@@ -43,6 +44,13 @@ def calls_the_patch(module: nn.Module) -> bool:
     return forward is None or not has_forward(type(module)) or _leads_to(module, forward) == "patch"
 
 
+def name_and_place(function: Any) -> str:
+    """What a function is called and where it stands, for a message: functools.wraps gives it the name of what it wraps."""
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", f"an object of class {type(function).__name__}")
+    return name if code is None else f"{name} ({os.path.basename(code.co_filename)}, line {code.co_firstlineno})"
+
+
 class Rebound(NamedTuple):
     """What happens to the forward on an instance whose class changes."""
 
@@ -72,7 +80,7 @@ def rebound(module: nn.Module, cls: Any) -> Rebound:
         return Rebound()
     if reached == "unknown" or function is None:
         raise OrderError(
-            f"{type(module).__name__}.forward was replaced on the instance by {getattr(forward, '__qualname__', forward)}, which "
+            f"{type(module).__name__}.forward was replaced on the instance by {name_and_place(forward)}, which "
             "a change of the class would not reach: make the model bidirectional first, then apply the other patch"
         )
     if name == _HOOK:

@@ -87,16 +87,36 @@ def check(decoder: nn.Module, mode: bool, current: bool) -> None:
         )
 
 
-def check_caller(decoder: nn.Module) -> None:
-    """Raise ModeConflictError if only other threads or tasks hold `decoder` in a causal block."""
+def check_caller(decoder: nn.Module, what: str = "called") -> None:
+    """Raise ModeConflictError if only other threads or tasks hold `decoder` in a causal block.
+
+    Args:
+        decoder: which is in a causal block.
+        what: what the caller does with it: "called", "copied" or "saved".
+    """
     with lock:
-        holds, me = state_of(decoder).holds, _owner()
-    if holds and not any(_is_mine(hold, me) for hold in holds):
+        others = only_others_hold(decoder)
+    if others:
         raise ModeConflictError(
-            f"{type(decoder).__name__} was called while another thread or task runs it in a causal block, and this one has none: "
-            "its result would be causal. Open `with bidirectional(model, enabled=False):` in this thread too, give each thread "
-            "its own copy (copy.deepcopy), or wait"
+            f"{type(decoder).__name__} was {what} while another thread or task runs it in a causal block, and this one has none: "
+            "the result would be causal. Open `with bidirectional(model, enabled=False):` in this thread too, give each thread "
+            "a copy of its own before (copy.deepcopy), or wait"
         )
+
+
+def only_others_hold(decoder: nn.Module) -> bool:
+    """Whether blocks hold `decoder`, and none of them is the caller's. Call it with `lock` held."""
+    holds, me = state_of(decoder).holds, _owner()
+    return bool(holds) and not any(_is_mine(hold, me) for hold in holds)
+
+
+def set_after_others(decoder: nn.Module, found: Any) -> None:
+    """Let the blocks of others end in this state, if only others hold `decoder`. Call it with `lock` held.
+
+    A caller without a block of its own has set the mode for good. Without this, the end of the last block would undo it.
+    """
+    if only_others_hold(decoder):
+        state_of(decoder).holds[0].found = found
 
 
 def hold(decoder: nn.Module, mode: bool, found: Any, block: Any) -> Hold:

@@ -5,10 +5,13 @@ import torch
 import transformers
 from torch import nn
 
+from bidirect_patch import disable_bidirectional, enable_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
 from bidirect_patch.model.find import causal_flags, decoders, is_attention, says_bidirectional
 from bidirect_patch.model.windows import Span
 
+from ..helpers.seeing import hidden, sees_all
+from ..helpers.snapshots import assert_same, snapshot
 from ..helpers.tiny_models import each_family, tiny_config, tiny_model
 
 TINY = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -202,3 +205,20 @@ def test_attention_is_known_by_its_mask_and_its_name_or_flag():
 )
 def test_what_a_config_says(settings, says):
     assert says_bidirectional(tiny_config("llama", **settings)) == says
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@each_family
+def test_a_flag_that_a_user_has_set_makes_no_encoder(family, backend):
+    """`is_causal = False` on each attention module, as many scripts set it: the model makes its causal mask all the same."""
+    model = tiny_model(family, backend)
+    flagged = [module for module in model.modules() if getattr(module, "is_causal", None) is True]
+    if not flagged:
+        pytest.skip("this transformers has no such flag there")
+    for module in flagged:
+        module.is_causal = False
+    hidden(model)
+    before = snapshot(model)
+    enable_bidirectional(model)
+    assert sees_all(model)
+    assert_same(before, snapshot(disable_bidirectional(model)))

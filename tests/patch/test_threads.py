@@ -1,16 +1,21 @@
 """Threads that share a model."""
 
+import copy
+import json
+import pickle
 import threading
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from packaging.version import Version
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
-from bidirect_patch.errors import BidirectPatchError, ModeConflictError
+from bidirect_patch.errors import BidirectPatchError, ModeConflictError, OrderError
 
 from ..helpers.seeing import CLOSE, MASK, hidden, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
+from ..helpers.versions import TRANSFORMERS
 
 
 class Thread(threading.Thread):
@@ -111,3 +116,94 @@ def test_threads_in_the_same_mode_get_right_results(make_model):
         thread.join(60)
     assert not errors
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_enabled_for_good_while_others_are_in_a_block(make_model, family, count):
+    """Their block found a causal model. Its end must not undo what was asked for meanwhile."""
+    model = make_model(family)
+    hidden(model)
+    before = snapshot(model)
+    threads = [Thread(model, True).__enter__() for _ in range(count)]
+    enable_bidirectional(model)
+    for thread in threads:
+        thread.__exit__()
+        assert sees_all(model)
+    assert_same(before, snapshot(disable_bidirectional(model)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_disabled_for_good_while_others_are_in_a_causal_block(make_model, family, count):
+    model = make_model(family)
+    hidden(model)
+    before = snapshot(model)
+    enable_bidirectional(model)
+    threads = [Thread(model, False).__enter__() for _ in range(count)]
+    disable_bidirectional(model)
+    for thread in threads:
+        thread.__exit__()
+    assert sees_only_the_past(model)
+    assert_same(before, snapshot(model))
+
+
+def test_the_last_who_asks_wins_while_others_are_in_a_block(make_model):
+    model = enable_bidirectional(make_model())
+    with Thread(model, False):
+        disable_bidirectional(model)
+        with pytest.raises(ModeConflictError):
+            enable_bidirectional(model)
+    assert sees_only_the_past(model)
+    with Thread(model, True):
+        enable_bidirectional(model)
+        with pytest.raises(ModeConflictError):
+            disable_bidirectional(model)
+        with bidirectional(model):
+            enable_bidirectional(model)  # in a block of one's own, the block brings back what it found
+    assert sees_all(model)
+
+
+@pytest.mark.skipif(TRANSFORMERS < Version("5.2"), reason="before 5.2 no config makes a model bidirectional")
+def test_a_model_that_is_bidirectional_by_its_config_is_not_disabled_in_anothers_causal_block(make_model):
+    model = make_model(is_causal=False)
+    assert sees_all(model)
+    with Thread(model, False):
+        with pytest.raises(OrderError, match="by its config"):
+            disable_bidirectional(model)
+    assert sees_all(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_no_copy_of_what_another_has_in_a_causal_block(make_model, copied):
+    """The copy would be causal, and nothing would ever bring it back."""
+    model = enable_bidirectional(make_model())
+    with Thread(model, False):
+        with pytest.raises(ModeConflictError, match="was copied while another"):
+            copied(model)
+        with bidirectional(model, enabled=False):
+            copied(model)
+    made = copied(model)
+    assert sees_all(model)
+    assert sees_all(pickle.loads(made) if isinstance(made, bytes) else made)
+
+
+def test_nothing_is_saved_that_another_has_in_a_causal_block(make_model, tmp_path):
+    model = enable_bidirectional(make_model())
+    with Thread(model, False):
+        with pytest.raises(ModeConflictError, match="was saved while another"):
+            model.save_pretrained(tmp_path / "meanwhile")
+        assert not (tmp_path / "meanwhile").exists()
+    model.save_pretrained(tmp_path / "after")
+    assert json.loads((tmp_path / "after" / "config.json").read_text())["is_causal"] is False
+
+
+def test_no_adapter_is_saved_that_another_has_in_a_causal_block(make_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = enable_bidirectional(peft.get_peft_model(make_model(), settings))
+    with Thread(model, False):
+        with pytest.raises(ModeConflictError, match="was saved while another"):
+            model.save_pretrained(tmp_path / "meanwhile")
+    model.save_pretrained(tmp_path / "after")
+    assert (tmp_path / "after" / "adapter_config.json").exists()

@@ -69,6 +69,37 @@ def test_labels_that_leak_are_said_once(head):
         causal_lm()(input_ids=IDS, labels=IDS)
 
 
+def watched(model):
+    return [len(module._forward_pre_hooks) for module in model.modules() if module._forward_pre_hooks]
+
+
+def test_labels_are_told_of_once_through_a_wrapper():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = enable_bidirectional(peft.get_peft_model(causal_lm(), settings))
+    with pytest.warns(LabelLeakWarning) as told:
+        model(input_ids=IDS, labels=IDS)
+    assert len([warning for warning in told if warning.category is LabelLeakWarning]) == 1
+
+
+def test_nothing_watches_labels_once_no_part_is_bidirectional():
+    """Whichever object it was enabled through, and whichever it is disabled through."""
+    model = enable_bidirectional(causal_lm())
+    assert watched(model)
+    disable_bidirectional(model.model)
+    assert not watched(model)
+    wrapper = torch.nn.ModuleList([enable_bidirectional(model)])
+    disable_bidirectional(wrapper)
+    assert not watched(model)
+    copied = copy.deepcopy(enable_bidirectional(model))
+    disable_bidirectional(copied)
+    assert not watched(copied) and watched(model)
+    with bidirectional(model.model, enabled=False):
+        assert watched(model)
+    with pytest.warns(LabelLeakWarning):
+        model(input_ids=IDS, labels=IDS)
+
+
 # Masks
 
 

@@ -292,7 +292,7 @@ def test_a_replaced_forward_before_the_patch_is_an_error(module):
     other = Double()
     replace(module)
     before = type(module), dict(vars(module))
-    with pytest.raises(OrderError, match="forward was replaced on the instance by .*replace.*<lambda>"):
+    with pytest.raises(OrderError, match=r"forward was replaced on the instance by .*replace.*<lambda> \(.*\.py, line \d+\)"):
         apply([(other, ONE), (module, ONE)])
     assert (type(module), dict(vars(module))) == before
     assert type(other) is Double and run(other) == STOCK and run(module) == STOCK * 10
