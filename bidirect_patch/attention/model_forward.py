@@ -46,7 +46,7 @@ class BidirectionalModel(Swapped):
         """See `Swapped.build`."""
         names, mask_name = parameter_names(original), mask_parameter(original)
 
-        def arguments(model: Any, settings: ModelSettings, kwargs: dict[str, Any]) -> dict[str, Any]:
+        def arguments(model: Any, settings: ModelSettings, kwargs: dict[str, Any], called_by_outer: bool) -> dict[str, Any]:
             _check_cache(kwargs)
             if "use_cache" in names:
                 kwargs["use_cache"] = False
@@ -54,7 +54,8 @@ class BidirectionalModel(Swapped):
             inputs = given_input(kwargs)
             _check_input(inputs, kwargs)
             if isinstance(inputs, Tensor) and mask_name is not None:  # else the model reports missing input itself
-                mask = _mask(model, settings, kwargs.get(mask_name), inputs, kwargs)
+                from_outer = settings.has_outer_maker and called_by_outer
+                mask = _mask(model, settings, kwargs.get(mask_name), inputs, kwargs, from_outer)
                 if getattr(kwargs.get("position_ids"), "ndim", 2) == 1:  # checked: (length,); most models take no such shape
                     kwargs["position_ids"] = kwargs["position_ids"][None]
                 if mask is not _KEEP:
@@ -66,7 +67,7 @@ class BidirectionalModel(Swapped):
             if is_graph_captured():  # a lock has no meaning in a graph
                 settings = settings_of(self, ModelSettings)
                 assert settings is not None  # the class is this one
-                kwargs = arguments(self, settings, kwargs)
+                kwargs = arguments(self, settings, kwargs, mask_origin.mask_is_ours())
                 before = mask_origin.enter_recorded()
                 try:
                     return inner(self, **kwargs)
@@ -76,8 +77,9 @@ class BidirectionalModel(Swapped):
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
+                called_by_outer = mask_origin.mask_is_ours()  # a patched forward is under way already
                 with mask_origin.patched_forward():
-                    return inner(self, **arguments(self, settings, kwargs))
+                    return inner(self, **arguments(self, settings, kwargs, called_by_outer))
 
         set_forward(cls, forward, below)
         _step_aside(cls, original)
@@ -198,14 +200,16 @@ _MASKED_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _KEEP: Any = object()
 
 
-def _mask(model: Any, settings: ModelSettings, mask: Any, inputs: Tensor, kwargs: dict[str, Any]) -> Any:
-    """The mask to hand on; `_KEEP` where the model's own mask code needs what it was given."""
+def _mask(
+    model: Any, settings: ModelSettings, mask: Any, inputs: Tensor, kwargs: dict[str, Any], from_outer: bool
+) -> Any:
+    """The mask to hand on; `_KEEP` where the model's own mask code needs what it was given, or the model around made it."""
     config, handling = text_config(model.config), settings.handling
     batch, length = inputs.shape[:2]
     dtype = inputs.dtype if inputs.is_floating_point() else _embedding_dtype(model)
     if is_users_own(mask):
         heads = getattr(config, "num_attention_heads", 1)
-        if settings.has_outer_maker and _is_from_outside(mask, len(settings.spans), heads):
+        if from_outer and _is_from_outside(mask, len(settings.spans), heads):
             return _KEEP
         _check_kinds(model, config, mask)
         # The mask says who sees whom; these must be right all the same.

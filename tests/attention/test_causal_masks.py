@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from bidirect_patch import bidirectional, enable_bidirectional, is_bidirectional
-from bidirect_patch.errors import CausalMaskWarning
+from bidirect_patch.errors import AttentionMaskError, CausalMaskWarning
 
 from ..reliability.small import BOTH, CAUSAL, IDS, SIZES, llama, moves
 
@@ -50,16 +50,38 @@ def test_other_masks_are_followed_without_a_word(visible):
             moves(model, attention_mask=LOWER)
 
 
-@pytest.mark.skipif(not hasattr(transformers, "Gemma3Config"), reason="Gemma 3 came with transformers 4.50")
-def test_an_inner_model_whose_mask_is_made_outside():
+needs_gemma3 = pytest.mark.skipif(
+    not hasattr(transformers, "Gemma3Config"), reason="Gemma 3 came with transformers 4.50"
+)
+
+
+def gemma3():
+    """A tiny Gemma 3 with its image encoder, and the text model inside it, whose mask the model around it makes."""
     text = transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4).to_dict()
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     outer = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
-    inner = next(m for name, m in outer.named_modules() if name.endswith("language_model"))
+    return outer, next(m for name, m in outer.named_modules() if name.endswith("language_model"))
+
+
+@needs_gemma3
+def test_an_inner_model_whose_mask_is_made_outside():
+    outer, inner = gemma3()
     enable_bidirectional(inner)
     assert not is_bidirectional(outer)
     with pytest.warns(CausalMaskWarning, match="enable_bidirectional on that model"):
         assert moves(outer) == CAUSAL
     enable_bidirectional(outer)
     assert is_bidirectional(outer) and moves(outer)[-6:] == BOTH[:6]
+
+
+@needs_gemma3
+def test_a_mask_that_is_given_to_the_inner_model_itself_is_checked():
+    """The model around it makes and checks the mask only where it is the one that is called."""
+    outer, inner = gemma3()
+    enable_bidirectional(outer)
+    with pytest.raises(AttentionMaskError, match="int64"):
+        inner(input_ids=IDS, attention_mask=LOWER.long())
+    with pytest.warns(CausalMaskWarning):
+        assert moves(inner, attention_mask=LOWER) == CAUSAL
+    assert moves(inner, attention_mask=torch.ones_like(LOWER)) == BOTH
