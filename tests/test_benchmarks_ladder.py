@@ -227,3 +227,14 @@ def test_a_finished_encoder_is_no_row_of_ours_and_no_causal_one(pairs):
     }
     differences = table.write_differences(table.Comparison(pairs, measured))
     assert "is: ours." in differences and "| theirs |" in differences and "ceiling" not in differences
+
+
+def test_a_goal_is_not_called_reached_before_all_of_it_is_measured(pairs):
+    good = Way(1, POOLINGS[0], True)
+    ours, theirs = _results(pairs, good), _results(pairs, None)
+    measured = {Row("ours", True): [ours], Row("theirs", False): [theirs]}
+    del theirs["sick-r-test"]
+    assert table.write_differences(table.Comparison(pairs, measured)).endswith("not all of it is measured.")
+    del ours["sick-r-test"]
+    behind = {Row("ours", True): [theirs], Row("theirs", False): [ours]}
+    assert table.write_differences(table.Comparison(pairs, behind)).endswith("not reached.")

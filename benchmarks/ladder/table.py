@@ -93,19 +93,21 @@ def write_differences(comparison: Comparison) -> str:
         return ""
     best = max(ours, key=comparison.dev)
     lines = [("against", *GROUPS)]
-    ahead = []
+    ahead: list[bool] = []
+    missing = False
     for row in causal:
         cells = []
         for group in GROUPS:
             one, other = comparison.value(best, group), comparison.value(row, group)
             if one is None or other is None:
                 cells.append("")
+                missing = True
                 continue
             low, high = interval(one[1] - other[1])
             ahead.append(low > 0)
             cells.append(f"{one[0] - other[0]:+.1f} [{low:+.1f}, {high:+.1f}]")
         lines.append((row.name, *cells))
-    verdict = "reached" if ahead and all(ahead) else "not reached"
+    verdict = "not reached" if not all(ahead) else "not all of it is measured" if missing else "reached"
     return (
         f"The bidirectional row that is best on STS-B dev is: {best.name}. Its difference to each causal row, with the 95 % "
         f"interval of the same draws:\n\n{markdown(lines)}\n\n"
