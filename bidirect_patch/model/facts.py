@@ -37,7 +37,9 @@ TRIANGLE = re.compile(r"^tri[lu]$")  # made on the spot, as CTRL and GIT do; as 
 EXTENDED_MASK = re.compile(r"get_extended_attention_mask")  # BERT and models of its time, until 5.3
 CUMSUM = re.compile(r"^cumsum$")  # counts positions from the 2D mask; a miss: verification sees wrong outputs
 
-_BY_CONFIG = "use_bidirectional_attention"  # of a Gemma config
+# What an attention module reads to set its `is_causal`: whether it is one of the few that aren't, or whether it is causal.
+_LEAVE_CAUSAL = {"use_bidirectional_attention", "is_cross_attention"}
+_DECIDE = {"is_decoder"}
 
 # Names of parameters, by family and release.
 CROSS_ATTENTION = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "kv")  # another sequence
@@ -110,13 +112,15 @@ def builds_causal_mask(cls: type) -> bool:
 
 @per_class
 def is_built_causal(cls: type) -> bool:
-    """Whether the class's `__init__` sets `is_causal` to True, but for what Gemma's config says by `use_bidirectional_attention`.
+    """Whether the class's `__init__` sets `is_causal` to True, but for cross-attention and for what a Gemma config asks for.
 
     A miss: the module's own flag decides, which a user may have changed. A wrong match: verification sees an encoder.
     """
     for code in (code for base in cls.__mro__ for code in _codes(vars(base).get("__init__"))):
         if stored := list(_stored(code, "is_causal")):
-            return stored[-1] is True or _BY_CONFIG in (*code.co_names, *code.co_consts)
+            named = {*code.co_names, *code.co_consts, *code.co_varnames}
+            computed = stored[-1] is None and bool(named & _LEAVE_CAUSAL) and not named & _DECIDE
+            return stored[-1] is True or computed
     return False
 
 
