@@ -87,7 +87,7 @@ def save_figure(figure: Any, name: str) -> None:
     """Write figures/`name`.png, and the line of Markdown that shows it."""
     os.makedirs(FIGURES, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(os.path.join(FIGURES, f"{name}.png"), dpi=80)
+    figure.savefig(os.path.join(FIGURES, f"{name}.png"), dpi=80, bbox_inches="tight")
     print(f"\n![{name}](figures/{name}.png)")
 
 
