@@ -377,8 +377,7 @@ def _check_forwards(found: Iterable[Decoder]) -> None:
 
 def _check_not_native(decoder: Decoder) -> None:
     if _state(decoder) is State.CAUSAL_BLOCK:  # in which its config is a view that says it is causal
-        own_block = not modes.only_others_hold(decoder.module)
-        native = not own_block and says_bidirectional(before_patch(decoder.module, "config"))
+        native = modes.only_others_hold(decoder.module) and says_bidirectional(before_patch(decoder.module, "config"))
     else:
         native = is_natively_bidirectional(decoder)
     if native:

@@ -36,7 +36,7 @@ def watch_labels(model: nn.Module) -> None:
 
 def unwatch_labels(model: nn.Module) -> None:
     """Take the hooks of `watch_labels` off again: in `model` and around it, wherever no decoder is patched any more."""
-    for module in [*modules_of(model), *_watched]:
+    for module in {*modules_of(model), *_watched}:
         keys = [key for key, hook in module._forward_pre_hooks.items() if hook is _look]
         if keys and not any(has_mixin(m, BidirectionalModel) or has_mixin(m, CausalBlock) for m in modules_of(module)):
             for key in keys:

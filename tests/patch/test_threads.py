@@ -120,32 +120,21 @@ def test_threads_in_the_same_mode_get_right_results(make_model):
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_enabled_for_good_while_others_are_in_a_block(make_model, family, count):
-    """Their block found a causal model. Its end must not undo what was asked for meanwhile."""
+@pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "disabled"])
+def test_what_is_set_for_good_outlives_the_blocks_of_others(make_model, family, count, enabled):
+    """Their blocks found the other mode. Their end must not undo what was asked for meanwhile."""
     model = make_model(family)
     hidden(model)
     before = snapshot(model)
-    threads = [Thread(model, True).__enter__() for _ in range(count)]
-    enable_bidirectional(model)
+    if not enabled:
+        enable_bidirectional(model)
+    threads = [Thread(model, enabled).__enter__() for _ in range(count)]
+    (enable_bidirectional if enabled else disable_bidirectional)(model)
     for thread in threads:
         thread.__exit__()
-        assert sees_all(model)
-    assert_same(before, snapshot(disable_bidirectional(model)))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_disabled_for_good_while_others_are_in_a_causal_block(make_model, family, count):
-    model = make_model(family)
-    hidden(model)
-    before = snapshot(model)
-    enable_bidirectional(model)
-    threads = [Thread(model, False).__enter__() for _ in range(count)]
-    disable_bidirectional(model)
-    for thread in threads:
-        thread.__exit__()
-    assert sees_only_the_past(model)
-    assert_same(before, snapshot(model))
+        assert not enabled or sees_all(model)  # while another is in a causal block, nobody else may call it
+    assert enabled or sees_only_the_past(model)
+    assert_same(before, snapshot(disable_bidirectional(model) if enabled else model))
 
 
 def test_the_last_who_asks_wins_while_others_are_in_a_block(make_model):
