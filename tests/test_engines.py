@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,8 +13,7 @@ from safetensors.torch import load_file
 from bidirect_patch import apply_mntp_head, bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import ForeignWrapperError, OrderError
 
-from .helpers.paths import ROOT
-from .helpers.processes import finish
+from .helpers.processes import in_two_ranks
 from .helpers.tiny_models import tiny_model
 from .helpers.training_step import BATCH, IDS, LEARNING_RATE, MASK, loss_and_gradients
 from .helpers.versions import TRANSFORMERS
@@ -38,23 +34,16 @@ def close(found, want):
 
 @pytest.mark.slow
 def test_two_ranks_give_the_loss_and_gradients_of_one_process(tmp_path):
-    """DDP, fully_shard, and a script of Trainer that `accelerate launch` runs under FSDP."""
+    """DDP, fully_shard, and a script of Trainer in the environment of `accelerate launch --use_fsdp`."""
     pytest.importorskip("accelerate")
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
     how = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --num_processes 2 --num_machines 1"
     how += " --fsdp_state_dict_type FULL_STATE_DICT --mixed_precision no --dynamo_backend no --main_process_port 0"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), "-m", "tests.helpers.two_ranks", str(tmp_path)]
-    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    launched = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output, _ = finish(launched, 200)
-    assert launched.returncode == 0, output
+    launched = launch_command_parser().parse_args([*how.split(), "script"])
+    environment = prepare_multi_gpu_env(launched) | {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    in_two_ranks("-m", "tests.helpers.two_ranks", tmp_path, **environment)
     stock = enable_bidirectional(tiny_model()).train()
     want_loss, want = loss_and_gradients(stock, stock, BATCH)
     for engine in ("data_parallel", "sharded", "accelerated"):

@@ -3,9 +3,6 @@
 Models that a block loads by name are local folders of that name here: random weights, SmolLM2's sizes where a size is printed.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import transformers
 import bidirect_patch
 from bidirect_patch import enable_bidirectional
 
+from .helpers.processes import in_a_new_process
 from .helpers.readme_blocks import run
 from .helpers.saved import lora
 
@@ -43,15 +41,7 @@ def test_the_python_blocks_run_and_print_what_the_readme_shows(tmp_path):
     for name in ("mntp", "simcse", "adapter"):
         lora(enable_bidirectional(transformers.AutoModel.from_pretrained(tmp_path / "base"))).save_pretrained(tmp_path / name)
     script = Path(__file__).parent / "helpers" / "readme_blocks.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(ROOT / "README.md")],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert int(done.stdout.split()[-1]) > 4
+    assert int(in_a_new_process(script, ROOT / "README.md", cwd=tmp_path, seconds=500).split()[-1]) > 4
 
 
 @pytest.mark.parametrize("code, shown", [("print(1)", "2"), ("x", "x")], ids=["prints another thing", "fails"])

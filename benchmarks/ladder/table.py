@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.ladder.encode import POOLINGS, Way
 from benchmarks.ladder.plan import Row
 from benchmarks.ladder.results import Cosines, best_way, gathered, plain_way
-from benchmarks.ladder.statistics import Bootstrap, interval, mean_correlation
+from benchmarks.ladder.statistics import DRAWS, Bootstrap, interval, mean_correlation
 from benchmarks.ladder.texts import DEV, YEARS, Pairs
 
 GROUPS: dict[str, tuple[str, ...]] = {"STS-B test": ("stsb-test",), "SICK": ("sick-r-test",), "STS12-16": YEARS}
@@ -19,12 +19,13 @@ class Comparison:
     Args:
         pairs: The sets by name.
         results: For each row, what was measured of each seed.
+        draws: How many.
     """
 
-    def __init__(self, pairs: Mapping[str, Pairs], results: Mapping[Row, Sequence[Cosines]]) -> None:
+    def __init__(self, pairs: Mapping[str, Pairs], results: Mapping[Row, Sequence[Cosines]], draws: int = DRAWS) -> None:
         self.pairs, self.results = pairs, {row: list(seeds) for row, seeds in results.items() if seeds}
         self.ways = {row: best_way(seeds, pairs[DEV].scores) for row, seeds in self.results.items()}
-        self.draws = {group: Bootstrap([pairs[n].scores for n in names]) for group, names in GROUPS.items()}
+        self.draws = {group: Bootstrap([pairs[n].scores for n in names], draws) for group, names in GROUPS.items()}
         self._values: dict[tuple[Row, str], tuple[float, np.ndarray] | None] = {}
 
     def value(self, row: Row, group: str) -> tuple[float, np.ndarray] | None:

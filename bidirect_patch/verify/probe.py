@@ -274,7 +274,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def left_as_it_was(*models: nn.Module) -> Iterator[None]:
-    """Switch dropout off and gradients on, and restore all flags and the random state at the end."""
+    """Switch dropout off and gradients on, with the CPU as default device; restore all flags and the random state at the end."""
     modules = {id(m): m for model in models for m in model.modules()}
     training = [(m, m.training) for m in modules.values()]
     devices = {p.device for m in models for p in m.parameters() if p.device.type == "cuda"}
@@ -282,6 +282,8 @@ def left_as_it_was(*models: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if torch.empty(0).device.type != "cpu":  # a default device makes every operation slower, the CPU too
+            stack.enter_context(torch.device("cpu"))
         # Hooks put on after compilation would not run. Importing Dynamo takes seconds; without it nothing is compiled.
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -213,7 +213,7 @@ def attention_report(model: nn.Module, *, length: int = 7) -> AttentionReport:
             f"the weights of {type(inner).__name__} are on the meta device, so it can't be run; load them, or run "
             f"`bidirect-patch check`, which builds a small model from the config"
         )
-    with left_as_it_was(model, inner), torch.device("cpu"):  # whatever device is the default around
+    with left_as_it_was(model, inner):
         seen = Probe(inner, length).observe()
         layers = [_layer_report(index, seen) for index in range(len(seen.calls["no mask"]))]
     backend = getattr(inner.config, "_attn_implementation", None)

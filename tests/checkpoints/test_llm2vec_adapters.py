@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from bidirect_patch import enable_bidirectional
 
-from ..helpers.saved import WAYS_TO_LOAD, encode, in_a_new_process, load_adapter, lora, same
+from ..helpers.processes import in_a_new_process
+from ..helpers.saved import WAYS_TO_LOAD, encode, load_adapter, lora, same
 from ..helpers.tiny_models import tiny_model
 
 CLASSES_OF_LLM2VEC = {
@@ -86,4 +87,4 @@ with warnings.catch_warnings(record=True) as caught:
 print(any("trained with bidirectional attention" in str(w.message) for w in caught))
 print(all(float(p.abs().sum()) > 0 for n, p in model.named_parameters() if "lora_B" in n))
 """
-    assert in_a_new_process(code, tmp_path / "base", folder, first).split() == ["True", "True"]
+    assert in_a_new_process("-c", code, tmp_path / "base", folder, first).split() == ["True", "True"]

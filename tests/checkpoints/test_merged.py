@@ -10,7 +10,8 @@ from packaging.version import Version
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional, save_merged
 from bidirect_patch.errors import ArgumentError, UnsupportedModelError
 
-from ..helpers.saved import config_of, encode, in_a_new_process, lora, same, told_of_causal_loading
+from ..helpers.processes import in_a_new_process
+from ..helpers.saved import config_of, encode, lora, same, told_of_causal_loading
 from ..helpers.sentences import write_folder
 from ..helpers.tiny_models import tiny_model
 from ..helpers.versions import TRANSFORMERS, lacks_add_adapter
@@ -132,7 +133,7 @@ def test_a_sentence_transformer_opens_merged_in_a_new_process(tmp_path):
     causal = torch.tensor(disable_bidirectional(encoder).encode(TEXTS))
     assert (causal - want).abs().max() > 1e-2
     assert not list((tmp_path / "merged").rglob("adapter_*"))
-    stock, auto = map(torch.tensor, json.loads(in_a_new_process(ENCODE, tmp_path / "merged", *TEXTS).splitlines()[-1]))
+    stock, auto = map(torch.tensor, json.loads(in_a_new_process("-c", ENCODE, tmp_path / "merged", *TEXTS).splitlines()[-1]))
     same(auto, want)
     # before 5.2, stock transformers knows no flag, and the merged weights run causally
     same(stock, want if TRANSFORMERS >= Version("5.2") else causal)

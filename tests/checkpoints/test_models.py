@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -15,12 +12,11 @@ from packaging.version import Version
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 
 from ..helpers import zoo
-from ..helpers.paths import ROOT
+from ..helpers.processes import in_a_new_process
 from ..helpers.saved import (
     HONOURS_THE_FLAG,
     config_of,
     encode,
-    in_a_new_process,
     reaches_back,
     same,
     told_of_causal_loading,
@@ -105,11 +101,7 @@ model = transformers.AutoModel.from_pretrained(sys.argv[1]).eval()
 a, b = (model(input_ids=torch.tensor([[5, 6, last]]))[0][0, 0] for last in (7, 8))
 print("two ways" if type(model) is not transformers.LlamaModel and not torch.equal(a, b) else "one way")
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=environment
-    )
-    assert done.stdout.split("\n")[0] == "two ways", done.stderr
+    assert in_a_new_process("-c", script, tmp_path).split("\n")[0] == "two ways"
 
 
 def test_sharded_safetensors(tmp_path, auto):
@@ -171,7 +163,7 @@ except Exception as error:
 model.save_pretrained(sys.argv[2])
 print(json.load(open(sys.argv[2] + "/config.json"))["is_causal"])
 """
-    assert in_a_new_process(code, tmp_path / "model.pt", tmp_path / "out").split() == ["GenerateError", "False"]
+    assert in_a_new_process("-c", code, tmp_path / "model.pt", tmp_path / "out").split() == ["GenerateError", "False"]
 
 
 def test_auto_leaves_encoders_alone(tmp_path):
@@ -181,9 +173,8 @@ def test_auto_leaves_encoders_alone(tmp_path):
     config = BertConfig(**sizes)
     config.is_causal = False
     BertModel(config).save_pretrained(tmp_path)
-    in_a_new_process(
-        "import sys, bidirect_patch.auto\nfrom transformers import AutoModel\nAutoModel.from_pretrained(sys.argv[1])", tmp_path
-    )
+    code = "import sys, bidirect_patch.auto\nfrom transformers import AutoModel\nAutoModel.from_pretrained(sys.argv[1])"
+    in_a_new_process("-c", code, tmp_path)
     assert AutoModel.from_pretrained(tmp_path).config.is_causal is False
 
 
@@ -222,6 +213,4 @@ def test_hooks_come_off_again():
         hooks.uninstall()
         assert [dict(vars(PreTrainedModel)), dict(vars(GenerationMixin))] == before
     """
-    where = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=where, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    in_a_new_process("-c", textwrap.dedent(code))

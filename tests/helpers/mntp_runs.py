@@ -1,9 +1,6 @@
 """Running the training command, and reading what it leaves."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,27 +9,12 @@ from transformers import AutoTokenizer
 
 from bidirect_patch.cli import main
 
-from .paths import ROOT
-
 
 def run(settings, *flags):
     """Run in this process; the exit code."""
     path = Path(settings["output_dir"]).with_suffix(".json")
     path.write_text(json.dumps(settings))
     return main(["mntp", str(path), *flags])
-
-
-def launch(*command, **how):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, command)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **how,
-    )
 
 
 def results(settings):

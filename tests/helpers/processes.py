@@ -1,13 +1,92 @@
-"""Waiting for a process that has processes of its own."""
+"""Processes of their own, in which nothing of transformers, PEFT or this package is imported yet.
 
+They are forks of a server that has imported what these need, torch above all, which takes most of the time. The server has
+the environment that the tests began with: a variable that torch reads when it is imported can't be changed for a fork.
+"""
+
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
+import types
+import warnings
 
+from .paths import ROOT
+
+IMPORTED = (
+    *("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"),
+    *("pandas", "pyarrow.dataset", "scipy.optimize", "scipy.stats", "sklearn.metrics", "tokenizers"),
+)
 TO_END = 15  # seconds for a launcher to end its ranks, which are sessions of their own
 
+_servers = multiprocessing.get_context("forkserver")
+_servers.set_forkserver_preload(list(IMPORTED))
 
-def finish(process: subprocess.Popen, seconds: float) -> tuple[str, str]:
+
+class Fork:
+    """A running process, with as much of the interface of `subprocess.Popen` as tests need.
+
+    Args:
+        words: What `python` would be given: `-c CODE ARGUMENT ...`, `-m MODULE ARGUMENT ...`, or `FILE ARGUMENT ...`.
+        cwd: Where it runs.
+        environment: Variables that it has beside those of this process.
+    """
+
+    def __init__(self, *words, cwd=ROOT, **environment):
+        self._written = [tempfile.NamedTemporaryFile(mode="w+") for _ in range(2)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        files = [file.name for file in self._written]
+        self._process = _servers.Process(target=_run, args=([*map(str, words)], str(cwd), environment, files))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=None):
+        """What it wrote to stdout and to stderr, once it has ended."""
+        self._process.join(timeout)
+        written = [file.read() for file in self._written]
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a fork", timeout, *written)
+        return tuple(written)
+
+
+def _run(words, cwd, environment, written):
+    """What a fork does."""
+    os.setsid()
+    for number, file in zip((1, 2), written):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if words[0] != "-m":  # of a command it is seen what it warns of
+        warnings.simplefilter("ignore")
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), main.__dict__)
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def finish(process, seconds):
     """Wait for a process that began a session of its own; what it wrote to stdout and stderr.
 
     Whatever is left of it after `seconds` is ended, so that a failed test leaves nothing running.
@@ -22,3 +101,28 @@ def finish(process: subprocess.Popen, seconds: float) -> tuple[str, str]:
                     process.communicate(timeout=TO_END)
                 except subprocess.TimeoutExpired:
                     continue
+
+
+def in_a_new_process(*words, seconds=200, **how):
+    """What `python WORDS` writes to stdout, in a fork. A failed one fails the test."""
+    process = Fork(*words, **how)
+    out, err = finish(process, seconds)
+    assert process.returncode == 0, err[-5000:]
+    return out
+
+
+def in_two_ranks(*words, seconds=250, **environment):
+    """What the ranks of `torchrun --nproc_per_node=2 WORDS` write to stdout, each in a fork. A failed one fails the test."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(chosen.getsockname()[1])}
+    world = {**environment, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **meeting}
+    ranks = [Fork(*words, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
+    try:
+        written = [finish(rank, seconds) for rank in ranks]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGKILL)
+    assert [rank.returncode for rank in ranks] == [0, 0], "".join(err[-5000:] for _, err in written)
+    return [out for out, _ in written]

@@ -2,16 +2,12 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from packaging.version import Version
 
-from .paths import ROOT
 from .versions import TRANSFORMERS
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
@@ -64,15 +60,6 @@ def lora(model, seed=0, name="default", **settings):
         model.add_adapter(name, config)
         return model
     return get_peft_model(model, config, adapter_name=name).eval()
-
-
-def in_a_new_process(code, *arguments):
-    """stdout of `code`, its arguments in sys.argv."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 WAYS_TO_LOAD = ("peft", "mixed", "transformers")

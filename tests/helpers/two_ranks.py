@@ -1,4 +1,4 @@
-"""What each of two ranks does under `accelerate launch`, for test_engines: rank 0 writes the mean loss and the whole
+"""What each of two ranks does for test_engines: rank 0 writes the mean loss and the whole
 gradients of each engine."""
 
 import os

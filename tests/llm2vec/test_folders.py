@@ -13,7 +13,8 @@ from packaging.version import Version
 from bidirect_patch import disable_bidirectional, is_bidirectional, load_llm2vec
 
 from ..helpers.llm2vec_folders import INSTRUCTION, NAMES, TEXTS, change_json, write_adapter, write_settings
-from ..helpers.saved import in_a_new_process, lora
+from ..helpers.processes import in_a_new_process
+from ..helpers.saved import lora
 from ..helpers.versions import TRANSFORMERS
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers isn't installed")
@@ -196,7 +197,8 @@ def test_a_fresh_process_opens_it_if_it_trusts_the_class_or_has_imported_the_pac
     encoder.save_pretrained(str(tmp_path))
     strict = Version(st.__version__) >= Version("6")
     code = OPEN.format(texts=TEXTS, instruction=INSTRUCTION)
-    first, *others = in_a_new_process(code, tmp_path, "refuses" if strict else "takes any class").strip().splitlines()
+    refuses = "refuses" if strict else "takes any class"
+    first, *others = in_a_new_process("-c", code, tmp_path, refuses).strip().splitlines()
     assert len(others) == 2 and (first == "refused") == strict
     for line in others if strict else (first, *others):
         same(np.array(json.loads(line)), encoder.encode(TEXTS, prompt=INSTRUCTION))

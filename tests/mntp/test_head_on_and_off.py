@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 import types
 
 import pytest
@@ -16,6 +15,7 @@ from bidirect_patch.mntp.head import MNTPHead, remove_mntp_head
 from bidirect_patch.swap.classes import has_mixin
 
 from ..helpers.heads import batch, trainer
+from ..helpers.processes import in_two_ranks
 from ..helpers.tiny_models import tiny_model
 
 
@@ -126,21 +126,28 @@ def test_the_head_goes_after_a_trainer_with_mixed_precision(tmp_path):
     assert not has_mixin(model, MNTPHead) and model(**batch()).logits is not None
 
 
-def _rank(rank, folder, inputs):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = apply_mntp_head(tiny_model().train())
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    parallel(**{k: v[2 * rank : 2 * rank + 2] for k, v in inputs.items()}).loss.backward()
-    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads abort or hang once in some ten times when a process group is destroyed
+RANK = """
+import os, sys, torch
+from bidirect_patch import apply_mntp_head
+from tests.helpers.tiny_models import tiny_model
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+model = apply_mntp_head(tiny_model().train())
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+inputs = torch.load(sys.argv[1] + "/inputs")
+parallel(**{name: value[2 * rank : 2 * rank + 2] for name, value in inputs.items()}).loss.backward()
+torch.save([p.grad for p in model.parameters()], f"{sys.argv[1]}/{rank}")
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads abort or hang once in some ten times when a process group is destroyed
+"""
 
 
 @pytest.mark.slow
 def test_two_ranks_average_to_the_gradients_of_both(tmp_path):
     inputs = batch(shape=(4, 17))
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), inputs), nprocs=2)
+    torch.save(inputs, tmp_path / "inputs")
+    in_two_ranks("-c", RANK, tmp_path)
     stock = enable_bidirectional(tiny_model().train())
     halves = [{k: v[at : at + 2] for k, v in inputs.items()} for at in (0, 2)]
     (sum(stock(**half).loss for half in halves) / 2).backward()

@@ -2,17 +2,13 @@
 
 import copy
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
 
-import bidirect_patch
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
 
+from ..helpers.processes import in_a_new_process
 from ..helpers.seeing import IDS, hidden, sees_all, sees_only_the_past
 
 
@@ -62,7 +58,4 @@ assert torch.allclose(model(ids).logits, expected, atol=1e-5)
 disable_bidirectional(model)
 assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
 """
-    home = str(Path(bidirect_patch.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_a_new_process("-c", code)

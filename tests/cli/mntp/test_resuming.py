@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ...helpers.mntp_runs import launch, results, run, weights
-from ...helpers.processes import finish
+from ...helpers.mntp_runs import results, run, weights
+from ...helpers.processes import Fork, finish
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
 pytest.importorskip("datasets", reason="the training command needs the extra [train]")
@@ -90,8 +90,7 @@ def test_an_interrupted_run_can_be_resumed(settings, kill, code):
     folder = Path(settings["output_dir"])
     path = folder.with_suffix(".json")
     path.write_text(json.dumps(settings))
-    # What runs in a shell's background inherits that SIGINT is ignored.
-    process = launch("bidirect_patch", "mntp", path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = Fork("-m", "bidirect_patch", "mntp", path)
     deadline = time.monotonic() + 200
     while not (folder / "checkpoint-3").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
