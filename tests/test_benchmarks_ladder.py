@@ -1,5 +1,6 @@
 """The ladder's own arithmetic: poolings, correlations, intervals, the choice of a way, and what is kept between runs."""
 
+import argparse
 import functools
 import importlib.util
 import json
@@ -15,6 +16,7 @@ if importlib.util.find_spec("scipy") is None:
 from scipy.stats import spearmanr
 
 from benchmarks.ladder import curves, encode, model, results, statistics, table, texts, training
+from benchmarks.ladder.__main__ import Ladder
 from benchmarks.ladder.encode import POOLINGS, Way
 from benchmarks.ladder.plan import CPU, QUICK, Row
 from benchmarks.ladder.texts import DEV, TEST, Pairs
@@ -269,3 +271,20 @@ def test_a_run_is_evaluated_on_the_same_pairs_each_time(tmp_path):
     expected = pairs.shortened(curves.PAIRS)
     assert (written.first, written.second) == (expected.first, expected.second)
     np.testing.assert_array_equal(written.scores, expected.scores)
+
+
+def test_a_folder_of_other_texts_is_not_gone_on_with(tmp_path):
+    data = tmp_path / "data"
+    (data / "sts").mkdir(parents=True)
+    for name in (DEV, *TEST):
+        (data / "sts" / f"{name}.csv").write_text("sentence1,sentence2,score\na,b,1\n")
+    for folder in ("whole", "quick/model"):
+        (tmp_path / "work" / "m" / folder).mkdir(parents=True)
+    words = "One two three four five. Six seven eight nine ten."
+    options = argparse.Namespace(data=data, work=tmp_path / "work", model="m", scale="quick")
+    (data / "wikipedia.txt").write_text(words)
+    assert Ladder(options).sentences == Ladder(options).sentences == words.replace(". ", ".|").split("|")
+    (data / "wikipedia.txt").write_text(words.upper())
+    with pytest.raises(SystemExit, match="name another --work"):
+        Ladder(options)
+    assert (tmp_path / "work" / "m" / "quick" / "paragraphs.txt").read_text() == words

@@ -103,7 +103,10 @@ class Ladder:
             "neighbours.jsonl": [json.dumps(pair) for pair in neighbours],
         }
         for name, lines in files.items():
-            (self.work / name).write_text("\n".join(lines), encoding="utf-8")
+            text, file = "\n".join(lines), self.work / name
+            if file.exists() and file.read_text(encoding="utf-8") != text:
+                raise SystemExit(f"{file} is of other texts than --data gives now: name another --work")
+            file.write_text(text, encoding="utf-8")
         return sentences
 
     def _save_models(self, downloads: Path) -> None:

