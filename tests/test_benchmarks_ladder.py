@@ -273,18 +273,30 @@ def test_a_run_is_evaluated_on_the_same_pairs_each_time(tmp_path):
     np.testing.assert_array_equal(written.scores, expected.scores)
 
 
-def test_a_folder_of_other_texts_is_not_gone_on_with(tmp_path):
-    data = tmp_path / "data"
-    (data / "sts").mkdir(parents=True)
+@pytest.fixture
+def few_texts(tmp_path):
+    """What the ladder is given: a folder of texts, and one to work in that has its models already."""
+    (tmp_path / "data" / "sts").mkdir(parents=True)
     for name in (DEV, *TEST):
-        (data / "sts" / f"{name}.csv").write_text("sentence1,sentence2,score\na,b,1\n")
+        (tmp_path / "data" / "sts" / f"{name}.csv").write_text("sentence1,sentence2,score\na,b,1\n")
+    (tmp_path / "data" / "wikipedia.txt").write_text("One two three four five. Six seven eight nine ten.")
     for folder in ("whole", "quick/model"):
         (tmp_path / "work" / "m" / folder).mkdir(parents=True)
-    words = "One two three four five. Six seven eight nine ten."
-    options = argparse.Namespace(data=data, work=tmp_path / "work", model="m", scale="quick")
-    (data / "wikipedia.txt").write_text(words)
-    assert Ladder(options).sentences == Ladder(options).sentences == words.replace(". ", ".|").split("|")
-    (data / "wikipedia.txt").write_text(words.upper())
+    return argparse.Namespace(data=tmp_path / "data", work=tmp_path / "work", model="m", scale="quick", seeds=1)
+
+
+def test_a_folder_of_other_texts_is_not_gone_on_with(few_texts):
+    expected = ["One two three four five.", "Six seven eight nine ten."]
+    assert Ladder(few_texts).sentences == Ladder(few_texts).sentences == expected
+    (few_texts.data / "wikipedia.txt").write_text("Another.")
     with pytest.raises(SystemExit, match="name another --work"):
-        Ladder(options)
-    assert (tmp_path / "work" / "m" / "quick" / "paragraphs.txt").read_text() == words
+        Ladder(few_texts)
+    assert (few_texts.work / "m" / "quick" / "sentences.txt").read_text().splitlines() == expected
+
+
+def test_a_run_that_was_stopped_before_the_development_set_is_left_out(few_texts, pairs):
+    ladder = Ladder(few_texts)
+    measured = _results(pairs, None)
+    for row, found in zip(QUICK.rows, (measured, {name: ways for name, ways in measured.items() if name != DEV})):
+        results.save(results.result_file(ladder.work, row, 0), found)
+    assert [row.name for row, seeds in ladder.results().items() if seeds] == [QUICK.rows[0].name]

@@ -80,9 +80,10 @@ class Ladder:
         return curves.write_table({name: curves.read(f) for name, f in folders.items() if (f / training.TOOK).exists()})
 
     def results(self) -> dict[Row, list[results.Cosines]]:
-        """All that was measured so far."""
+        """All that was measured so far. A run that was stopped before the development set is left out."""
         files = {row: [results.result_file(self.work, row, s) for s in range(self.options.seeds)] for row in self.scale.rows}
-        return {row: [results.load(f) for f in found if f.exists()] for row, found in files.items()}
+        loaded = {row: [results.load(f) for f in found if f.exists()] for row, found in files.items()}
+        return {row: [seed for seed in seeds if DEV in seed] for row, seeds in loaded.items()}
 
     def seconds(self) -> dict[Row, float]:
         """How long each trained row took, MNTP included, on average over seeds."""
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     quick = options.scale == "quick"
     options.seeds = options.seeds or (1 if quick else 3)
-    options.sets = sorted({DEV, *options.sets})  # the way of each row is chosen on DEV
+    options.sets = list(dict.fromkeys([DEV, *options.sets]))  # first, because the way of each row is chosen on it
     names = [row.name for row in plan.SCALES[options.scale].rows]
     unknown = [name for name in options.rows or [] if name not in names]
     if unknown:
