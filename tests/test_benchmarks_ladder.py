@@ -144,6 +144,20 @@ def test_the_table_takes_each_rows_best_way_on_the_development_set_and_tells_who
     assert table.write_differences(turned).endswith("not reached.")
 
 
+def test_rows_that_differ_in_one_thing_are_set_against_each_other(pairs):
+    good, bad = _results(pairs, Way(2, POOLINGS[0], False)), _results(pairs, None)
+    names = ("bidirectional + MNTP", "bidirectional, untrained", "causal", "bidirectional + MNTP + SimCSE", "causal + SimCSE")
+    measured = {Row(name, name.startswith("bi")): [good if "MNTP" in name else bad] for name in names}
+    lines = table.write_contrasts(compare(pairs, measured)).splitlines()[2:]
+    found = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines}
+    assert list(found) == ["bidirectional + MNTP, minus bidirectional, untrained", "bidirectional, untrained, minus causal"]
+    assert float(found["bidirectional + MNTP, minus bidirectional, untrained"].split()[0]) > 50
+    assert found["bidirectional, untrained, minus causal"] == "+0.0 [+0.0, +0.0]"
+    measured |= {Row("bidirectional + SimCSE", True): [good]}
+    assert len(table.write_contrasts(compare(pairs, measured)).splitlines()) == 2 + 4
+    assert table.write_contrasts(compare(pairs, {Row("causal", False): [bad]})) == ""
+
+
 def test_the_depths_are_those_of_rows_that_keep_all_layers(pairs):
     good = Way(2, POOLINGS[0], False)
     measured = {Row("cut", False): [_results(pairs, good)], Row("whole", False, whole=True): [_results(pairs, good)]}

@@ -107,7 +107,10 @@ class Ladder:
             text, file = "\n".join(lines), self.work / name
             if file.exists() and file.read_text(encoding="utf-8") != text:
                 raise SystemExit(f"{file} is of other texts than --data gives now: name another --work")
-            file.write_text(text, encoding="utf-8")
+            if not file.exists():
+                unfinished = file.with_name(f"{name}.unfinished")
+                unfinished.write_text(text, encoding="utf-8")
+                unfinished.replace(file)
         return sentences
 
     def _save_models(self, downloads: Path) -> None:
@@ -123,7 +126,8 @@ def report(ladder: Ladder) -> str:
     compared = table.Comparison(ladder.pairs, ladder.results())
     if ladder.options.scale != "quick":
         figure.draw(compared, ladder.options.figure)
-    parts = (table.write_table(compared, ladder.seconds()), table.write_differences(compared), table.write_depths(compared))
+    parts = [table.write_table(compared, ladder.seconds())]
+    parts += [write(compared) for write in (table.write_differences, table.write_contrasts, table.write_depths)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -35,6 +35,11 @@ class Comparison:
             self._values[row, group] = None if cosines is None else self.draws[group].values(cosines)
         return self._values[row, group]
 
+    def difference(self, row: Row, other: Row, group: str) -> tuple[float, float, float] | None:
+        """A row minus another one, and the interval's two ends. None: one of them was not measured."""
+        one, two = self.value(row, group), self.value(other, group)
+        return None if one is None or two is None else (one[0] - two[0], *interval(one[1] - two[1]))
+
     def dev(self, row: Row) -> float:
         """The value on the development set in the best way, on average over seeds."""
         return self.value_on_dev(row, self.ways[row])
@@ -50,6 +55,11 @@ class Comparison:
         """The value on the development set in one way, on average over seeds."""
         rows = np.stack([result[DEV][way] for result in self.results[row]])
         return mean_correlation([rows], [self.pairs[DEV].scores])
+
+
+def difference_cell(found: tuple[float, float, float] | None) -> str:
+    """A difference and its interval."""
+    return "" if found is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found)
 
 
 def cell(found: tuple[float, np.ndarray] | None) -> str:
@@ -97,23 +107,32 @@ def write_differences(comparison: Comparison) -> str:
     ahead: list[bool] = []
     missing = False
     for row in causal:
-        cells = []
-        for group in GROUPS:
-            one, other = comparison.value(best, group), comparison.value(row, group)
-            if one is None or other is None:
-                cells.append("")
-                missing = True
-                continue
-            low, high = interval(one[1] - other[1])
-            ahead.append(low > 0)
-            cells.append(f"{one[0] - other[0]:+.1f} [{low:+.1f}, {high:+.1f}]")
-        lines.append((row.name, *cells))
+        found = [comparison.difference(best, row, group) for group in GROUPS]
+        missing = missing or None in found
+        ahead += [low > 0 for _, low, _ in filter(None, found)]
+        lines.append((row.name, *map(difference_cell, found)))
     verdict = "not reached" if not all(ahead) else "not all of it is measured" if missing else "reached"
     return (
         f"The bidirectional row that is best on STS-B dev is: {best.name}. Its difference to each causal row, with the 95 % "
         f"interval of the same draws:\n\n{markdown(lines)}\n\n"
         f"Goal: above each causal row on each set, with the interval above 0: {verdict}."
     )
+
+
+def write_contrasts(comparison: Comparison) -> str:
+    """The rows that differ in their attention alone, and those that differ in MNTP alone, with the interval of the same draws."""
+    rows = {row.name: row for row in comparison.results}
+    lines = [("difference", *GROUPS)]
+    for name, row in rows.items():
+        if not row.bidirectional or row.ceiling:
+            continue
+        causal = name.replace("bidirectional", "causal").removesuffix(", untrained")
+        plain = name.replace(" + MNTP", "") if name != "bidirectional + MNTP" else "bidirectional, untrained"
+        for other in dict.fromkeys([causal, plain]):
+            if other in rows and other != name:
+                found = [comparison.difference(row, rows[other], group) for group in GROUPS]
+                lines.append((f"{name}, minus {other}", *map(difference_cell, found)))
+    return markdown(lines) if len(lines) > 1 else ""
 
 
 def write_depths(comparison: Comparison) -> str:

@@ -1,9 +1,11 @@
 """Processes of their own, in which nothing of transformers, PEFT or this package is imported yet.
 
-They are forks of a server that has imported what these need, torch above all, which takes most of the time. The server has
-the environment that the tests began with: a variable that torch reads when it is imported can't be changed for a fork.
+They are forks of a server that has imported what these need, torch above all, which takes most of the time. So a fork isn't
+all that a new interpreter is: what IMPORTED names is there already, a variable that these read when they are imported has the
+value that it had at the first fork, and before Python 3.13 nothing runs at exit. What depends on that needs `subprocess`.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -12,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import warnings
 
@@ -21,7 +24,7 @@ IMPORTED = (
     *("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"),
     *("pandas", "pyarrow.dataset", "scipy.optimize", "scipy.stats", "sklearn.metrics", "tokenizers"),
 )
-TO_END = 15  # seconds for a launcher to end its ranks, which are sessions of their own
+TO_END = 15  # seconds for a process to end its own
 
 _servers = multiprocessing.get_context("forkserver")
 _servers.set_forkserver_preload(list(IMPORTED))
@@ -52,7 +55,8 @@ class Fork:
         return self._process.exitcode
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def communicate(self, timeout=None):
         """What it wrote to stdout and to stderr, once it has ended."""
@@ -72,7 +76,7 @@ def _run(words, cwd, environment, written):
     os.environ.update(environment)
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if words[0] != "-m":  # of a command it is seen what it warns of
+    if words[0] != "-m":  # tests look at the warnings of a command
         warnings.simplefilter("ignore")
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
@@ -94,13 +98,17 @@ def finish(process, seconds):
     try:
         return process.communicate(timeout=seconds)
     finally:
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            if process.poll() is None:
+        end(process)
+
+
+def end(process):
+    """End a process and its own, if it still runs."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, how)
-                try:
-                    process.communicate(timeout=TO_END)
-                except subprocess.TimeoutExpired:
-                    continue
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=TO_END)
 
 
 def in_a_new_process(*words, seconds=200, **how):
@@ -117,12 +125,18 @@ def in_two_ranks(*words, seconds=250, **environment):
         chosen.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(chosen.getsockname()[1])}
     world = {**environment, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **meeting}
-    ranks = [Fork(*words, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
+    ranks, last = [], time.monotonic() + seconds
     try:
-        written = [finish(rank, seconds) for rank in ranks]
+        for rank in "01":
+            ranks.append(Fork(*words, **world | {"RANK": rank, "LOCAL_RANK": rank}))
+        # A rank that fails leaves the other one waiting for it.
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            if time.monotonic() > last:
+                break
+            time.sleep(0.02)
     finally:
         for rank in ranks:
-            if rank.poll() is None:
-                os.killpg(rank.pid, signal.SIGKILL)
+            end(rank)
+    written = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "".join(err[-5000:] for _, err in written)
     return [out for out, _ in written]
