@@ -70,13 +70,13 @@ class Ladder:
 
     def curves(self) -> str:
         """The encoder by step of masked next token prediction, for each change of its settings."""
-        settings = self.scale.mntp
-        steps = settings.get("max_steps") or PRESETS[settings["preset"]]["max_steps"]
-        evaluation = curves.evaluation(self.pairs[DEV], self.work / "curves.csv", steps)
         if not self.options.report:
+            settings = self.scale.mntp
+            steps = settings.get("max_steps") or PRESETS[settings["preset"]]["max_steps"]
+            evaluation = curves.evaluation(self.pairs[DEV], self.work / "curves.csv", steps)
             for name, change in curves.CHANGES.items():
                 self.trainer.mntp_changed(name, evaluation | change)
-        folders = {name: self.trainer.changed_folder(name) for name in curves.CHANGES}
+        folders = {name: self.trainer.mntp_folder(name) for name in curves.CHANGES}
         return curves.write_table({name: curves.read(f) for name, f in folders.items() if (f / training.TOOK).exists()})
 
     def results(self) -> dict[Row, list[results.Cosines]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.ladder.plan import Settings
+from benchmarks.ladder.table import markdown
 from benchmarks.ladder.texts import Pairs
 
 PAIRS, POINTS = 500, 5  # evaluated at so many steps of each run, beside step 0
@@ -66,9 +67,9 @@ def write_table(curves: Mapping[str, Curve]) -> str:
     if not curves:
         return "no run is done\n"
     steps = sorted({step for curve in curves.values() for step in curve.spearman})
-    rows = [["after step", *map(str, steps), "held-out loss"], ["---"] * (len(steps) + 2)]
+    lines = [["after step", *map(str, steps), "held-out loss"]]
     for name, curve in curves.items():
         values = [f"{curve.spearman[step]:.1f}" if step in curve.spearman else "" for step in steps]
-        rows.append([name, *values, f"{curve.loss[max(curve.loss)]:.2f}"])
+        lines.append([name, *values, f"{curve.loss[max(curve.loss)]:.2f}"])
     causal = next(iter(curves.values())).causal
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\nThe causal model, untrained: {causal:.1f}.\n"
+    return f"{markdown(lines)}\n\nThe causal model, untrained: {causal:.1f}.\n"

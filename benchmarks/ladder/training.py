@@ -55,20 +55,18 @@ class Trainer:
 
     def mntp(self, seed: int) -> Path:
         """The adapter of masked next token prediction."""
-        return self._mntp(self._mntp_folder(seed), {"seed": seed})
+        return self.mntp_changed(str(seed), {"seed": seed})
 
     def mntp_changed(self, name: str, change: Settings) -> Path:
-        """The same with some settings changed, in a folder of its own."""
-        return self._mntp(self.changed_folder(name), change)
-
-    def changed_folder(self, name: str) -> Path:
-        """Where `mntp_changed` leaves the run of this name."""
-        return self.work / f"mntp-{_words(name)}"
-
-    def _mntp(self, folder: Path, change: Settings) -> Path:
+        """The same with some settings changed, in a folder of that name."""
         settings = {"model_name_or_path": str(self.model), "train_file": [str(self.texts / "paragraphs.txt")]}
+        folder = self.mntp_folder(name)
         run_command("mntp", self.scale.mntp | settings | change, folder, self.log)
         return folder
+
+    def mntp_folder(self, name: str) -> Path:
+        """Where a run of masked next token prediction is kept, by its seed or by what was changed."""
+        return self.work / f"mntp-{_words(name)}"
 
     def simcse(self, row: Row, seed: int) -> Path:
         """The encoder of a row, all its adapters merged."""
@@ -95,13 +93,10 @@ class Trainer:
         return sum(done) / len(done) if done else math.nan
 
     def _took(self, row: Row, seed: int) -> float | None:
-        folders = [self._mntp_folder(seed)] * row.mntp + [self._folder(row, seed)] * (row.simcse > 0)
+        folders = [self.mntp_folder(str(seed))] * row.mntp + [self._folder(row, seed)] * (row.simcse > 0)
         if not all((folder / TOOK).exists() for folder in folders):
             return None
         return sum(json.loads((folder / TOOK).read_text()) for folder in folders)
-
-    def _mntp_folder(self, seed: int) -> Path:
-        return self.work / f"mntp-{seed}"
 
     def _folder(self, row: Row, seed: int) -> Path:
         return self.work / f"{_words(row.name)}-{seed}"
