@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run slower on more, and each test process would take all cores
 
+import jinja2
 import pytest
 import torch
 from packaging.version import Version
@@ -40,10 +41,8 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log)
 
 
-def pytest_collection_finish():
-    """What was imported until here stays for good: collections of garbage, which Trainer asks for too, needn't go through it."""
-    gc.collect()
-    gc.freeze()
+# Each save writes a model card, and their templates take longer to compile than a tiny model to save.
+jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 
 
 def pytest_collection_modifyitems(items):
@@ -78,6 +77,13 @@ def loading_enables(monkeypatch, enables):
 
     monkeypatch.setattr(auto, "enables", enables)
     monkeypatch.setattr(hooks, "warns", not enables)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_is_new():
+    """Trainer collects garbage before and after each run, which needn't go through all that was imported until here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -146,9 +152,19 @@ def real_weights() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         with contextlib.suppress(ImportError):
             import gguf
+            from transformers import modeling_gguf_pytorch_utils
 
-            # transformers reads the file anew for config, tokenizer and weights, which takes seconds each time.
+            # transformers reads the file anew for config, tokenizer and weights, and the names of its tensors for each
+            # module: seconds each time.
             patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+            patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+            load = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+            load_all_but_tensors = functools.cache(load)
+
+            def load_once(path, return_tensors=False, **how):
+                return load(path, return_tensors, **how) if return_tensors else copy.deepcopy(load_all_but_tensors(path))
+
+            patch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", load_once)
         yield folder
 
 

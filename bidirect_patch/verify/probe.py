@@ -226,7 +226,8 @@ class _LayerHooks:
         if outputs is None:
             return
         matrix, noise = by_perturbation(outputs.detach())
-        matrix = matrix | self.gradient(outputs)
+        if not matrix.all():  # a gradient can only add to it
+            matrix = matrix | self.gradient(outputs)
         finite = bool(torch.isfinite(outputs).all())
         seen = LayerCall(self.name, type(module).__name__, matrix.cpu(), finite, outputs.detach().clone(), noise)
         seen.causal_parts, self.causal_parts = self.causal_parts, []
@@ -234,9 +235,11 @@ class _LayerHooks:
 
     def gradient(self, outputs: Tensor) -> Tensor:
         """Return the dependence matrix by gradient; all False where the outputs have no gradient."""
-        if self.recorder.gradients and outputs.requires_grad:
-            return by_gradient(outputs, self.recorder.inputs)
-        return torch.zeros(self.recorder.grid.length, self.recorder.grid.length, dtype=torch.bool, device=outputs.device)
+        recorder = self.recorder
+        if recorder.gradients and outputs.requires_grad and not recorder.replace_ends:  # then the outputs alone are compared
+            return by_gradient(outputs, recorder.inputs)
+        length = recorder.grid.length
+        return torch.zeros(length, length, dtype=torch.bool, device=outputs.device)
 
     def reader_of(self, part: str) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
         def read_part(module: nn.Module, args: tuple[Any, ...], output: object) -> None:

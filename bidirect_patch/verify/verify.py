@@ -50,14 +50,18 @@ def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = Fal
             return None
         try:
             small = _small(decoder)
-            attention_report(small)
-        except Exception:  # a small model that can't be made or run, for whatever reason, shows nothing
+            if not _attention_classes(decoder) <= frozenset().union(*map(_attention_classes, decoders(small))):
+                return None  # attention of another class was put in: the class of the model says nothing of it
+            trial = _best(decoder, small)
+        except Exception:
+            if _runs_unpatched(decoder):
+                raise
+            trial = None
+        if trial is None or (trial.problem and not _runs_unpatched(decoder)):
             if not on_trust:
                 _check_seen(decoder)
             return None
-        if not _attention_classes(decoder) <= frozenset().union(*map(_attention_classes, decoders(small))):
-            return None  # attention of another class was put in: the class of the model says nothing of it
-        _trials[key] = _best(decoder)
+        _trials[key] = trial
     trial = _trials[key]
     if not decoder.unsupported_layers:
         _check(decoder, trial.problem)
@@ -97,10 +101,19 @@ def is_natively_bidirectional(decoder: Decoder) -> bool:
     return _native[key]
 
 
-def _best(decoder: Decoder) -> _Trial:
+def _runs_unpatched(decoder: Decoder) -> bool:
+    """Whether a small model can be made and run without the patch; one that can't, for whatever reason, shows nothing."""
+    try:
+        attention_report(_small(decoder))
+    except Exception:
+        return False
+    return True
+
+
+def _best(decoder: Decoder, small: nn.Module) -> _Trial:
     best: _Trial | None = None
     for handling in possible_handlings(decoder):
-        trial = _try(decoder, handling)
+        trial = _try(decoder, handling, small if best is None else _small(decoder))
         if best is None or not trial.problem or trial.right_layers > best.right_layers:
             best = trial
         if not trial.problem or (decoder.unsupported_layers and best.right_layers):
@@ -109,8 +122,7 @@ def _best(decoder: Decoder) -> _Trial:
     return best
 
 
-def _try(decoder: Decoder, handling: MaskHandling) -> _Trial:
-    small = _small(decoder)
+def _try(decoder: Decoder, handling: MaskHandling, small: nn.Module) -> _Trial:
     cls = original(type(decoder.module))
     found = decoders(small)
     handlings = [handling if original(type(d.module)) is cls else possible_handlings(d)[0] for d in found]

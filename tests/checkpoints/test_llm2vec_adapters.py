@@ -69,7 +69,11 @@ def test_keys_of_a_model_with_a_head_load_onto_a_bare_one(published, auto):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["bidirect_patch", "peft"])
+@pytest.mark.parametrize(
+    "published, first",
+    [("the package", "bidirect_patch"), ("code on the hub", "peft"), ("a script", "bidirect_patch")],
+    indirect=["published"],
+)
 def test_an_adapter_is_known_and_fitted_before_anything_is_enabled(published, tmp_path, first):
     """`import bidirect_patch` alone: loading LLM2Vec's layout onto a *ForCausalLM warns, and the weights arrive."""
     folder = published[0]

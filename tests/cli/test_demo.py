@@ -56,12 +56,14 @@ def shown(tmp_path_factory):
     return done.stdout, done.stderr, place / "out"
 
 
+@pytest.mark.slow
 def test_each_layer_is_seen_causal_before_and_bidirectional_after(shown):
     out, _, _ = shown
     rows = re.findall(r"^model\.layers\.(\d) +causal +-6 \.\. \+0 +bidirectional +-6 \.\. \+6$", out, re.MULTILINE)
     assert rows == [str(i) for i in range(LAYERS)]
 
 
+@pytest.mark.slow
 def test_training_beats_the_causal_model_and_the_untrained_one(shown):
     loss = losses(shown[0])
     causal, untrained, trained = (loss.pop(label) for label in (*BASELINES, "bidirectional, after 30 steps"))
@@ -69,6 +71,7 @@ def test_training_beats_the_causal_model_and_the_untrained_one(shown):
     assert loss == {"bidirectional, opened again": trained}
 
 
+@pytest.mark.slow
 def test_in_a_pipe_it_shows_neither_progress_nor_warnings_in_80_columns(shown):
     out, err, _ = shown
     assert not err.strip()
@@ -91,6 +94,7 @@ def test_progress_is_one_line_of_a_terminal(monkeypatch, is_terminal):
     assert ("training:" in written and "loss 1.50" in written) if is_terminal else written == ""
 
 
+@pytest.mark.slow
 def test_what_was_saved_opens_bidirectional_without_the_demo(shown):
     from peft import PeftModel
 

@@ -1,12 +1,15 @@
 """Run the Python blocks of a README from top to bottom in one process, and compare what they print with the block after each.
 
-python tests/helpers/readme_blocks.py README.md
+python tests/helpers/readme_blocks.py README.md [FOLDER OTHER]
+
+With FOLDER and OTHER, FOLDER is replaced by OTHER after the first block.
 """
 
 import contextlib
 import doctest
 import io
 import re
+import shutil
 import sys
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -21,12 +24,14 @@ def blocks(text):
             yield text[: block.start()].count("\n") + 2, block[2], after[2] if is_shown else None
 
 
-def run(path):
-    """Run all blocks; the number of outputs that were compared."""
+def run(path, after_the_first=lambda: None):
+    """Run all blocks, and `after_the_first` once; the number of outputs that were compared."""
     same, names, compared = doctest.OutputChecker().check_output, {"__name__": "__main__"}, 0
     with open(path) as file:
         text = file.read()
-    for line, code, shown in blocks(text):
+    for number, (line, code, shown) in enumerate(blocks(text)):
+        if number == 1:
+            after_the_first()
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile("\n" * (line - 1) + code, path, "exec"), names)
@@ -37,5 +42,11 @@ def run(path):
     return compared
 
 
+def replace(folder, other):
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
 if __name__ == "__main__":
-    print(run(sys.argv[1]))
+    readme, *folders = sys.argv[1:]
+    print(run(readme, lambda: replace(*folders) if folders else None))

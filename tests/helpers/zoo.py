@@ -25,6 +25,11 @@ __all__ = ["FOREIGN_TOWER", "NO_MNTP_HEAD", "NOT_CAUSAL", "OVERRIDES", "RETIRED"
 
 NEWEST = Version("5.24.0")  # the newest transformers that the data was written for
 RELEASE = Version(Version(transformers.__version__).base_version)
+# One of each way in which a family makes its masks, its logits or its loss unlike Llama: all the version matrix has time for.
+UNLIKE_LLAMA = (
+    *("bloom", "cohere", "ctrl", "fuyu", "gemma2", "gemma3", "git", "gpt_neo", "gpt_neox", "gpt_oss", "granite", "jetmoe"),
+    *("llama4_text", "moshi", "mpt", "musicgen", "openai-gpt", "opt", "phi3", "xglm"),
+)
 FIRST_ID, LAST_ID = 5, 100  # ordinary tokens: every special id lies outside
 
 

@@ -1,5 +1,6 @@
 """What `load_llm2vec` encodes is what LLM2Vec encodes: beside llm2vec 0.2.3 itself where it runs, and beside plain torch."""
 
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -61,9 +62,13 @@ def by_llm2vec(encoder, texts, instruction):
     return encoder.encode([[instruction, text] for text in texts], show_progress_bar=False).numpy()
 
 
+@functools.cache
+def loaded(base):
+    return AutoModel.from_pretrained(base, attn_implementation="eager").float().eval(), AutoTokenizer.from_pretrained(base)
+
+
 def by_hand(base, texts, instruction, **how):
-    model = AutoModel.from_pretrained(base, attn_implementation="eager").float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    model, tokenizer = loaded(base)
     return np.stack([embedding(model, tokenizer, text, instruction, **how).numpy() for text in texts])
 
 

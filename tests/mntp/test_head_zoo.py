@@ -14,8 +14,6 @@ from ..helpers import zoo
 from ..helpers.slow import some_slow
 
 SHAPE = (3, 11)
-# One of each way in which a family makes its logits or its loss unlike Llama: all the version matrix has time for.
-UNLIKE_LLAMA = "bloom cohere ctrl fuyu gemma2 gemma3 git gpt_neox granite jetmoe moshi musicgen opt phi3 xglm".split()
 
 
 def batch(model):
@@ -32,7 +30,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
-@pytest.mark.parametrize("model_type", some_slow(zoo.buildable_types(), lambda name: name not in UNLIKE_LLAMA))
+@pytest.mark.parametrize("model_type", some_slow(zoo.buildable_types(), lambda name: name not in zoo.UNLIKE_LLAMA))
 @pytest.mark.filterwarnings("ignore::bidirect_patch.errors.LabelLeakWarning")  # a loss is a loss
 @pytest.mark.skipif(zoo.RELEASE > zoo.NEWEST, reason=f"the zoo knows the types of {zoo.NEWEST} and older releases")
 def test_the_loss_is_the_shifted_cross_entropy(model_type, monkeypatch):

@@ -13,28 +13,35 @@ from ..helpers.versions import TRANSFORMERS
 
 @pytest.fixture
 def fullgraph():
-    """`fullgraph(model, **inputs)`: the model compiled as one graph, and its counter; a skip where stock can't be."""
+    """`fullgraph(model, **inputs)`: the causal model compiled as one graph, and its counter; a skip where stock can't be."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
 
     def compiled(model, **inputs):
+        counter = CompileCounter()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
         try:
-            torch.compile(model, fullgraph=True, backend="eager")(**inputs)
+            compiled(**inputs)
         except Exception as error:  # whatever Dynamo raises
             pytest.skip(
                 f"stock {type(model).__name__} of transformers {TRANSFORMERS} isn't one graph: {str(error)[:80]!r}"
             )
-        torch._dynamo.reset()
-        counter = CompileCounter()
-        return torch.compile(model, fullgraph=True, backend=counter), counter
+        return compiled, counter
 
     yield compiled
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
+@pytest.mark.parametrize(
+    "backend, padded",
+    [
+        ("sdpa", True),
+        ("eager", False),
+        pytest.param("sdpa", False, marks=pytest.mark.slow),
+        pytest.param("eager", True, marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_a_mode_when_compiled(make_model, fullgraph, backend, padded):
     model = make_model(backend=backend, head=False)
     inputs = dict(input_ids=IDS, attention_mask=MASK) if padded else dict(input_ids=IDS)

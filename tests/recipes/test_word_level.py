@@ -75,7 +75,7 @@ def probe(folder, after_mntp, line, tmp_path):
     rows = [align(tokenizer, row, after_mntp) for row in sentences(400, seed=0)]
     trainer = Trainer(
         model=model,
-        args=trainer_arguments(tmp_path, max_steps=120, per_device_train_batch_size=32, learning_rate=0.05),
+        args=trainer_arguments(tmp_path, max_steps=50, per_device_train_batch_size=32, learning_rate=0.1),
         train_dataset=rows[:300],
         eval_dataset=rows[300:],
         data_collator=DataCollatorForTokenClassification(tokenizer),

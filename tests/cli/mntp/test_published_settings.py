@@ -8,6 +8,7 @@ from bidirect_patch.checkpoints.load import says_bidirectional
 from bidirect_patch.cli import main
 
 from ...helpers.mntp_runs import results
+from ...helpers.slow import some_slow
 from ...helpers.words import make_tokenizer
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
@@ -46,7 +47,10 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+LIKE_LLAMA_2 = [name for name in OWN if not OWN[name] and "Llama-2" not in name]
+
+
+@pytest.mark.parametrize("name", some_slow(OWN, lambda name: name in LIKE_LLAMA_2))
 def test_it_runs(place, tmp_path, monkeypatch, name):
     published = COMMON | OWN[name] | {"model_name_or_path": name, "output_dir": f"output/mntp/{name.split('/')[1]}"}
     path = tmp_path / "published.json"
