@@ -1,5 +1,8 @@
 """The plugin in pytest runs of its own: what a user's test file sees, and what it leaves behind."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -7,25 +10,15 @@ import pytest
 
 import bidirect_patch
 
-pytest_plugins = ["pytester"]
+from .helpers.processes import Fork, finish
+
 pytestmark = pytest.mark.slow  # and depends on no release of transformers
+ALONE = ("-p", "bidirect_patch.pytest_plugin", "-p", "no:cacheprovider")
+NO_OTHERS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
-@pytest.fixture
-def run(pytester, monkeypatch):
-    """`run(source)` runs a test file in a process of its own, with this plugin and no other."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(bidirect_patch.__file__).parents[1]))
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-
-    def run(source):
-        pytester.makepyfile(test_user=dedent(source))
-        return pytester.runpytest_subprocess("-p", "bidirect_patch.pytest_plugin")
-
-    return run
-
-
-def test_loads_neither_torch_nor_transformers_before_a_test_asks(run):
-    result = run("""
+def test_loads_neither_torch_nor_transformers_before_a_test_asks(tmp_path):
+    (tmp_path / "test_user.py").write_text(dedent("""
         import sys
 
         def loaded():
@@ -39,12 +32,15 @@ def test_loads_neither_torch_nor_transformers_before_a_test_asks(run):
 
         def test_at_first_use(assert_bidirectional):
             assert "torch" in loaded()
-    """)
-    result.assert_outcomes(passed=3)
+    """))
+    environment = {**os.environ, **NO_OTHERS, "PYTHONPATH": str(Path(bidirect_patch.__file__).parents[1])}
+    command = [sys.executable, "-m", "pytest", *ALONE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and " 3 passed in " in done.stdout, done.stdout + done.stderr
 
 
-def test_each_model_gets_back_the_mode_it_was_found_in(run):
-    result = run("""
+def test_each_model_gets_back_the_mode_it_was_found_in(tmp_path):
+    (tmp_path / "test_user.py").write_text(dedent("""
         import pytest, torch
         from transformers import LlamaConfig, LlamaModel
         from bidirect_patch import bidirectional, enable_bidirectional
@@ -100,6 +96,9 @@ def test_each_model_gets_back_the_mode_it_was_found_in(run):
 
         def test_assertion_fails(other, assert_bidirectional):
             assert_bidirectional(other)
-    """)
-    result.assert_outcomes(passed=5, failed=2)
-    result.stdout.fnmatch_lines(["*on purpose*", "FAILED *::test_fails *", "FAILED *::test_assertion_fails *"])
+    """))
+    out, err = finish(Fork("-m", "pytest", *ALONE, cwd=tmp_path, **NO_OTHERS), 200)
+    assert "= 2 failed, 5 passed in " in out, out + err
+    assert "on purpose" in out
+    failed = [line.split(" - ")[0] for line in out.splitlines() if line.startswith("FAILED ")]
+    assert failed == ["FAILED test_user.py::test_fails", "FAILED test_user.py::test_assertion_fails"]

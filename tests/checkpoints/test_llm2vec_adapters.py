@@ -19,19 +19,24 @@ CLASSES_OF_LLM2VEC = {
 }
 
 
-@pytest.fixture(params=CLASSES_OF_LLM2VEC)
-def published(tmp_path, request):
-    """Adapter files as LLM2Vec's were published, over a tiny `LlamaModel`; and what they should give."""
+def publish(folder, kind):
+    """Write adapter files as LLM2Vec's were published, over a tiny `LlamaModel`; return what they should give."""
     pytest.importorskip("peft")
     model = lora(tiny_model(head=False))
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
+    model.save_pretrained(folder)
+    path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["auto_mapping"] = dict(zip(("base_model_class", "parent_library"), CLASSES_OF_LLM2VEC[request.param]))
+    config["auto_mapping"] = dict(zip(("base_model_class", "parent_library"), CLASSES_OF_LLM2VEC[kind]))
     path.write_text(json.dumps(config))
-    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    keys = load_file(folder / "adapter_model.safetensors").keys()
     assert all(key.startswith("base_model.model.layers.") for key in keys)
-    return tmp_path, encode(enable_bidirectional(model))
+    return encode(enable_bidirectional(model))
+
+
+@pytest.fixture(params=CLASSES_OF_LLM2VEC)
+def published(tmp_path, request):
+    """A folder with such files, and what they should give."""
+    return tmp_path, publish(tmp_path, request.param)
 
 
 @pytest.mark.parametrize("through", WAYS_TO_LOAD)
@@ -69,26 +74,26 @@ def test_keys_of_a_model_with_a_head_load_onto_a_bare_one(published, auto):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "published, first",
-    [("the package", "bidirect_patch"), ("code on the hub", "peft"), ("a script", "bidirect_patch")],
-    indirect=["published"],
-)
-def test_an_adapter_is_known_and_fitted_before_anything_is_enabled(published, tmp_path, first):
+@pytest.mark.parametrize("first", ["bidirect_patch", "peft"])
+def test_an_adapter_is_known_and_fitted_before_anything_is_enabled(tmp_path, first):
     """`import bidirect_patch` alone: loading LLM2Vec's layout onto a *ForCausalLM warns, and the weights arrive."""
-    folder = published[0]
     tiny_model().save_pretrained(tmp_path / "base")
+    for kind in CLASSES_OF_LLM2VEC:
+        publish(tmp_path / kind, kind)
     code = """
 import sys, warnings
-if sys.argv[3] == "peft":
+first, base, *folders = sys.argv[1:]
+if first == "peft":
     import peft
 import bidirect_patch
 from transformers import AutoModelForCausalLM
 from peft import PeftModel
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
-print(any("trained with bidirectional attention" in str(w.message) for w in caught))
-print(all(float(p.abs().sum()) > 0 for n, p in model.named_parameters() if "lora_B" in n))
+for folder in folders:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    print(any("trained with bidirectional attention" in str(w.message) for w in caught))
+    print(all(float(p.abs().sum()) > 0 for n, p in model.named_parameters() if "lora_B" in n))
 """
-    assert in_a_new_process("-c", code, tmp_path / "base", folder, first).split() == ["True", "True"]
+    folders = [tmp_path / kind for kind in CLASSES_OF_LLM2VEC]
+    assert in_a_new_process("-c", code, first, tmp_path / "base", *folders).split() == ["True"] * 2 * len(folders)

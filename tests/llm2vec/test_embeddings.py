@@ -77,7 +77,9 @@ def same(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("instruction", ["", INSTRUCTION], ids=["alone", "instruction"])
+@pytest.mark.parametrize(
+    "instruction", [pytest.param("", marks=pytest.mark.slow), INSTRUCTION], ids=["alone", "instruction"]
+)
 @pytest.mark.parametrize("kind, pooling", CASES)
 def test_every_pooling_is_the_arithmetic_of_llm2vec(bases, kind, pooling, instruction):
     base = bases(**TOKENIZERS[kind])

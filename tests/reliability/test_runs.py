@@ -116,11 +116,13 @@ def test_a_trace_is_right_for_other_masks_and_lengths(backend, window):
         torch.testing.assert_close(traced(*given)[real], run(*given)[real], atol=1e-5, rtol=1e-5)
 
 
-@each_backend
-@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="eager")], ids=["plain", "compiled"])
-def test_a_forward_taken_before_the_patch_is_bidirectional_too(backend, wrap):
+@pytest.mark.parametrize(
+    "backend, compiled",
+    [("eager", False), ("sdpa", False), pytest.param("eager", True, marks=pytest.mark.slow), ("sdpa", True)],
+)
+def test_a_forward_taken_before_the_patch_is_bidirectional_too(backend, compiled):
     model = llama(backend=backend)
-    forward = wrap(model.forward)
+    forward = torch.compile(model.forward, backend="eager") if compiled else model.forward
     enable_bidirectional(model)
     assert moves(forward) == moves(forward, attention_mask=ONES) == BOTH
     assert moves(forward, at=6, attention_mask=PADDED)[:7] == BOTH[:7]

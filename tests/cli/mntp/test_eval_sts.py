@@ -104,7 +104,11 @@ def test_a_run_without_pairs_has_no_such_column(evaluated, capsys):
     assert "Spearman" not in capsys.readouterr().out and "eval_sts_spearman" not in results(evaluated)
 
 
-@pytest.mark.parametrize("how", [{"padding_free": True}, {"lora_r": 0}], ids=["adapter, padding-free", "all weights"])
+@pytest.mark.parametrize(
+    "how",
+    [{"padding_free": True}, pytest.param({"lora_r": 0}, marks=pytest.mark.slow)],
+    ids=["adapter, padding-free", "all weights"],
+)
 def test_on_schedule_and_after_of_what_is_trained_which_is_the_same_without(evaluated, rows, tmp_path, capsys, how):
     evaluated |= {"do_train": True} | how
     assert run(evaluated) == 0

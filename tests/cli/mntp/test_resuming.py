@@ -17,7 +17,15 @@ pytest.importorskip("datasets", reason="the training command needs the extra [tr
 pytest.importorskip("peft", reason="the training command needs the extra [train]")
 
 
-@pytest.mark.parametrize("lora_r, stop, share", [(4, 3, 0.2), (4, 4, 0.2), (4, 5, [0.1, 0.5]), (0, 5, 0.2)])
+@pytest.mark.parametrize(
+    "lora_r, stop, share",
+    [
+        pytest.param(4, 3, 0.2, marks=pytest.mark.slow),
+        pytest.param(4, 4, 0.2, marks=pytest.mark.slow),
+        (4, 5, [0.1, 0.5]),
+        (0, 5, 0.2),
+    ],
+)
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(settings, lora_r, stop, share):
     """64 sequences, 4 steps an epoch: stopped within the first, between two, and within the second."""
     settings |= {"do_train": True, "per_device_train_batch_size": 16, "lora_r": lora_r, "lora_dropout": 0.3}
@@ -34,7 +42,7 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(settings, lora_r, st
     assert any(not torch.equal(halfway[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("held_out", [0, 20])
+@pytest.mark.parametrize("held_out", [pytest.param(0, marks=pytest.mark.slow), 20])
 def test_a_stream_starts_over_and_is_resumed_in_its_second_pass(settings, held_out):
     """40 sequences of 16 a step: stopped after 5 steps, twice through."""
     settings |= {"do_train": True, "streaming": True, "max_train_samples": 40, "per_device_train_batch_size": 16}

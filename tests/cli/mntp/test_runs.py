@@ -17,6 +17,7 @@ from ...helpers.mntp_runs import batches, reaches_back, results, run, weights
 from ...helpers.processes import Fork, finish, in_two_ranks
 from ...helpers.saved import told_of_causal_loading
 from ...helpers.simcse_runs import write_pairs
+from ...helpers.slow import some_slow
 from ...helpers.versions import TRANSFORMERS
 
 pytest.importorskip("accelerate", reason="the training command needs the extra [train]")
@@ -120,7 +121,7 @@ def test_padding_free_trains_to_the_same_weights_as_padding(settings):
     assert all(padded[key].abs().max() > 0.01 for key in padded if "lora_B" in key)  # where it starts is zero
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "stream", "folder"])
+@pytest.mark.parametrize("kind", some_slow(["jsonl", "csv", "stream", "folder"], lambda kind: kind in ("csv", "folder")))
 def test_texts_of_any_kind_train_to_the_same_weights(place, settings, tmp_path, kind):
     """Unshuffled batches come out alike whatever the texts came in."""
     settings |= {"do_train": True, "stop_after_n_steps": 2, "line_by_line": True, "per_device_train_batch_size": 260}
