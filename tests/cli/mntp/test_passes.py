@@ -54,10 +54,10 @@ def masks_by_text(batches):
 @pytest.mark.parametrize(
     "how",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2},  # which does not divide the 5 batches of a pass
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "gradient_accumulation_steps": 2},
-        {"mlm_probability": (0.1, 0.9)},
+        pytest.param({"mlm_probability": (0.1, 0.9)}, marks=pytest.mark.slow),
     ],
 )
 def test_each_pass_has_masks_of_its_own(five_texts, seen, how):

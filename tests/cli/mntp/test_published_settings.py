@@ -47,10 +47,7 @@ OWN = {
 }
 
 
-LIKE_LLAMA_2 = [name for name in OWN if not OWN[name] and "Llama-2" not in name]
-
-
-@pytest.mark.parametrize("name", some_slow(OWN, lambda name: name in LIKE_LLAMA_2))
+@pytest.mark.parametrize("name", some_slow(OWN, lambda name: not OWN[name]))
 def test_it_runs(place, tmp_path, monkeypatch, name):
     published = COMMON | OWN[name] | {"model_name_or_path": name, "output_dir": f"output/mntp/{name.split('/')[1]}"}
     path = tmp_path / "published.json"

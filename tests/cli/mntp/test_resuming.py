@@ -23,7 +23,7 @@ pytest.importorskip("peft", reason="the training command needs the extra [train]
         pytest.param(4, 3, 0.2, marks=pytest.mark.slow),
         pytest.param(4, 4, 0.2, marks=pytest.mark.slow),
         (4, 5, [0.1, 0.5]),
-        (0, 5, 0.2),
+        pytest.param(0, 5, 0.2, marks=pytest.mark.slow),
     ],
 )
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(settings, lora_r, stop, share):
