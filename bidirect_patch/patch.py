@@ -335,7 +335,9 @@ def _bring_back(
 ) -> None:
     """Bring one decoder to the state that a block found."""
     if state is State.BIDIRECTIONAL:
-        _enable(model, [decoder], found, True, [decoder] if was_unverified else [])
+        # As it was found, and as it is now: a layer may have been taken out, put in or wrapped within the block.
+        for each in (decoder, *(now for now in decoders(model) if now.module is decoder.module)):
+            _enable(model, [each], found, True, [each] if was_unverified else [])
     elif state is State.CAUSAL_BLOCK:
         commit(_to_causal_block(model, decoder, found))
     else:

@@ -47,11 +47,12 @@ def mirrored_mask(mask: Any, true_hides: bool = False) -> Any:
     if mask.dim() < 3 or mask.shape[-1] < mask.shape[-2] or mask.shape[-2] == 1:
         return mask
     mask = mask[..., : mask.shape[-2]]
-    seen = mask ^ true_hides if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    is_bool = mask.dtype == torch.bool
+    seen = (~mask if true_hides else mask) if is_bool else mask > torch.finfo(mask.dtype).min / 2
     real = seen.diagonal(dim1=-2, dim2=-1)
     both = with_padding(seen | seen.mT, real[..., :, None], real[..., None, :], real.any(-1)[..., None, None])
-    if mask.dtype == torch.bool:
-        return both ^ true_hides
+    if is_bool:
+        return ~both if true_hides else both  # not ^: a trace can't record it with a Python bool
     bias = _falling(mask.diagonal(dim1=-2, dim2=-1).masked_fill(~real, 0))
     return torch.where(both, bias, torch.finfo(mask.dtype).min)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 
 from ..errors import ArgumentError, AttentionMaskError, CacheError
 from ..model.config import backend_of, text_config
@@ -109,7 +110,7 @@ class CausalBlock(Swapped):
         """See `Swapped.build`."""
 
         def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-            if is_graph_captured():
+            if is_graph_captured() and not is_tracing():  # the caller of a graph isn't known; a trace has one
                 return inner(self, *args, **kwargs)
             check_caller(self)
             with running(self):
@@ -121,6 +122,11 @@ class CausalBlock(Swapped):
         """For pickle and copy: refused to who is in no such block, since the copy would be causal for good."""
         check_caller(self, "copied")  # type: ignore[arg-type]  # a module
         return super().__reduce_ex__(protocol)
+
+
+def is_in_causal_block(model: nn.Module) -> bool:
+    """Whether a decoder in `model` is in a causal block, of whomever."""
+    return any(has_mixin(module, CausalBlock) for module in modules_of(model))
 
 
 def check_not_in_others_block(model: nn.Module) -> None:
@@ -220,6 +226,8 @@ def _mask(
         _check_boundaries(kwargs)
         inverted = handling.inverted and handling.kind == "ready"
         ready = users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, inverted)
+        if handling.kind != "ready":
+            _check_symmetric(model, mask)
         warn_if_causal(model, mask)
         return ready
     _check_boundaries(kwargs)
@@ -234,6 +242,19 @@ def _mask(
             "code takes nothing but a 2D mask: pass one sequence per row, with padding"
         )
     return make_mask(sequences, settings.spans, backend_of(config), dtype, handling.inverted)
+
+
+def _check_symmetric(model: Any, mask: Any) -> None:
+    """Raise AttentionMaskError if a ready mask would change by being mirrored, as masks are in models that aren't "ready"."""
+    if not isinstance(mask, Tensor) or mask.shape[-2] == 1 or mask.is_meta or values_are_unknown():
+        return
+    is_bool = mask.dtype == torch.bool
+    seen = mask if is_bool else mask > torch.finfo(mask.dtype).min / 2
+    if not torch.equal(seen, seen.mT) or not (is_bool or bool((mask[seen] == 0).all())):
+        raise AttentionMaskError(
+            f"the ready 4D attention_mask of {type(model).__name__} must let two positions see each other or neither, with 0 "
+            "added where they do: this model's own mask code takes no other. Give the 2D mask"
+        )
 
 
 def _is_from_outside(mask: Any, spans: int, heads: int) -> bool:

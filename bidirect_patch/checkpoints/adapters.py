@@ -5,13 +5,15 @@ adapter_config.json gets the flag, where PEFT keeps what it knows of the base mo
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 _MARK = "_bidirect_patch_bidirectional"  # on the PEFT config of an adapter that belongs to bidirectional attention
+_marks_all: ContextVar[bool] = ContextVar("_marks_all", default=False)
 
 
 def mark(adapter: Any) -> None:
@@ -20,21 +22,18 @@ def mark(adapter: Any) -> None:
 
 
 @contextmanager
-def marked(adapters: Iterable[Any]) -> Iterator[None]:
-    """Have what is saved within the block say so."""
-    new = [adapter for adapter in adapters if not hasattr(adapter, _MARK)]
-    for adapter in new:
-        mark(adapter)
+def marked(both_ways: bool) -> Iterator[None]:
+    """Have every adapter that this thread or task saves within the block say so, if `both_ways`."""
+    before = _marks_all.set(both_ways)
     try:
         yield
     finally:
-        for adapter in new:
-            vars(adapter).pop(_MARK, None)
+        _marks_all.reset(before)
 
 
 def save_adapter_config(wrapped: Any, adapter: Any, args: Any, kwargs: Any) -> Any:
     """`PeftConfigMixin.save_pretrained`, which every way to save an adapter calls before anything is uploaded."""
-    if hasattr(adapter, _MARK):
+    if hasattr(adapter, _MARK) or _marks_all.get():
         known = kwargs.get("auto_mapping_dict") or getattr(adapter, "auto_mapping", None) or {}
         kwargs = {**kwargs, "auto_mapping_dict": {**known, "is_causal": False}}
     return wrapped(*args, **kwargs)

@@ -9,9 +9,11 @@ from typing import Any
 
 import wrapt
 
-from ..attention.model_forward import check_not_in_others_block, holds_bidirectional
+from ..attention.model_forward import check_not_in_others_block, holds_bidirectional, is_in_causal_block
 from ..errors import GenerateError
+from ..model.walk import modules_of
 from ..swap import modes
+from ..verify.late import verify_kernel
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
 from .load import HUB_OPTIONS, holds_decoder, is_bidirectional_now, loaded_bidirectional, says_bidirectional
 from .save import save_causal, save_model
@@ -34,9 +36,12 @@ def install() -> None:
 def _install() -> None:
     from transformers import GenerationMixin, PreTrainedModel
 
-    for name in ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+    put(GenerationMixin, "generate", _generate)
+    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
         if hasattr(GenerationMixin, name):
-            put(GenerationMixin, name, _generate)
+            put(GenerationMixin, name, _generate_in_a_thread)
+    if hasattr(PreTrainedModel, "set_attn_implementation"):
+        put(PreTrainedModel, "set_attn_implementation", _set_attention)
     put(PreTrainedModel, "save_pretrained", _save_model)
     put(PreTrainedModel, "from_pretrained", _load_model)
     put(PreTrainedModel, "load_adapter", _load_adapter)
@@ -75,19 +80,47 @@ def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 
+def _generate_in_a_thread(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    """The methods whose forwards run in a thread of their own, where an error would only be logged."""
+    if holds_bidirectional(model) or is_in_causal_block(model):
+        raise GenerateError(
+            f"{type(model).__name__}.{wrapped.__name__} was called on a bidirectional model. It generates in a thread of its "
+            "own, for which no block holds: call disable_bidirectional(model) first, or give it a causal copy"
+        )
+    return wrapped(*args, **kwargs)
+
+
+def _set_attention(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    """Another attention function is verified like the first one; one that stays causal is refused, and the old one put back."""
+    if not holds_bidirectional(model):
+        return wrapped(*args, **kwargs)
+    from transformers import PreTrainedModel
+
+    models = (module for module in modules_of(model) if isinstance(module, PreTrainedModel))
+    before = [(each.config, each.config._attn_implementation) for each in models]
+    result = wrapped(*args, **kwargs)
+    try:
+        verify_kernel(model)
+    except BaseException:
+        for config, name in before:
+            config._attn_implementation = name
+        raise
+    return result
+
+
 def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     check_not_in_others_block(model)
     if holds_bidirectional(model):
         return save_model(wrapped, model, args, kwargs)
-    if getattr(model.config, "is_causal", True) is False and holds_decoder(model) and not is_bidirectional_now(model):
+    says_both_ways = getattr(model.config, "is_causal", True) is False and holds_decoder(model)
+    if is_in_causal_block(model) or (says_both_ways and not is_bidirectional_now(model)):
         return save_causal(wrapped, model, args, kwargs)
     return wrapped(*args, **kwargs)
 
 
 def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     check_not_in_others_block(model)
-    both = holds_bidirectional(model) or is_bidirectional_now(model)
-    with marked(model.peft_config.values() if both else ()):
+    with marked(holds_bidirectional(model) or is_bidirectional_now(model)):
         return wrapped(*args, **kwargs)
 
 

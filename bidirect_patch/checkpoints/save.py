@@ -18,15 +18,14 @@ from .adapters import marked
 
 def save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained` of a bidirectional model."""
-    adapters = getattr(model, "peft_config", {})  # where transformers put some on, it writes them and nothing else
-    with marked(adapters.values()):
+    with marked(True):  # where transformers put adapters on, it writes them and nothing else
         return wrapped.__func__(_saved(model, saving_config(model)), *args, **kwargs)
 
 
 def save_causal(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    """`save_pretrained` of a model that is causal though its config says otherwise: the flag is left out."""
+    """`save_pretrained` of a model that is causal, whatever its config says outside of a causal block: the flag is left out."""
     config = copy.deepcopy(model.config)
-    del config.is_causal
+    vars(config).pop("is_causal", None)
     return wrapped.__func__(_saved(model, config), *args, **kwargs)
 
 

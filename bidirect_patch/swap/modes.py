@@ -42,6 +42,7 @@ class State:
     """The state of one decoder: the blocks that hold it, and the forwards that run now, each with its thread."""
 
     holds: list[Hold] = field(default_factory=list)
+    was_left: bool = False  # whether the last block was never ended: it is gone, or its thread is
     running: "weakref.WeakKeyDictionary[Run, int]" = field(default_factory=weakref.WeakKeyDictionary)
 
 
@@ -55,7 +56,7 @@ def _after_fork() -> None:
     lock = threading.RLock()
     me = threading.get_ident()
     for state in _states.values():
-        state.holds = [hold for hold in state.holds if hold.owner[0] == me]
+        _keep(state, [hold for hold in state.holds if hold.owner[0] == me])
         for run in [run for run, thread in state.running.items() if thread != me]:
             del state.running[run]
 
@@ -70,8 +71,13 @@ def state_of(decoder: nn.Module) -> State:
     for gone, later in zip(state.holds, state.holds[1:]):
         if not gone.is_alive:
             later.found = gone.found  # a block that still ends brings back what the first one found
-    state.holds = [hold for hold in state.holds if hold.is_alive]
+    _keep(state, [hold for hold in state.holds if hold.is_alive])
     return state
+
+
+def _keep(state: State, holds: list[Hold]) -> None:
+    state.was_left = state.was_left or bool(state.holds and not holds)
+    state.holds = holds
 
 
 def check(decoder: nn.Module, mode: bool, current: bool) -> None:
@@ -88,15 +94,23 @@ def check(decoder: nn.Module, mode: bool, current: bool) -> None:
 
 
 def check_caller(decoder: nn.Module, what: str = "called") -> None:
-    """Raise ModeConflictError if only other threads or tasks hold `decoder` in a causal block.
+    """Raise ModeConflictError if only other threads or tasks hold `decoder` in a causal block, or nobody does any more.
 
     Args:
         decoder: which is in a causal block.
         what: what the caller does with it: "called", "copied" or "saved".
     """
+    me = _owner()
     with lock:
-        others = only_others_hold(decoder)
-    if others:
+        state = state_of(decoder)
+        others, was_left = bool(state.holds), state.was_left
+        mine = [hold.mode for hold in state.holds if _is_mine(hold, me)]
+    if was_left and not others:
+        raise ModeConflictError(
+            f"{type(decoder).__name__} was {what} in a causal block that will not be ended: its block or its thread is gone, or "
+            "this process was forked meanwhile. Call enable_bidirectional(model) or disable_bidirectional(model)"
+        )
+    if others and (not mine or mine[-1]):  # the innermost block of the caller decides
         raise ModeConflictError(
             f"{type(decoder).__name__} was {what} while another thread or task runs it in a causal block, and this one has none: "
             "the result would be causal. Open `with bidirectional(model, enabled=False):` in this thread too, give each thread "
@@ -122,7 +136,9 @@ def set_after_others(decoder: nn.Module, found: Any) -> None:
 def hold(decoder: nn.Module, mode: bool, found: Any, block: Any) -> Hold:
     """Register a block. Call it with `lock` held, after `check`."""
     new = Hold(mode, found, _owner(), weakref.ref(threading.current_thread()), weakref.ref(block))
-    state_of(decoder).holds.append(new)
+    state = state_of(decoder)
+    state.holds.append(new)
+    state.was_left = False
     return new
 
 

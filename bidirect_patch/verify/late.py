@@ -13,6 +13,7 @@ from ..swap import modes
 from ..swap.apply import apply
 from ..swap.classes import Swapped, set_forward
 from ..swap.plan import Plan, settings_of
+from .state import is_patched
 from .verify import verify, verify_itself
 
 _under_way: set[int] = set()  # ids of models that are being verified now; only the thread that holds `modes.lock` uses it
@@ -54,6 +55,19 @@ class Unverified(Swapped):
 def unverified_plan(decoder: Decoder) -> tuple[nn.Module, Plan]:
     """The plan that has a decoder verified at its first forward."""
     return decoder.outermost, Plan(Unverified, Verification(False))
+
+
+def verify_kernel(model: nn.Module) -> None:
+    """Verify the bidirectional decoders in `model` again, whose attention function was changed.
+
+    Raises:
+        UnsupportedModelError: with this function, a layer was seen to stay causal.
+    """
+    with modes.lock:
+        for decoder in filter(is_patched, decoders(model)):
+            handling = verify(decoder, on_trust=True)
+            if handling is not None:
+                apply(bidirectional_plans(decoder, handling))
 
 
 def is_unverified(decoder: Decoder) -> bool:

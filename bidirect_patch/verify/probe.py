@@ -23,6 +23,7 @@ from ..model.facts import parameter_names
 from .dependence import CAUSAL, by_gradient, by_perturbation, random_rows, relative_distance, threshold, verdict_of
 from .tensors import Grid, find_states, from_rows, output_rows, to_rows
 
+LENGTH = 7  # tokens of a sequence, if nothing else is said
 Case = Literal["no mask", "mask of ones", "padded right", "padded left", "packed"]  # a way of calling the model
 
 
@@ -273,6 +274,16 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     walk(model, "")
     return found
+
+
+def run_as_it_is(model: PreTrainedModel) -> None:
+    """Run a model on what `Probe` would give it, without a mask and with a mask of ones, and look at nothing."""
+    with left_as_it_was(model), torch.no_grad():
+        probe = Probe(model, LENGTH)
+        ids = probe.ids.expand(*probe.grid)
+        model(input_ids=ids)
+        if "attention_mask" in probe.takes:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ..errors import ArgumentError, ConfigError, StillCausalError, UnsupportedMo
 from ..model.wrappers import pretrained
 from .dependence import BIDIRECTIONAL as BIDIRECTIONAL
 from .dependence import CAUSAL, NONE, PARTIAL, Verdict, verdict_of
-from .probe import Case, LayerCall, Observation, Probe, left_as_it_was
+from .probe import LENGTH, Case, LayerCall, Observation, Probe, left_as_it_was
 from .probe import decoder_layers as decoder_layers
 
 LONGEST = 128  # tokens of the random sequence at most
@@ -172,7 +172,7 @@ class AttentionReport:
         return "\n".join([*lines, self.summary])
 
 
-def attention_report(model: nn.Module, *, length: int = 7) -> AttentionReport:
+def attention_report(model: nn.Module, *, length: int = LENGTH) -> AttentionReport:
     """Run a model on short random sequences and report for each decoder layer which position depends on which.
 
     It costs six forwards of (length + 2) * length tokens, most of them with a backward through one layer at a time.
@@ -220,7 +220,7 @@ def attention_report(model: nn.Module, *, length: int = 7) -> AttentionReport:
     return AttentionReport(type(inner).__name__, backend if isinstance(backend, str) else None, length, layers)
 
 
-def assert_bidirectional(model: nn.Module, *, length: int = 7) -> None:
+def assert_bidirectional(model: nn.Module, *, length: int = LENGTH) -> None:
     """Raise an error unless all layers of a model are bidirectional.
 
     Args:

@@ -15,8 +15,10 @@ from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, 
 from ..model.config import backend_of, text_config
 from ..model.find import Decoder, decoders, says_bidirectional
 from ..model.tiny import tiny_like
+from ..model.wrappers import pretrained
 from ..swap.apply import apply
 from ..swap.classes import original
+from .probe import decoder_layers, run_as_it_is
 from .report import BIDIRECTIONAL, AttentionReport, attention_report
 
 
@@ -50,8 +52,11 @@ def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = Fal
             return None
         try:
             small = _small(decoder)
-            if not _attention_classes(decoder) <= frozenset().union(*map(_attention_classes, decoders(small))):
-                return None  # attention of another class was put in: the class of the model says nothing of it
+            run_as_it_is(pretrained(small))  # what its class keeps of a causal run, the patched run must not take
+            if not _classes(decoder) <= frozenset().union(*map(_classes, decoders(small))):
+                if not on_trust:
+                    _check_seen(decoder)
+                return None  # a layer or attention of another class was put in: the class of the model says nothing of it
             trial = _best(decoder, small)
         except Exception:
             if _runs_unpatched(decoder):
@@ -90,7 +95,7 @@ def is_natively_bidirectional(decoder: Decoder) -> bool:
         return False
     config = text_config(decoder.module.config)
     flags = getattr(config, "is_causal", None), str(getattr(config, "use_bidirectional_attention", None))
-    key = (original(type(decoder.outermost)), backend_of(config), decoder.spans, flags)
+    key = (original(type(decoder.outermost)), _kernel(config), decoder.spans, flags)
     if key not in _native:
         try:
             layers = attention_report(tiny_like(decoder.outermost)).layers
@@ -157,13 +162,21 @@ def _check_seen(decoder: Decoder) -> None:
 
 
 def _key(decoder: Decoder) -> tuple[object, ...]:
-    backend = backend_of(text_config(decoder.module.config))
-    classes = original(type(decoder.outermost)), _attention_classes(decoder)
-    return *classes, backend, decoder.spans, possible_handlings(decoder), bool(decoder.unsupported_layers)
+    kernel, handlings = _kernel(text_config(decoder.module.config)), possible_handlings(decoder)
+    model_class = original(type(decoder.outermost))
+    return model_class, _classes(decoder), kernel, decoder.spans, handlings, bool(decoder.unsupported_layers)
 
 
-def _attention_classes(decoder: Decoder) -> frozenset[type]:
-    return frozenset(original(type(attention.module)) for attention in decoder.attentions)
+def _kernel(config: object) -> str:
+    """The name of the attention function. Users register their own, so that one of a kind says nothing of another."""
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def _classes(decoder: Decoder) -> frozenset[type]:
+    """The classes of a decoder's attention modules, and of the layers that these are in."""
+    paths = [attention.path for attention in decoder.attentions]
+    layers = [m for name, m in decoder_layers(decoder.module).items() if any(p.startswith(f"{name}.") for p in paths)]
+    return frozenset(original(type(module)) for module in (*layers, *(a.module for a in decoder.attentions)))
 
 
 def _problem(report: AttentionReport, where: str) -> str:

@@ -1,6 +1,8 @@
 """Adapters on disk: the mark, ways to load them, several of them, merging."""
 
 import json
+import threading
+import time
 import warnings
 
 import pytest
@@ -34,6 +36,22 @@ def test_a_saved_adapter_is_marked_and_a_causal_one_is_not(tmp_path):
     assert sorted(p.name for p in (tmp_path / "causal").iterdir()) == sorted(
         p.name for p in (tmp_path / "both").iterdir()
     )
+
+
+def test_threads_that_save_one_adapter_each_mark_theirs(tmp_path):
+    peft = pytest.importorskip("peft")
+    wide = enable_bidirectional(tiny_model(head=False, hidden_size=256, head_dim=64))
+    model = peft.get_peft_model(wide, peft.LoraConfig(r=64, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    for number in range(8):
+        folders = [tmp_path / f"{number}-{which}" for which in range(2)]
+        threads = [threading.Thread(target=model.save_pretrained, args=(folder,)) for folder in folders]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.002)  # so that the first one ends while the second one saves
+        for thread in threads:
+            thread.join()
+        for folder in folders:
+            assert json.loads((folder / "adapter_config.json").read_text())["auto_mapping"]["is_causal"] is False
 
 
 @pytest.mark.parametrize("through", WAYS_TO_LOAD)

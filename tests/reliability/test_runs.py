@@ -1,6 +1,7 @@
 """Wrappers, recorded graphs, threads, tasks and forks: what failed in real use, each by its kind, seen by changing a token."""
 
 import asyncio
+import copy
 import json
 import os
 import signal
@@ -171,6 +172,8 @@ def test_a_block_of_a_thread_that_ended_holds_nothing():
     thread = threading.Thread(target=block.__enter__)
     thread.start()
     thread.join()
+    with pytest.raises(ModeConflictError, match="will not be ended"):
+        output(model)
     assert moves(enable_bidirectional(model)) == BOTH
 
 
@@ -214,6 +217,67 @@ def test_blocks_nest_across_an_event_loop():
         assert asyncio.run(inside()) == CAUSAL
         assert moves(model) == BOTH
     assert moves(model) == CAUSAL
+
+
+def test_a_sibling_tasks_causal_block_is_no_silent_causality_inside_a_block_around_both():
+    model = enable_bidirectional(llama())
+
+    async def holder(entered, seen):
+        with bidirectional(model, enabled=False):
+            entered.set()
+            await seen.wait()
+            assert moves(model) == CAUSAL
+
+    async def sibling(entered, seen):
+        await entered.wait()
+        try:
+            for use in (output, copy.deepcopy):
+                with pytest.raises(ModeConflictError, match="causal block"):
+                    use(model)
+        finally:
+            seen.set()
+
+    async def both():
+        events = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(holder(*events), sibling(*events))
+
+    with bidirectional(model):
+        asyncio.run(both())
+        assert moves(model) == BOTH
+
+
+def test_no_trace_is_made_in_another_threads_causal_block():
+    model = enable_bidirectional(llama()).requires_grad_(False)
+
+    def trace():
+        return torch.jit.trace(lambda ids: model(input_ids=ids, return_dict=False)[0], (IDS,), check_trace=False)
+
+    thread = InBlock(model, False)
+    try:
+        with pytest.raises(ModeConflictError, match="causal block"):
+            trace()
+    finally:
+        thread.leave()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_is_told_of_a_causal_block_that_nobody_will_end():
+    model = enable_bidirectional(llama())
+    thread = InBlock(model, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads, which is the point
+        child = os.fork()
+    if not child:
+        signal.alarm(20)
+        try:
+            with pytest.raises(ModeConflictError, match="forked"):
+                output(model)
+            assert moves(enable_bidirectional(model)) == BOTH
+            os._exit(0)
+        finally:
+            os._exit(1)
+    thread.leave()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

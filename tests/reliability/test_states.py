@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bidirect_patch import (
     LabelLeakWarning,
@@ -35,6 +36,7 @@ from .small import (
     Version,
     assert_twins,
     causal_lm,
+    leftovers,
     llama,
     moves,
     moves_real,
@@ -172,6 +174,18 @@ def test_disabling_what_its_config_makes_bidirectional_is_an_error():
 
 
 @needs_native
+def test_what_is_saved_in_a_causal_block_is_causal(tmp_path):
+    model = causal_lm()
+    model.config.is_causal = False
+    assert is_bidirectional(model)
+    with bidirectional(model, enabled=False):
+        model.save_pretrained(tmp_path)
+    assert is_bidirectional(model) and model.config.is_causal is False
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert moves(opened) == CAUSAL and not is_bidirectional(opened)
+
+
+@needs_native
 def test_edits_and_copies_of_a_config_in_a_causal_block_last():
     model = llama(is_causal=False)
     with bidirectional(model, enabled=False):
@@ -239,6 +253,49 @@ class Two(torch.nn.Module):
         self.a, self.b = llama(), llama()
 
 
+def gemma2():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_attention_heads": 2, "head_dim": 16, "sliding_window": 3}
+    return transformers.Gemma2Model._from_config(transformers.Gemma2Config(**sizes), attn_implementation="eager").eval()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma2Config"), reason=f"transformers {TRANSFORMERS} has no Gemma 2")
+def test_a_layer_that_came_in_a_causal_block_is_brought_along():
+    """As many heads as windows: a stock layer would take the mask of each window for the mask of a head."""
+    want = output(enable_bidirectional(gemma2()))
+    model = enable_bidirectional(gemma2())
+    with bidirectional(model, enabled=False):
+        model.layers[1] = copy.deepcopy(model.layers[1])
+    assert is_bidirectional(model)
+    torch.testing.assert_close(output(model), want)
+    disable_bidirectional(model)
+    assert moves(model) == CAUSAL and not leftovers(model)
+
+
+class CausalLayer(LlamaDecoderLayer):
+    """Makes a causal mask of its own."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        length = hidden_states.shape[1]
+        mask = torch.full((length, length), torch.finfo(hidden_states.dtype).min).triu(1)[None, None]
+        return super().forward(hidden_states, attention_mask=mask, **kwargs)
+
+
+class QuietLayer(LlamaDecoderLayer):
+    """Adds nothing."""
+
+
+def test_a_layer_of_the_users_own_is_seen_for_itself():
+    model, quiet = llama(), llama()
+    for i in range(2):
+        model.layers[i] = CausalLayer(model.config, i).eval()
+        quiet.layers[i] = QuietLayer(model.config, i).eval()
+    with pytest.raises(UnsupportedModelError, match="CausalLayer"):
+        enable_bidirectional(model)
+    assert moves(model) == CAUSAL and not is_bidirectional(model) and not leftovers(model)
+    assert moves(enable_bidirectional(quiet)) == BOTH
+
+
 def test_an_error_in_one_decoder_leaves_the_other_undone():
     model = Two()
     block = bidirectional(model)
@@ -265,6 +322,10 @@ def test_every_way_to_generate_is_refused():
         if hasattr(model, name):
             with pytest.raises(GenerateError, match=name):
                 getattr(model, name)(IDS)
+    for name in ("generate_batch", "init_continuous_batching"):
+        if hasattr(model, name):  # they generate in a thread of their own, for which the block does not hold
+            with bidirectional(model, enabled=False), pytest.raises(GenerateError, match="disable_bidirectional"):
+                getattr(model, name)(IDS.tolist())
 
 
 def test_attention_without_a_mask_is_called_that():

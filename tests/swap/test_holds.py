@@ -67,11 +67,22 @@ def test_another_threads_block_forbids_the_other_mode(module, mode):
     assert conflicts(modes.check, module, not mode, mode) is None, "its thread has ended"
 
 
-def test_an_own_block_forbids_nothing(module):
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_own_block_forbids_no_other(module, mode):
     block = Block()
-    modes.hold(module, True, None, block)
-    assert conflicts(modes.check, module, False, True) is None
-    assert conflicts(modes.check_caller, module) is None
+    modes.hold(module, mode, None, block)
+    assert conflicts(modes.check, module, not mode, mode) is None
+
+
+def test_who_has_no_causal_block_may_not_call_what_is_in_one(module):
+    """The innermost block of the caller decides."""
+    blocks = Block(), Block(), Block()
+    assert conflicts(modes.check_caller, module) is None  # nobody has: a copy, for example
+    modes.hold(module, True, None, blocks[0])
+    with other_thread(lambda: modes.hold(module, False, None, blocks[1])):
+        assert conflicts(modes.check_caller, module)
+        modes.hold(module, False, None, blocks[2])
+        assert conflicts(modes.check_caller, module) is None
 
 
 def test_the_innermost_block_of_another_thread_counts(module):
@@ -164,8 +175,11 @@ def test_a_thread_that_ended_or_is_gone_holds_nothing(module):
     with other_thread(lambda: modes.hold(module, False, "found", block)) as hold:
         assert hold.is_alive and conflicts(modes.check_caller, module)
     assert not hold.is_alive
-    assert conflicts(modes.check_caller, module) is None
+    assert "will not be ended" in str(conflicts(modes.check_caller, module))
     assert modes.to_restore(module, hold) == "found"
+    again = Block()
+    modes.hold(module, False, None, again)
+    assert conflicts(modes.check_caller, module) is None
 
 
 def test_tasks_are_told_apart_and_the_code_around_the_loop_is_theirs(module):

@@ -1,0 +1,96 @@
+"""Which classes and kernels the proof lets pass, whatever was proved before."""
+
+import pytest
+import torch.nn.functional as F
+import transformers
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from bidirect_patch import enable_bidirectional, is_bidirectional
+from bidirect_patch.errors import UnsupportedModelError
+
+from ..helpers.versions import TRANSFORMERS
+from ..reliability.small import BOTH, CAUSAL, SIZES, llama, moves
+
+
+def of_class(cls, backend="eager", **settings):
+    return cls._from_config(LlamaConfig(**{**SIZES, **settings}), attn_implementation=backend).eval()
+
+
+def test_attention_that_keeps_a_causal_mask_on_its_class_is_refused():
+    kept = {}
+
+    class Keeping(LlamaAttention):
+        def forward(self, hidden_states, *args, attention_mask=None, **kwargs):
+            if attention_mask is not None and bool((attention_mask[:, :, -1] == 0).all()):
+                attention_mask = kept.setdefault(hidden_states.shape[1], attention_mask[:1])
+            return super().forward(hidden_states, *args, attention_mask=attention_mask, **kwargs)
+
+    class Model(LlamaModel):
+        def __init__(self, config):
+            super().__init__(config)
+            for i, layer in enumerate(self.layers):
+                layer.self_attn = Keeping(config, i)
+
+    model = of_class(Model)
+    with pytest.raises(UnsupportedModelError, match="small random model of its class"):
+        enable_bidirectional(model)
+    assert moves(model) == CAUSAL and not is_bidirectional(model)
+
+
+def test_a_model_whose_layers_cannot_be_seen_is_refused_whatever_attention_was_put_in():
+    class Twice(LlamaModel):
+        """Runs its layers on more rows than it was given."""
+
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            masks = attention_mask if attention_mask is None else attention_mask.repeat(2, 1)
+            out = super().forward(input_ids=input_ids.repeat(2, 1), attention_mask=masks, **kwargs)
+            out.last_hidden_state = out.last_hidden_state[: len(input_ids)]
+            return out
+
+    class Own(type(of_class(LlamaModel).layers[0].self_attn)):
+        """Adds nothing."""
+
+    model = of_class(Twice)
+    model.layers[0].self_attn = Own(model.config, 0)
+    with pytest.raises(UnsupportedModelError, match="nothing could be seen"):
+        enable_bidirectional(model)
+    assert not is_bidirectional(model)
+
+
+@pytest.fixture
+def causal_kernel():
+    """The name of an attention function that is causal whatever it is told."""
+    interface = getattr(transformers, "AttentionInterface", None)
+    if interface is None:
+        pytest.skip(f"transformers {TRANSFORMERS} takes no attention functions of users")
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    interface.register("always_causal", attend)
+    yield "always_causal"
+    interface._global_mapping.pop("always_causal")
+
+
+@pytest.mark.parametrize("before", ["eager", "sdpa"])
+def test_a_kernel_is_not_believed_for_another_one_of_its_kind(causal_kernel, before):
+    enable_bidirectional(llama(backend=before))
+    model = llama(backend=causal_kernel)
+    with pytest.raises(UnsupportedModelError, match="causal"):
+        enable_bidirectional(model)
+    assert not is_bidirectional(model)
+
+
+def test_a_kernel_that_stays_causal_is_not_switched_to(causal_kernel):
+    model = enable_bidirectional(llama())
+    if not hasattr(model, "set_attn_implementation"):
+        pytest.skip(f"transformers {TRANSFORMERS} can't switch a model's backend")
+    with pytest.raises(UnsupportedModelError, match="causal"):
+        model.set_attn_implementation(causal_kernel)
+    assert model.config._attn_implementation == "sdpa"
+    assert moves(model) == BOTH and is_bidirectional(model)
+    model.set_attn_implementation("eager")
+    assert moves(model) == BOTH and is_bidirectional(model)
