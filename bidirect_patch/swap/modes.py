@@ -42,7 +42,7 @@ class State:
     """The state of one decoder: the blocks that hold it, and the forwards that run now, each with its thread."""
 
     holds: list[Hold] = field(default_factory=list)
-    was_left: bool = False  # whether the last block was never ended: it is gone, or its thread is
+    was_left: bool = False  # whether this process was forked while other threads, which it doesn't have, held the decoder
     running: "weakref.WeakKeyDictionary[Run, int]" = field(default_factory=weakref.WeakKeyDictionary)
 
 
@@ -56,7 +56,8 @@ def _after_fork() -> None:
     lock = threading.RLock()
     me = threading.get_ident()
     for state in _states.values():
-        _keep(state, [hold for hold in state.holds if hold.owner[0] == me])
+        mine = [hold for hold in state.holds if hold.owner[0] == me]
+        state.was_left, state.holds = bool(state.holds and not mine), mine
         for run in [run for run, thread in state.running.items() if thread != me]:
             del state.running[run]
 
@@ -71,13 +72,8 @@ def state_of(decoder: nn.Module) -> State:
     for gone, later in zip(state.holds, state.holds[1:]):
         if not gone.is_alive:
             later.found = gone.found  # a block that still ends brings back what the first one found
-    _keep(state, [hold for hold in state.holds if hold.is_alive])
+    state.holds = [hold for hold in state.holds if hold.is_alive]
     return state
-
-
-def _keep(state: State, holds: list[Hold]) -> None:
-    state.was_left = state.was_left or bool(state.holds and not holds)
-    state.holds = holds
 
 
 def check(decoder: nn.Module, mode: bool, current: bool) -> None:
@@ -94,7 +90,7 @@ def check(decoder: nn.Module, mode: bool, current: bool) -> None:
 
 
 def check_caller(decoder: nn.Module, what: str = "called") -> None:
-    """Raise ModeConflictError if only other threads or tasks hold `decoder` in a causal block, or nobody does any more.
+    """Raise ModeConflictError if only others hold `decoder` in a causal block, or did when this process was forked.
 
     Args:
         decoder: which is in a causal block.
@@ -107,8 +103,8 @@ def check_caller(decoder: nn.Module, what: str = "called") -> None:
         mine = [hold.mode for hold in state.holds if _is_mine(hold, me)]
     if was_left and not others:
         raise ModeConflictError(
-            f"{type(decoder).__name__} was {what} in a causal block that will not be ended: its block or its thread is gone, or "
-            "this process was forked meanwhile. Call enable_bidirectional(model) or disable_bidirectional(model)"
+            f"{type(decoder).__name__} was {what} in a process that was forked while another thread had it in a causal block, "
+            "which nobody will end here. Call enable_bidirectional(model) or disable_bidirectional(model)"
         )
     if others and (not mine or mine[-1]):  # the innermost block of the caller decides
         raise ModeConflictError(

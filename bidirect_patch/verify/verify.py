@@ -17,7 +17,7 @@ from ..model.find import Decoder, decoders, says_bidirectional
 from ..model.tiny import tiny_like
 from ..model.wrappers import pretrained
 from ..swap.apply import apply
-from ..swap.classes import original
+from ..swap.classes import is_sharded, original
 from .probe import decoder_layers, run_as_it_is
 from .report import BIDIRECTIONAL, AttentionReport, attention_report
 
@@ -176,7 +176,15 @@ def _classes(decoder: Decoder) -> frozenset[type]:
     """The classes of a decoder's attention modules, and of the layers that these are in."""
     paths = [attention.path for attention in decoder.attentions]
     layers = [m for name, m in decoder_layers(decoder.module).items() if any(p.startswith(f"{name}.") for p in paths)]
-    return frozenset(original(type(module)) for module in (*layers, *(a.module for a in decoder.attentions)))
+    return frozenset((*map(_layer_class, layers), *(original(type(a.module)) for a in decoder.attentions)))
+
+
+def _layer_class(layer: nn.Module) -> type:
+    """The class of a layer inside torch's own wrappers (compiled, checkpointed, sharded)."""
+    while type(layer).__module__.startswith("torch.") and len(layer._modules) == 1:
+        (inner,) = layer.children()
+        layer = inner
+    return next(cls for cls in original(type(layer)).__mro__ if not is_sharded(cls))
 
 
 def _problem(report: AttentionReport, where: str) -> str:

@@ -175,11 +175,8 @@ def test_a_thread_that_ended_or_is_gone_holds_nothing(module):
     with other_thread(lambda: modes.hold(module, False, "found", block)) as hold:
         assert hold.is_alive and conflicts(modes.check_caller, module)
     assert not hold.is_alive
-    assert "will not be ended" in str(conflicts(modes.check_caller, module))
-    assert modes.to_restore(module, hold) == "found"
-    again = Block()
-    modes.hold(module, False, None, again)
     assert conflicts(modes.check_caller, module) is None
+    assert modes.to_restore(module, hold) == "found"
 
 
 def test_tasks_are_told_apart_and_the_code_around_the_loop_is_theirs(module):
