@@ -258,40 +258,44 @@ def test_no_trace_is_made_in_another_threads_causal_block():
         thread.leave()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_child_is_told_of_a_causal_block_that_nobody_will_end():
-    model = enable_bidirectional(llama())
-    thread = InBlock(model, False)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+def fork(work):
+    """The number of a child that does `work` and ends with 0 if it could."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads, which is the point
         child = os.fork()
     if not child:
         signal.alarm(20)
         try:
-            with pytest.raises(ModeConflictError, match="forked"):
-                output(model)
-            assert moves(enable_bidirectional(model)) == BOTH
+            work()
             os._exit(0)
         finally:
             os._exit(1)
+    return child
+
+
+@needs_fork
+def test_a_forked_child_is_told_of_a_causal_block_that_nobody_will_end():
+    model = enable_bidirectional(llama())
+    thread = InBlock(model, False)
+
+    def in_child():
+        with pytest.raises(ModeConflictError, match="forked"):
+            output(model)
+        assert moves(enable_bidirectional(model)) == BOTH
+
+    child = fork(in_child)
     thread.leave()
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@needs_fork
 def test_a_forked_child_has_no_blocks_of_threads_that_are_not_there():
     model = enable_bidirectional(llama())
     thread = InBlock(model, True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads, which is the point
-        child = os.fork()
-    if not child:
-        signal.alarm(20)
-        try:
-            disable_bidirectional(model)
-            os._exit(0)
-        finally:
-            os._exit(1)
+    child = fork(lambda: disable_bidirectional(model))
     thread.leave()
     assert os.waitpid(child, 0)[1] == 0
 
