@@ -29,8 +29,8 @@ class Hold:
     @property
     def is_alive(self) -> bool:
         """Whether the block can still end by itself."""
-        thread = self.thread()
-        return thread is not None and thread.is_alive() and self.block() is not None
+        # Not Thread.is_alive: a signal within it marks the main thread as ended, up to Python 3.12.
+        return self.block() is not None and self.thread() in threading.enumerate()
 
 
 class Run:

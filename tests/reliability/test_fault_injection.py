@@ -177,6 +177,7 @@ def test_real_signals_break_no_model():
         stop.set()
         sender.join()
         signal.signal(signal.SIGINT, before)
+    assert threading.main_thread().is_alive()  # which a signal within Thread.is_alive denies, and all blocks with it
     enable_bidirectional(model)
     assert moves(model) == BOTH
     disable_bidirectional(model)
