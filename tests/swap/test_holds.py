@@ -179,6 +179,14 @@ def test_a_thread_that_ended_or_is_gone_holds_nothing(module):
     assert modes.to_restore(module, hold) == "found"
 
 
+def test_no_thread_is_asked_whether_it_runs(module, monkeypatch):
+    """A signal within that question marks the main thread as ended, up to Python 3.12."""
+    monkeypatch.setattr(threading.Thread, "is_alive", lambda thread: pytest.fail("asked"))
+    block = Block()
+    assert modes.hold(module, False, None, block).is_alive
+    assert len(modes.state_of(module).holds) == 1
+
+
 def test_tasks_are_told_apart_and_the_code_around_the_loop_is_theirs(module):
     """Code around an event loop waits until it ends, so that its blocks count as each task's own."""
     around, of_task = Block(), Block()
