@@ -64,10 +64,8 @@ def verify_kernel(model: nn.Module) -> None:
         UnsupportedModelError: with this function, a layer was seen to stay causal.
     """
     with modes.lock:
-        for decoder in filter(is_patched, decoders(model)):
-            handling = verify(decoder, on_trust=True)
-            if handling is not None:
-                apply(bidirectional_plans(decoder, handling))
+        seen = [(decoder, verify(decoder, on_trust=True)) for decoder in decoders(model) if is_patched(decoder)]
+        apply([plan for decoder, how in seen if how is not None for plan in bidirectional_plans(decoder, how)])
 
 
 def is_unverified(decoder: Decoder) -> bool:
