@@ -26,6 +26,7 @@ from .padding_and_packing import (
     values_are_unknown,
 )
 from .ready_mask import is_users_own, make_mask, users_mask
+from .versions import READY_MASKS_ARE_INVERTED
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,8 @@ def _check_symmetric(model: Any, mask: Any) -> None:
         return
     is_bool = mask.dtype == torch.bool
     seen = mask if is_bool else mask > torch.finfo(mask.dtype).min / 2
-    if not torch.equal(seen, seen.mT) or not (is_bool or bool((mask[seen] == 0).all())):
+    # Until 4.42 such mask code takes ones and zeros, or takes none and says nothing.
+    if READY_MASKS_ARE_INVERTED or not torch.equal(seen, seen.mT) or not (is_bool or bool((mask[seen] == 0).all())):
         raise AttentionMaskError(
             f"the ready 4D attention_mask of {type(model).__name__} must let two positions see each other or neither, with 0 "
             "added where they do: this model's own mask code takes no other. Give the 2D mask"
