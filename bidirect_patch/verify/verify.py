@@ -50,19 +50,8 @@ def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = Fal
     if key not in _trials:
         if decoder.is_on_meta and possible_handlings(decoder)[0].kind == "ready" and not even_on_meta:
             return None
-        try:
-            small = _small(decoder)
-            run_as_it_is(pretrained(small))  # what its class keeps of a causal run, the patched run must not take
-            if not _classes(decoder) <= frozenset().union(*map(_classes, decoders(small))):
-                if not on_trust:
-                    _check_seen(decoder)
-                return None  # a layer or attention of another class was put in: the class of the model says nothing of it
-            trial = _best(decoder, small)
-        except Exception:
-            if _runs_unpatched(decoder):
-                raise
-            trial = None
-        if trial is None or (trial.problem and not _runs_unpatched(decoder)):
+        trial = _trial(decoder)
+        if trial is None:
             if not on_trust:
                 _check_seen(decoder)
             return None
@@ -106,11 +95,24 @@ def is_natively_bidirectional(decoder: Decoder) -> bool:
     return _native[key]
 
 
-def _runs_unpatched(decoder: Decoder) -> bool:
-    """Whether a small model can be made and run without the patch; one that can't, for whatever reason, shows nothing."""
+def _trial(decoder: Decoder) -> _Trial | None:
+    """The best trial with a small model of the class; None if such a model shows nothing of this one."""
+    try:
+        small = _small(decoder)
+        run_as_it_is(pretrained(small))  # what its class keeps of a causal run, the patched run must not take
+    except Exception:  # it can't be made or run, for whatever reason
+        return None
+    if not _classes(decoder) <= frozenset().union(*map(_classes, decoders(small))):
+        return None  # a layer or attention of another class was put in
+    trial = _best(decoder, small)
+    return trial if not trial.problem or _is_seen_unpatched(decoder) else None
+
+
+def _is_seen_unpatched(decoder: Decoder) -> bool:
+    """Whether the layers of a small model can be seen at work without the patch."""
     try:
         attention_report(_small(decoder))
-    except Exception:
+    except Exception:  # for whatever reason
         return False
     return True
 
