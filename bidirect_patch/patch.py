@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ContextDecorator
 from enum import Enum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -14,22 +14,25 @@ from .attention.model_forward import CausalBlock
 from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
 from .checkpoints import hooks
 from .errors import ArgumentError, OrderError, UnsupportedModelError
-from .model.find import Decoder, decoders, says_bidirectional
+from .model.find import Decoder, decoders, says_bidirectional, with_sinks
+from .model.sinks import NO_SINKS, Sinks, read_sinks
 from .model.walk import modules_of
 from .swap import modes
 from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, has_mixin, is_sharded
 from .swap.instance_forward import calls_the_patch, name_and_place
-from .swap.plan import Plan, before_patch, record_of
+from .swap.plan import Plan, before_patch, plans_of, record_of
 from .verify.late import Unverified, is_unverified, unverified_plan, verify_now
-from .verify.state import attends_both_ways, decoder_modules, has_any_patch, is_patched
+from .verify.state import as_patched, attends_both_ways, decoder_modules, has_any_patch, is_patched, sinks_of
 from .verify.verify import is_natively_bidirectional, verify
 
 Model = TypeVar("Model", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
+def enable_bidirectional(
+    model: Model, *, num_sink_tokens: int = 0, num_sinkless_layers: int = 0, allow_partial: bool = False
+) -> Model:
     """Make every attention layer of `model` bidirectional, in place. Idempotent, like `model.train()`.
 
     Each attention module and each model that makes the mask gets a dynamic subclass of its own class. No weight, config or
@@ -48,7 +51,9 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
 
     Raises:
         UnsupportedModelError: a layer can't be made bidirectional; the message names it. Nothing is changed, here and below.
-        ModeConflictError: another thread or task needs the model causal.
+        ArgumentError: `num_sink_tokens` or `num_sinkless_layers` is no int of 0 or more, or more layers than there are, or layers
+            without sink tokens.
+        ModeConflictError: another thread or task needs the model causal, or with other sink tokens.
         OrderError: the model or a part of it is already sharded.
 
     Example:
@@ -59,13 +64,14 @@ def enable_bidirectional(model: Model, *, allow_partial: bool = False) -> Model:
         True
     """
     _check_flags(allow_partial=allow_partial)
-    found = decoders(model)
-    with modes.lock:
-        _check_modes(found, True)
-        _check_not_sharded(model, found)
-        _enable(model, found, found, allow_partial)
-        for decoder in found:
-            modes.set_after_others(decoder.module, (State.BIDIRECTIONAL, is_unverified(decoder)))
+    sinks = read_sinks(num_sink_tokens, num_sinkless_layers)
+    _enable_for_good(model, [with_sinks(decoder, sinks) for decoder in decoders(model)], allow_partial)
+    return model
+
+
+def enable_with_sinks_found(model: Model) -> Model:
+    """`enable_bidirectional` with the sink tokens that each decoder in `model` has already; with none if it has none."""
+    _enable_for_good(model, [as_patched(decoder) for decoder in decoders(model)], False)
     return model
 
 
@@ -98,11 +104,18 @@ def disable_bidirectional(model: Model) -> Model:
             _check_not_native(decoder)
         _take_off(model, [decoder for decoder in found if not _stays_in_block(decoder)], found)
         for decoder in found:
-            modes.set_after_others(decoder.module, (State.AS_LOADED, False))
+            modes.set_after_others(decoder.module, Found(State.AS_LOADED, NO_SINKS, False))
     return model
 
 
-def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = False) -> "Block[Model]":
+def bidirectional(
+    model: Model,
+    enabled: bool = True,
+    *,
+    num_sink_tokens: int = 0,
+    num_sinkless_layers: int = 0,
+    allow_partial: bool = False,
+) -> "Block[Model]":
     """`with bidirectional(model):` makes a model bidirectional for a block. The state found on entry is brought back after it.
 
     Blocks nest, and an exception ends them too. `with bidirectional(model, enabled=False):` is a causal block, for `generate`
@@ -113,6 +126,8 @@ def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = F
     Args:
         model: as for `enable_bidirectional`.
         enabled: whether the block is bidirectional or causal.
+        num_sink_tokens: as for `enable_bidirectional`; 0 for a causal block.
+        num_sinkless_layers: as for `enable_bidirectional`; 0 for a causal block.
         allow_partial: as for `enable_bidirectional`.
 
     Returns:
@@ -130,7 +145,10 @@ def bidirectional(model: Model, enabled: bool = True, *, allow_partial: bool = F
         False
     """
     _check_flags(enabled=enabled, allow_partial=allow_partial)
-    return Block(model, enabled, allow_partial)
+    sinks = read_sinks(num_sink_tokens, num_sinkless_layers)
+    if not enabled and sinks != NO_SINKS:
+        raise ArgumentError(f"a causal block has no sink tokens, got {sinks.in_words}: leave them out")
+    return Block(model, sinks if enabled else False, allow_partial)
 
 
 def is_bidirectional(model: nn.Module) -> bool:
@@ -169,27 +187,35 @@ class State(Enum):
     CAUSAL_BLOCK = "in a causal block"
 
 
+class Found(NamedTuple):
+    """What a decoder was found to be."""
+
+    state: State
+    sinks: Sinks
+    is_unverified: bool
+
+
 class Block(ContextDecorator, Generic[Model]):
     """What `bidirectional` returns: enters a mode, and brings back the state found."""
 
-    def __init__(self, model: Model, enabled: bool, allow_partial: bool) -> None:
-        self.model, self.enabled, self.allow_partial = model, enabled, allow_partial
+    def __init__(self, model: Model, mode: "Sinks | Literal[False]", allow_partial: bool) -> None:
+        self.model, self.mode, self.allow_partial = model, mode, allow_partial
         self._entered: list[tuple[Decoder, modes.Hold]] = []
 
     def _recreate_cm(self) -> "Block[Model]":  # each call of a decorated function is a block of its own
-        return Block(self.model, self.enabled, self.allow_partial)
+        return Block(self.model, self.mode, self.allow_partial)
 
     def __enter__(self) -> Model:
-        found = decoders(self.model)
+        found = [with_sinks(decoder, self.mode or NO_SINKS) for decoder in decoders(self.model)]
         if self._entered:
             raise OrderError("this block is entered already: call bidirectional(model) anew for each `with`")
         try:
             with modes.lock:
-                _check_modes(found, self.enabled)
-                states = [(_state(decoder), is_unverified(decoder)) for decoder in found]
-                for decoder, state in zip(found, states):
-                    self._entered.append((decoder, modes.hold(decoder.module, self.enabled, state, self)))
-                if self.enabled:
+                _check_modes(found, self.mode)
+                before = [_now(decoder) for decoder in found]
+                for decoder, state in zip(found, before):
+                    self._entered.append((decoder, modes.hold(decoder.module, self.mode, state, self)))
+                if self.mode:
                     _check_not_sharded(self.model, found)
                     _enable(self.model, found, found, self.allow_partial)
                 else:
@@ -234,8 +260,7 @@ class Block(ContextDecorator, Generic[Model]):
                 try:
                     before = modes.to_restore(decoder.module, hold)
                     if before is not None:
-                        state, was_unverified = before
-                        _bring_back(self.model, decoder, state, was_unverified, found)
+                        _bring_back(self.model, decoder, before, found)
                 except Exception as error:
                     errors.append(error)
                 modes.release(decoder.module, hold)
@@ -248,6 +273,10 @@ def _state(decoder: Decoder) -> State:
     if has_mixin(decoder.module, CausalBlock):
         return State.CAUSAL_BLOCK
     return State.BIDIRECTIONAL if is_patched(decoder) else State.AS_LOADED
+
+
+def _now(decoder: Decoder) -> Found:
+    return Found(_state(decoder), sinks_of(decoder), is_unverified(decoder))
 
 
 def _stays_in_block(decoder: Decoder) -> bool:
@@ -263,9 +292,19 @@ def _check_flags(**flags: object) -> None:
             raise ArgumentError(f"{name} must be True or False, got {value!r}")
 
 
-def _check_modes(found: list[Decoder], mode: bool) -> None:
+def _check_modes(found: list[Decoder], mode: "Sinks | Literal[False]") -> None:
     for decoder in found:
-        modes.check(decoder.module, mode, _state(decoder) is State.BIDIRECTIONAL)
+        modes.check(decoder.module, mode, _state(decoder) is State.BIDIRECTIONAL and sinks_of(decoder))
+
+
+def _enable_for_good(model: nn.Module, found: list[Decoder], allow_partial: bool) -> None:
+    with modes.lock:
+        for decoder in found:
+            _check_modes([decoder], decoder.sinks)
+        _check_not_sharded(model, found)
+        _enable(model, found, found, allow_partial)
+        for decoder in found:
+            modes.set_after_others(decoder.module, Found(State.BIDIRECTIONAL, decoder.sinks, is_unverified(decoder)))
 
 
 def _enable(
@@ -275,8 +314,8 @@ def _enable(
     allow_partial: bool,
     unverified: Sequence[Decoder] = (),
 ) -> None:
-    """Check, verify, plan, apply; for those of the `wanted` decoders that aren't wholly bidirectional yet."""
-    changing = [decoder for decoder in wanted if not is_patched(decoder)]
+    """Check, verify, plan, apply; for those of the `wanted` decoders that aren't wholly bidirectional with their sinks yet."""
+    changing = [decoder for decoder in wanted if not _is_as_wanted(decoder)]
     if not changing:
         return
     _check_supported(changing, allow_partial)
@@ -288,7 +327,9 @@ def _enable(
         add += bidirectional_plans(decoder, handling or possible_handlings(decoder)[0])
         if decoder in unverified or (handling is None and not allow_partial):
             add.append(unverified_plan(decoder))
-    apply(add, _patch_of(model, changing, found))
+    mixins = _patch_of(model, changing, found)
+    before = [(module, plan) for module, mixin in mixins for plan in plans_of(module) if plan.mixin is mixin]
+    apply(add, mixins)
     try:
         watch_labels(model)
         for decoder, handling in zip(changing, handlings):
@@ -296,7 +337,12 @@ def _enable(
                 verify_now(decoder.outermost, even_on_meta=False)
     except BaseException:
         _take_off(model, changing, found)
+        apply(before)  # other sinks, where there were some
         raise
+
+
+def _is_as_wanted(decoder: Decoder) -> bool:
+    return is_patched(decoder) and sinks_of(decoder) == decoder.sinks
 
 
 def _take_off(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> None:
@@ -330,15 +376,14 @@ def _to_causal_block(model: nn.Module, decoder: Decoder, found: list[Decoder]) -
     return prepare(plans, _patch_of(model, [decoder], found))
 
 
-def _bring_back(
-    model: nn.Module, decoder: Decoder, state: State, was_unverified: bool, found: list[Decoder]
-) -> None:
-    """Bring one decoder to the state that a block found."""
-    if state is State.BIDIRECTIONAL:
+def _bring_back(model: nn.Module, decoder: Decoder, before: Found, found: list[Decoder]) -> None:
+    """Bring one decoder to what a block found."""
+    if before.state is State.BIDIRECTIONAL:
         # As it was found, and as it is now: a layer may have been taken out, put in or wrapped within the block.
         for each in (decoder, *(now for now in decoders(model) if now.module is decoder.module)):
-            _enable(model, [each], found, True, [each] if was_unverified else [])
-    elif state is State.CAUSAL_BLOCK:
+            each = with_sinks(each, before.sinks)
+            _enable(model, [each], found, True, [each] if before.is_unverified else [])
+    elif before.state is State.CAUSAL_BLOCK:
         commit(_to_causal_block(model, decoder, found))
     else:
         _take_off(model, [decoder], found)

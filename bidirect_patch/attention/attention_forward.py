@@ -9,21 +9,26 @@ from torch import Tensor
 from ..errors import AttentionMaskError, OrderError
 from ..model.config import backend_of
 from ..model.facts import CROSS_ATTENTION, bias_parameter, mask_parameter, parameter_names, takes_any_keyword
+from ..model.windows import Span
 from ..swap.classes import Swapped, set_forward
 from ..swap.plan import settings_of
 from . import mask_origin
-from .flash import are_sequence_numbers, how_to_run
+from .dense import dense_mask
+from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run
 from .handling import MaskHandling
 from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
+from .padding_and_packing import Sequences
 from .ready_mask import pick
+from .sinks_alone import put_in, run_alone
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
     """What the patch knows of one attention module."""
 
-    span: int  # which of the decoder's spans
+    span: Span
+    index: int  # which of the decoder's spans that is
     spans: int  # how many there are
     config: Any  # the decoder's, for modules that keep none
     handling: MaskHandling
@@ -35,8 +40,6 @@ class AttentionSettings:
 class BidirectionalAttention(Swapped):
     """An attention module, while it is bidirectional."""
 
-    note = "bidirectional"
-
     @classmethod
     def build(cls, below: type, original: type) -> None:
         """See `Swapped.build`."""
@@ -46,12 +49,25 @@ class BidirectionalAttention(Swapped):
             settings = settings_of(self, AttentionSettings)
             if settings is None:  # another thread changed the mode meanwhile
                 return inner(self, *args, **kwargs)
-            args, kwargs = call.arguments(self, settings, args, kwargs)
-            return inner(self, *args, **kwargs)
+            args, kwargs, sinks = call.arguments(self, settings, args, kwargs)
+            if not sinks:
+                return inner(self, *args, **kwargs)
+            states = run_alone(lambda *a, **k: inner(self, *a, **k), call.names, args, kwargs, sinks)
+            return put_in(inner(self, *args, **kwargs), sinks, states)
 
         set_forward(cls, forward, below)
         if hasattr(original, "_upad_input"):  # FlashAttention before 4.43: the only place that sets cu_seqlens
             cls._upad_input = _upad_input  # type: ignore[attr-defined]  # as the original has it
+
+    @classmethod
+    def note_of(cls, module: Any) -> str:
+        """See `Swapped.note_of`."""
+        settings = settings_of(module, AttentionSettings)
+        sinks = 0 if settings is None else settings.span.sinks
+        if not sinks:
+            return "bidirectional"
+        sees = "" if settings is None or settings.span.sees_sinks else ", which the others don't see"
+        return f"bidirectional but for {sinks} sink token{'s' * (sinks > 1)}{sees}"
 
 
 class BidirectionalPart(Swapped):
@@ -74,17 +90,20 @@ class _Call:
 
     def arguments(
         self, module: Any, settings: AttentionSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with which the module's own forward is bidirectional."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any], SinkRows]:
+        """The arguments with which the module's own forward is bidirectional, and the sinks that have to be run alone."""
         if any(self.given(args, kwargs, name) is not None for name in CROSS_ATTENTION):
-            return args, kwargs  # attention to another sequence is not causal
+            return args, kwargs, []  # attention to another sequence is not causal
         backend = backend_of(getattr(module, "config", settings.config))
         mask = self.given(args, kwargs, self.mask_name)
         new: dict[str, Any] = {}
+        sinks: SinkRows = []
         if backend == "flash":
-            mask, new = self._flash(settings, mask)
+            mask, new, sinks = self._flash(settings, mask, self._hidden(args, kwargs))
         elif mask is not None:
             mask = _own_mask(settings, mask, backend)
+        elif settings.span.sinks:
+            mask = _mask_of_sinks(settings.span, self._hidden(args, kwargs))
         elif backend == "sdpa" and backend not in settings.omits_mask_on:  # it takes None for causal
             hidden = self._hidden(args, kwargs)
             mask = hidden.new_zeros(()).expand(hidden.shape[0], 1, hidden.shape[1], hidden.shape[1])
@@ -104,7 +123,7 @@ class _Call:
         if self.mask_name:
             new[self.mask_name] = mask
         args = tuple(new.pop(name, value) for name, value in zip(self.names, args)) + args[len(self.names) :]
-        return args, {**kwargs, **new}
+        return args, {**kwargs, **new}, sinks
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> Any:
         """The argument `name` of a call, None if it isn't given."""
@@ -116,42 +135,62 @@ class _Call:
     def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return args[0] if args else kwargs[self.names[0]]
 
-    def _flash(self, settings: AttentionSettings, mask: Any) -> tuple[Any, dict[str, Any]]:
+    def _flash(self, settings: AttentionSettings, mask: Any, hidden: Tensor) -> tuple[Any, dict[str, Any], SinkRows]:
         if settings.needs_shorter_window:
             raise OrderError(
                 "attn_implementation was changed to FlashAttention on a bidirectional model with a sliding window, which this "
                 "transformers counts differently there: disable_bidirectional, change it, enable_bidirectional"
             )
+        span = settings.span
+        if span.sinks and not mask_origin.mask_is_ours():
+            raise OrderError(
+                "a forward that was taken before the model was made bidirectional, or a layer by itself, was called with sink "
+                "tokens on FlashAttention, where only the model's own forward tells which tokens are sinks: call the model"
+            )
         if not are_sequence_numbers(mask):
-            return mask, {}
-        run = how_to_run(mask, settings.span)
+            batch, length = hidden.shape[:2]
+            return mask, {}, first_tokens(batch, length, span.sinks, hidden.device)
+        run = how_to_run(mask, settings.index)
+        is_sequence = span.sinks == 1 and not span.sees_sinks  # of its own, of one token
+        sinks = [] if is_sequence else run.sinks
         if run.positions is None:
-            return run.mask, {}
+            return run.mask, {}, sinks
         if self.plans_its_own_padding:
-            return mask, {}
+            return mask, {}, sinks
         if self.takes_any_keyword:
-            return None, {
-                "position_ids": run.positions,
-                "cu_seq_lens_q": run.cu_seq_lens,
-                "cu_seq_lens_k": run.cu_seq_lens,
-                "max_length_q": run.max_length,
-                "max_length_k": run.max_length,
-            }
+            return (
+                None,
+                {
+                    "position_ids": run.positions,
+                    "cu_seq_lens_q": run.cu_seq_lens,
+                    "cu_seq_lens_k": run.cu_seq_lens,
+                    "max_length_q": run.max_length,
+                    "max_length_k": run.max_length,
+                },
+                sinks,
+            )
         if not bool((torch.diff(run.positions, dim=-1) < 0).any()):
             raise AttentionMaskError(
                 "packed sequences of one token each can't be told apart by FlashAttention in this transformers: use "
                 "attn_implementation='sdpa' or transformers 4.47 or newer"
             )
-        return None, {"position_ids": run.positions}
+        return None, {"position_ids": run.positions}, sinks
+
+
+def _mask_of_sinks(span: Span, hidden: Tensor) -> Tensor:
+    """An additive mask (batch, 1, length, length) for input (batch, length, width) of which nothing but sinks is hidden."""
+    batch, length = hidden.shape[:2]
+    whole = Sequences(batch, length, hidden.device, None, None)
+    return dense_mask(whole, (Span(sinks=span.sinks, sees_sinks=span.sees_sinks),), hidden.dtype, False, False)
 
 
 def _own_mask(settings: AttentionSettings, mask: Any, backend: str) -> Any:
     """The module's mask out of what its model handed on."""
     if settings.handling.kind != "ready":
-        return mirrored_mask(mask, settings.handling.inverted)
+        return mirrored_mask(mask, settings.handling.inverted, settings.span)
     if not mask_origin.mask_is_ours():
-        return mirrored_mask(pick(mask, settings.span, settings.spans, False))
-    return pick(mask, settings.span, settings.spans, backend in settings.omits_mask_on)
+        return mirrored_mask(pick(mask, settings.index, settings.spans, False), span=settings.span)
+    return pick(mask, settings.index, settings.spans, backend in settings.omits_mask_on)
 
 
 def _upad_input(self: Any, query: Any, key: Any, value: Any, attention_mask: Tensor, query_length: int) -> Any:
@@ -159,7 +198,7 @@ def _upad_input(self: Any, query: Any, key: Any, value: Any, attention_mask: Ten
     settings = settings_of(self, AttentionSettings)
     if attention_mask.dim() == 2 or settings is None:
         return self._original._upad_input(self, query, key, value, attention_mask, query_length)
-    run = how_to_run(attention_mask, settings.span)
+    run = how_to_run(attention_mask, settings.index)
     flat = [x.flatten(0, 1) for x in (query, key, value)]
     indices = torch.arange(query.shape[0] * query.shape[1], device=query.device)
     return *flat, indices, (run.cu_seq_lens,) * 2, (run.max_length,) * 2

@@ -3,6 +3,8 @@
 A mask that hides nothing has stride 0 in every dim, so that it takes no memory; `hides_nothing` tells.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,12 @@ def dense_mask(
         kind = torch.bool if as_bool else dtype
         value = torch.full((), 1 if as_bool or ones_and_zeros else 0, dtype=kind, device=sequences.device)
         return value.expand(sequences.batch, len(spans), sequences.length, sequences.length)
-    seen = torch.stack([sequences.visible(span) for span in spans], 1)
-    if as_bool:
-        return seen
-    return seen.to(dtype) if ones_and_zeros else additive(seen, dtype)
+    all_alike = sequences.real is None and sequences.number is None
+    rows = replace(sequences, batch=1) if all_alike else sequences
+    mask = torch.stack([rows.visible(span) for span in spans], 1)
+    if not as_bool:
+        mask = mask.to(dtype) if ones_and_zeros else additive(mask, dtype)
+    return mask.expand(sequences.batch, -1, -1, -1)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,9 +33,13 @@ def block_masks(sequences: Sequences, spans: tuple[Span, ...]) -> BlockMask:
 
 def _block_mask(sequences: Sequences, span: Span) -> Any:
     first, last = _seen_by(sequences, span)
+    padding = _padding_before(sequences) if span.sinks else None
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = (first[b, k] <= q) & (q < last[b, k])
+        begun = first[b, k] <= q
+        if padding is not None:
+            begun = begun | (q < padding[b, k])
+        seen = begun & (q < last[b, k])
         return seen if span.window is None else seen & in_window(q, k, span.window)
 
     return create_block_mask(
@@ -56,7 +60,31 @@ def _seen_by(sequences: Sequences, span: Span) -> tuple[Tensor, Tensor]:
     first = torch.where(begins, index, 0).cummax(-1).values
     after = torch.where(begins, index, length).flip(-1).cummin(-1).values.flip(-1)  # the next beginning, from here on
     last = torch.cat([after[:, 1:], torch.full_like(after[:, :1], length)], 1)
+    if span.sinks:
+        first, last = _past_sinks(sequences, span, first, last)
     if sequences.real is None:
         return first, last
     hidden = ~sequences.real & sequences.real.any(-1, keepdim=True)
     return first, torch.where(hidden, first, last)
+
+
+def _past_sinks(sequences: Sequences, span: Span, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """`first` and `last` of each key with sink tokens: a sink is seen from itself on, others from the end of the sinks on."""
+    index = torch.arange(sequences.length, device=sequences.device).expand_as(first)
+    is_sink = sequences.sink_tokens(span)
+    whole = run_starts(sequences.chunked(None))
+    begin = torch.where(whole, index, 0).cummax(-1).values
+    end = torch.where(is_sink, index + 1, 0).cummax(-1).values  # of the sinks up to here, in this row
+    end = torch.where(end > begin, end, 0)  # of this sequence
+    if not span.sees_sinks:
+        other = ~is_sink if sequences.real is None else ~is_sink & sequences.real
+        after = torch.where(other, index, sequences.length).flip(-1).cummin(-1).values.flip(-1)  # the next one, from here on
+        last = torch.where(is_sink, torch.minimum(last, after), last)
+    return torch.maximum(first, torch.where(is_sink, index, end)), last
+
+
+def _padding_before(sequences: Sequences) -> Tensor:
+    """int64 (batch, length): where the first real token of a row is. Padding before it sees the first sequence."""
+    if sequences.real is None:
+        return torch.zeros(sequences.batch, sequences.length, dtype=torch.int64, device=sequences.device)
+    return (sequences.real.cumsum(-1) == 0).sum(-1, keepdim=True).expand(-1, sequences.length)

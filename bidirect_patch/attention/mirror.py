@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .padding_and_packing import with_padding
+from ..model.windows import Span
+from .padding_and_packing import past_sinks, with_padding
 
 
 def mirrored_buffer(buffer: Tensor) -> Tensor:
@@ -28,29 +29,37 @@ def mirrored_bias(bias: Tensor, length: int) -> Tensor:
     return _falling(bias[..., 0, -length:])
 
 
-def mirrored_mask(mask: Any, true_hides: bool = False) -> Any:
+def mirrored_mask(mask: Any, true_hides: bool = False, span: Span = Span()) -> Any:
     """A causal mask, mirrored.
 
     A key that doesn't see itself is padding. Columns past the last query are cut off. A mask of another shape is for padding
-    alone, and is returned as it is.
+    alone, and is returned as it is, but with sink tokens.
 
     Args:
         mask: (batch, 1 or heads, n, n or more), bool or additive, which may hold ALiBi; or a BlockMask; or a dict of such.
         true_hides: whether a bool mask is True where a position is hidden.
+        span: of the layer, whose sink tokens stay causal.
     """
     if isinstance(mask, dict):
-        return {kind: mirrored_mask(each, true_hides) for kind, each in mask.items()}
+        return {kind: mirrored_mask(each, true_hides, span) for kind, each in mask.items()}
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        return _mirrored_block_mask(mask)
-    if mask.dim() < 3 or mask.shape[-1] < mask.shape[-2] or mask.shape[-2] == 1:
+        return _mirrored_block_mask(mask, span)
+    if mask.dim() < 3 or mask.shape[-1] < mask.shape[-2]:
         return mask
+    if mask.shape[-2] == 1:
+        if not span.sinks or mask.shape[-1] == 1:
+            return mask
+        mask = mask.expand(*mask.shape[:-2], mask.shape[-1], mask.shape[-1])
     mask = mask[..., : mask.shape[-2]]
     is_bool = mask.dtype == torch.bool
     seen = (~mask if true_hides else mask) if is_bool else mask > torch.finfo(mask.dtype).min / 2
     real = seen.diagonal(dim1=-2, dim2=-1)
-    both = with_padding(seen | seen.mT, real[..., :, None], real[..., None, :], real.any(-1)[..., None, None])
+    both = seen | seen.mT
+    if span.sinks:
+        both = both & past_sinks(real & (real.cumsum(-1) <= span.sinks), span.sees_sinks)
+    both = with_padding(both, real[..., :, None], real[..., None, :], real.any(-1)[..., None, None])
     if is_bool:
         return ~both if true_hides else both  # not ^: a trace can't record it with a Python bool
     bias = _falling(mask.diagonal(dim1=-2, dim2=-1).masked_fill(~real, 0))
@@ -62,20 +71,21 @@ def _falling(values: Tensor) -> Tensor:
     return -(values[..., None, :] - values[..., :, None]).abs()
 
 
-_mirrored: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by BlockMask of the model's own
+_mirrored: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by BlockMask of the model's own, then by span
 
 
-def _mirrored_block_mask(mask: Any) -> Any:
+def _mirrored_block_mask(mask: Any, span: Span) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-    if mask not in _mirrored:  # the layers of one forward share it
+    known = _mirrored.setdefault(mask, {})  # the layers of one forward share it
+    if span not in known:
         batch, heads, queries, keys = mask.shape
         device = mask.kv_num_blocks.device
-        dense = mirrored_mask(create_mask(mask.mask_mod, batch, heads, queries, keys, device))
+        dense = mirrored_mask(create_mask(mask.mask_mod, batch, heads, queries, keys, device), span=span)
         one = torch.zeros((), dtype=torch.int64, device=device)  # index of an axis that all share
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return dense[b if batch > 1 else one, h if heads > 1 else one, q, k]
 
-        _mirrored[mask] = create_block_mask(visible, batch, heads, queries, keys, device)
-    return _mirrored[mask]
+        known[span] = create_block_mask(visible, batch, heads, queries, keys, device)
+    return known[span]

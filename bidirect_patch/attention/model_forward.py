@@ -10,6 +10,7 @@ from torch.jit._trace import is_tracing
 from ..errors import ArgumentError, AttentionMaskError, CacheError
 from ..model.config import backend_of, text_config
 from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names
+from ..model.sinks import Sinks
 from ..model.walk import modules_of
 from ..model.windows import Span
 from ..swap.classes import Swapped, has_mixin, original, set_forward
@@ -36,6 +37,7 @@ class ModelSettings:
     spans: tuple[Span, ...]
     handling: MaskHandling
     has_outer_maker: bool  # whether a model around it makes its mask
+    sinks: Sinks
 
 
 class BidirectionalModel(Swapped):
@@ -229,6 +231,7 @@ def _mask(
         ready = users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, inverted)
         if handling.kind != "ready":
             _check_symmetric(model, mask)
+            _check_without_sinks(model, settings.sinks)
         warn_if_causal(model, mask)
         return ready
     _check_boundaries(kwargs)
@@ -256,6 +259,15 @@ def _check_symmetric(model: Any, mask: Any) -> None:
         raise AttentionMaskError(
             f"the ready 4D attention_mask of {type(model).__name__} must let two positions see each other or neither, with 0 "
             "added where they do: this model's own mask code takes no other. Give the 2D mask"
+        )
+
+
+def _check_without_sinks(model: Any, sinks: Sinks) -> None:
+    """Raise AttentionMaskError for a ready mask where sink tokens would change it, as in models that aren't "ready"."""
+    if sinks.num_sink_tokens:
+        raise AttentionMaskError(
+            f"a ready attention_mask of {type(model).__name__} with {sinks.in_words}: this model's own mask code would put the sink "
+            "tokens into it. Give the 2D mask, or num_sink_tokens=0"
         )
 
 

@@ -42,6 +42,22 @@ def with_padding(seen: Any, real_query: Any, real_key: Any, any_real: Any) -> An
     return ((seen | ~real_query) & real_key) | ~any_real
 
 
+def past_sinks(is_sink: Tensor, sees_sinks: bool) -> Tensor:
+    """Who may see whom as far as sink tokens go: a sink sees no later token, and others see the sinks if `sees_sinks`.
+
+    Args:
+        is_sink: bool (..., length).
+        sees_sinks: whether tokens that are no sinks see the sinks.
+
+    Returns:
+        bool (..., query, key).
+    """
+    index = torch.arange(is_sink.shape[-1], device=is_sink.device)
+    query, key = is_sink[..., :, None], is_sink[..., None, :]
+    seen = ~query | (index[:, None] >= index[None, :])
+    return seen if sees_sinks else seen & (query | ~key)
+
+
 def starts(positions: Tensor, real: Tensor | None = None) -> Tensor:
     """Where a new sequence starts within a row: at a real token whose position isn't beyond that of the real token before.
 
@@ -85,7 +101,7 @@ class Sequences:
         if self.real is not None or self.number is not None:
             return False
         if is_tracing():  # a trace also runs at other lengths
-            return not any(any(limit is not None for limit in span) for span in spans)
+            return all(span.has_no_limit for span in spans)
         return not any(span.hides_within(self.length) for span in spans)
 
     def chunked(self, chunk: int | None) -> Tensor:
@@ -98,6 +114,22 @@ class Sequences:
         index = torch.arange(self.length, device=self.device)
         return number * (self.length // chunk + 1) + (index - self._first_positions()).clamp(min=0) // chunk
 
+    def ranks(self) -> Tensor:
+        """int64 (batch, length): the place of each real token among those of its sequence, from 1 on; 0 for padding."""
+        if self.real is None:
+            real = torch.ones(self.batch, self.length, dtype=torch.int64, device=self.device)
+        else:
+            real = self.real.to(torch.int64)
+        count = real.cumsum(-1)
+        if self.number is not None:
+            count = count - torch.where(run_starts(self.number), count - real, 0).cummax(-1).values
+        return count * real
+
+    def sink_tokens(self, span: Span) -> Tensor:
+        """bool (batch, length): the sink tokens of each sequence."""
+        ranks = self.ranks()
+        return (ranks > 0) & (ranks <= span.sinks)
+
     def visible(self, span: Span) -> Tensor:
         """bool (batch, query, key): who sees whom in a layer of this span."""
         number = self.chunked(span.chunk)
@@ -105,6 +137,8 @@ class Sequences:
         if span.window is not None:
             index = torch.arange(self.length, device=self.device)
             seen = seen & in_window(index[:, None], index[None, :], span.window)
+        if span.sinks:
+            seen = seen & past_sinks(self.sink_tokens(span), span.sees_sinks)
         if self.real is None:
             return seen
         return with_padding(seen, self.real[:, :, None], self.real[:, None, :], self.real.any(-1)[:, None, None])

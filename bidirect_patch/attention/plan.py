@@ -37,7 +37,7 @@ def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tu
             if flags or buffers:
                 yield part, Plan(BidirectionalPart, None, flags, buffers)
     for module in decoder.mask_makers:
-        settings = ModelSettings(spans, handling, module is not decoder.outermost)
+        settings = ModelSettings(spans, handling, module is not decoder.outermost, decoder.sinks)
         yield module, Plan(BidirectionalModel, settings, dict.fromkeys(causal_flags(module), False), _mirrored(module))
 
 
@@ -97,13 +97,19 @@ def _attention_plan(
             f"{type(windows[0]).__name__} keeps its layer's window in a buffer, which transformers doesn't hand to "
             "FlashAttention: it would see everything. Use attn_implementation='eager'"
         )
+    if span.sinks and is_flash and getattr(module, "is_kv_shared_layer", False):
+        raise UnsupportedModelError(
+            f"{attention.path} {type(module).__name__} takes its keys from another layer, which can't be run again on sink tokens "
+            "alone, as FlashAttention needs it: use attn_implementation='sdpa' or 'eager', or num_sink_tokens=0"
+        )
     # A part that reads the mask too, or compares positions (a sparse attention's indexer), can't do without one.
     parts = [original(type(part)) for part in inside if next(parameters_of(part), None) is not None]
     reads = any(map(mask_parameter, parts))
     compares = not reads and any("position_ids" in parameter_names(part) for part in parts)
     omits = () if reads or compares or not handling.sees_all_without_mask else SEE_ALL_WITHOUT_MASK
     settings = AttentionSettings(
-        span=spans.index(span),
+        span=span,
+        index=spans.index(span),
         spans=len(spans),
         config=config,
         handling=handling,

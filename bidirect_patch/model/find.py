@@ -5,14 +5,14 @@ its list of layers. A layer without an attention module, or with something else 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import ArgumentError, UnsupportedModelError
 from ..swap.classes import original
 from ..swap.plan import before_patch, own_before_patch
 from .buffers import triangular_buffers
@@ -28,6 +28,7 @@ from .facts import (
     mask_parameter,
     reads_layer_kinds,
 )
+from .sinks import NO_SINKS, Sinks
 from .walk import modules_of, parameters_of
 from .windows import Span, span_of
 
@@ -40,6 +41,7 @@ class Attention(NamedTuple):
     path: str  # its name in the decoder
     module: nn.Module
     span: Span
+    layer: str  # the name of the layer that it is in
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Decoder:
     attentions: list[Attention] = field(default_factory=list)
     unsupported_layers: list[str] = field(default_factory=list)  # in words
     builders: list[PreTrainedModel] = field(default_factory=list)  # models around it that make its mask, as some do
+    sinks: Sinks = NO_SINKS  # as its spans have them, see `with_sinks`
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -122,6 +125,38 @@ def decoders(model: Any) -> list[Decoder]:
             and mask_parameter(original(type(module))) is not None
         ]
     return found
+
+
+def with_sinks(decoder: Decoder, sinks: Sinks) -> Decoder:
+    """`decoder` with these sinks in the spans of its attention modules.
+
+    Raises:
+        ArgumentError: more sinkless layers than the decoder has.
+        UnsupportedModelError: sinkless layers in a decoder that uses one layer several times.
+    """
+    tokens, sinkless = sinks
+    layers = list(dict.fromkeys(attention.layer for attention in decoder.attentions))
+    if sinkless > len(layers):
+        raise ArgumentError(
+            f"num_sinkless_layers={sinkless}, and {type(decoder.module).__name__} has {len(layers)} layers with attention"
+        )
+    if sinkless:
+        _check_layers_are_apart(decoder)
+    blind = layers[len(layers) - sinkless :]
+    attentions = [
+        attention._replace(span=attention.span._replace(sinks=tokens, sees_sinks=attention.layer not in blind))
+        for attention in decoder.attentions
+    ]
+    return replace(decoder, attentions=attentions, sinks=sinks)
+
+
+def _check_layers_are_apart(decoder: Decoder) -> None:
+    for layers in modules_of(decoder.module):
+        if isinstance(layers, nn.ModuleList) and len({id(layer) for layer in layers}) < len(layers):
+            raise UnsupportedModelError(
+                f"{type(decoder.module).__name__} uses one layer several times, so that its last layers can't be told from the "
+                "others: give num_sinkless_layers=0"
+            )
 
 
 def causal_flags(module: nn.Module) -> tuple[str, ...]:
@@ -230,11 +265,15 @@ def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.
     reads_kinds = reads_layer_kinds(original(type(model)))
     lists: dict[str, nn.ModuleList] = {}
     for path, module in attentions:
-        decoder.attentions.append(Attention(path, module, span_of(module, path, model.config, reads_kinds)))
         steps = path.split(".")
         holders = ["", *(".".join(steps[:i]) for i in range(1, len(steps)))]
         modules = accumulate(steps[:-1], getattr, initial=model)
-        lists.update(next(({h: m} for h, m in zip(holders, modules) if isinstance(m, nn.ModuleList)), {}))
+        holder = next(((h, m) for h, m in zip(holders, modules) if isinstance(m, nn.ModuleList)), None)
+        layer = path
+        if holder is not None:
+            lists.update([holder])
+            layer = f"{holder[0]}.{path[len(holder[0]) :].strip('.').split('.')[0]}"
+        decoder.attentions.append(Attention(path, module, span_of(module, path, model.config, reads_kinds), layer))
     for holder, entries in lists.items():
         for index, layer in enumerate(entries):
             others = [] if layer is None else _unsupported_parts(layer)

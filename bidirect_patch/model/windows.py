@@ -1,4 +1,4 @@
-"""How far a layer's attention reaches: a sliding window, a chunk, or no limit."""
+"""What a layer's attention reaches: a sliding window, a chunk or no limit, and the sink tokens."""
 
 from typing import Any, NamedTuple
 
@@ -8,19 +8,30 @@ from ..swap.plan import before_patch
 
 
 class Span(NamedTuple):
-    """`window`: |q - k| < window. `chunk`: q // chunk == k // chunk, counted from the start of the sequence. None: no limit."""
+    """`window`: |q - k| < window. `chunk`: q // chunk == k // chunk, counted from the start of the sequence. None: no limit.
+
+    `sinks`: how many tokens at the start of a sequence attend causally. `sees_sinks`: whether the other tokens attend to them.
+    """
 
     window: int | None = None
     chunk: int | None = None
+    sinks: int = 0
+    sees_sinks: bool = True
 
     def hides_within(self, length: int) -> bool:
         """Whether the span hides any of `length` positions from another."""
-        return any(limit is not None and limit < length for limit in self)
+        limit = self.limit
+        return (limit is not None and limit < length) or (self.sinks > 0 and length > 1)
 
     @property
     def limit(self) -> int | None:
         """The smaller of the two limits, in tokens."""
-        return min((limit for limit in self if limit is not None), default=None)
+        return min((limit for limit in (self.window, self.chunk) if limit is not None), default=None)
+
+    @property
+    def has_no_limit(self) -> bool:
+        """Whether the span hides nothing, however long a sequence is."""
+        return self.limit is None and not self.sinks
 
 
 def span_of(attention: nn.Module, path: str, config: Any, reads_layer_kinds: bool) -> Span:

@@ -23,7 +23,7 @@ class Swapped:
     """Base of all mixins. A mixin is a plain class; its methods may call `super()`."""
 
     rank = 0  # of two mixins on one instance, the one of higher rank is called first
-    note = ""  # what repr(model) says about a module with this mixin
+    note = ""  # what repr(model) says about a module with this mixin, where `note_of` doesn't say more
 
     _original: type
     _mixins: tuple[type["Swapped"], ...]
@@ -37,9 +37,14 @@ class Swapped:
             original: the class of the model's own code.
         """
 
+    @classmethod
+    def note_of(cls, module: Any) -> str:
+        """What `repr(model)` says about a module with this mixin."""
+        return cls.note
+
     def extra_repr(self) -> str:
         """What `repr(model)` shows in the module's brackets: the module's own text, then the patch's."""
-        notes = [mixin.note for mixin in self._mixins if mixin.note]
+        notes = [mixin.note_of(self) for mixin in self._mixins]
         return ", ".join(filter(None, [super().extra_repr(), *notes]))  # type: ignore[misc]  # nn.Module has it
 
     def __reduce_ex__(self, protocol: Any) -> Any:

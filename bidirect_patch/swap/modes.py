@@ -7,20 +7,21 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ..errors import ModeConflictError
 
 Owner = tuple[int, int]  # a thread, and the asyncio task that runs in it (0: none)
+Mode = tuple[int, int] | Literal[False]  # bidirectional, with its sinks; or causal
 
 
 @dataclass(eq=False)
 class Hold:
     """One `with bidirectional(...)` block on one decoder."""
 
-    mode: bool  # what the block asked for
+    mode: Mode  # what the block asked for
     found: Any  # the state to bring back
     owner: Owner
     thread: "weakref.ref[threading.Thread]"
@@ -76,17 +77,24 @@ def state_of(decoder: nn.Module) -> State:
     return state
 
 
-def check(decoder: nn.Module, mode: bool, current: bool) -> None:
-    """Raise ModeConflictError if another thread or task needs `decoder` in the other mode. Call it with `lock` held."""
+def check(decoder: nn.Module, mode: Mode, current: Mode) -> None:
+    """Raise ModeConflictError if another thread or task needs `decoder` in another mode. Call it with `lock` held."""
     state, me = state_of(decoder), _owner()
     others = {hold.owner: hold.mode for hold in state.holds if not _is_mine(hold, me)}  # the innermost block of each
-    busy = any(thread != me[0] for thread in state.running.values())
-    if any(wanted != mode for wanted in others.values()) or (busy and mode != current):
-        words = {True: "bidirectional", False: "causal"}
+    busy = [current] if any(thread != me[0] for thread in state.running.values()) else []
+    conflict = next((other for other in (*others.values(), *busy) if other != mode), mode)
+    if conflict != mode:
         raise ModeConflictError(
-            f"this thread or task wants {type(decoder).__name__} {words[mode]} while another uses it {words[not mode]}: one "
-            "model object has one mode at a time. Give each its own copy (copy.deepcopy), or wait"
+            f"this thread or task wants {type(decoder).__name__} {_in_words(mode, conflict)} while another uses it "
+            f"{_in_words(conflict, mode)}: one model object has one mode at a time. Give each its own copy (copy.deepcopy), or wait"
         )
+
+
+def _in_words(mode: Mode, other: Mode) -> str:
+    """A mode in words; with its sinks if the other mode differs in nothing else."""
+    if mode is False:
+        return "causal"
+    return f"bidirectional with {mode[0]} sink tokens and {mode[1]} sinkless layers" if other else "bidirectional"
 
 
 def check_caller(decoder: nn.Module, what: str = "called") -> None:
@@ -129,7 +137,7 @@ def set_after_others(decoder: nn.Module, found: Any) -> None:
         state_of(decoder).holds[0].found = found
 
 
-def hold(decoder: nn.Module, mode: bool, found: Any, block: Any) -> Hold:
+def hold(decoder: nn.Module, mode: Mode, found: Any, block: Any) -> Hold:
     """Register a block. Call it with `lock` held, after `check`."""
     new = Hold(mode, found, _owner(), weakref.ref(threading.current_thread()), weakref.ref(block))
     state = state_of(decoder)

@@ -30,6 +30,12 @@ class Record:
     wrapper: Any = None  # another tool's function around the stock forward, which the patch calls inside
 
 
+def plans_of(module: nn.Module) -> tuple[Plan, ...]:
+    """All that the patch has put on a module."""
+    record = record_of(module)
+    return () if record is None else record.plans
+
+
 Settings = TypeVar("Settings")
 
 

@@ -109,18 +109,30 @@ def threshold(noise: float, dtype: torch.dtype) -> float:
     return max(10 * noise, _ROUNDING.get(dtype, torch.finfo(dtype).eps)) if noise < float("inf") else 0.0
 
 
-def verdict_of(matrix: Tensor) -> Verdict:
+def verdict_of(matrix: Tensor, sinks: int = 0, sees_sinks: bool = True) -> Verdict:
     """Return the verdict of a dependence matrix.
 
     Args:
         matrix: (length, length) bool, [q, k]: position q depends on position k.
+        sinks: How many positions at the start are to be sink tokens, which are causal.
+        sees_sinks: Whether the other positions are to depend on those.
 
     Returns:
         "no attention" if no position depends on another one, "causal" if none depends on a later one, "bidirectional"
-        if q depends on k wherever k depends on q, and "partial" otherwise.
+        if q depends on k wherever k depends on q, but for the sinks, which are as they are to be, and "partial" otherwise.
     """
-    if not (matrix.tril(-1) | matrix.triu(1)).any():
+    later = matrix.triu(1)
+    if not (matrix.tril(-1) | later).any():
         return NONE
-    if not matrix.triu(1).any():
+    if not later.any():
         return CAUSAL
-    return BIDIRECTIONAL if torch.equal(matrix, matrix.T) else PARTIAL
+    others = matrix[sinks:, sinks:]
+    seen = matrix[sinks : sinks + 1, :sinks].any() if sees_sinks else not matrix[sinks:, :sinks].any()
+    sinks_are_right = not sinks or (not later[:sinks].any() and bool(seen))
+    return BIDIRECTIONAL if sinks_are_right and torch.equal(others, others.T) else PARTIAL
+
+
+def count_sinks(matrix: Tensor) -> int:
+    """How many positions at the start depend on no later one, while others do."""
+    looks_ahead = matrix.triu(1).any(-1).nonzero().flatten()
+    return int(looks_ahead[0]) if len(looks_ahead) else 0

@@ -13,7 +13,7 @@ from ..swap import modes
 from ..swap.apply import apply
 from ..swap.classes import Swapped, set_forward
 from ..swap.plan import Plan, settings_of
-from .state import is_patched
+from .state import as_patched, is_patched
 from .verify import verify, verify_itself
 
 _under_way: set[int] = set()  # ids of models that are being verified now; only the thread that holds `modes.lock` uses it
@@ -64,7 +64,8 @@ def verify_kernel(model: nn.Module) -> None:
         UnsupportedModelError: with this function, a layer was seen to stay causal.
     """
     with modes.lock:
-        seen = [(decoder, verify(decoder, on_trust=True)) for decoder in decoders(model) if is_patched(decoder)]
+        patched = [as_patched(decoder) for decoder in decoders(model) if is_patched(decoder)]
+        seen = [(decoder, verify(decoder, on_trust=True)) for decoder in patched]
         apply([plan for decoder, how in seen if how is not None for plan in bidirectional_plans(decoder, how)])
 
 
@@ -86,7 +87,7 @@ def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
     _under_way.add(id(model))
     try:
         is_seen = True
-        for decoder in (d for d in decoders(model) if d.outermost is model):
+        for decoder in (as_patched(d) for d in decoders(model) if d.outermost is model):
             handling = verify(decoder, even_on_meta=True) if even_on_meta else None
             if handling is None:
                 is_seen = verify_itself(decoder) and is_seen

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..attention.attention_forward import AttentionSettings
 from ..errors import ArgumentError, ConfigError, StillCausalError, UnsupportedModelError
+from ..model.walk import modules_of
 from ..model.wrappers import pretrained
+from ..swap.plan import settings_of
 from .dependence import BIDIRECTIONAL as BIDIRECTIONAL
-from .dependence import CAUSAL, NONE, PARTIAL, Verdict, verdict_of
+from .dependence import CAUSAL, NONE, PARTIAL, Verdict, count_sinks, verdict_of
 from .probe import LENGTH, Case, LayerCall, Observation, Probe, left_as_it_was
 from .probe import decoder_layers as decoder_layers
 
@@ -26,7 +29,8 @@ class LayerReport:
         index: Place of the layer in the order in which the layers ran.
         name: Name of the layer, as in `model.named_modules()`.
         class_name: Name of its class.
-        verdict: "bidirectional", "causal", "partial" or "no attention".
+        verdict: "bidirectional", "causal", "partial" or "no attention". Sink tokens that were asked for are as they are to
+            be in a bidirectional layer; others make it partial.
         backward: The largest distance at which a position depends on an earlier one.
         forward: The largest distance at which a position depends on a later one.
         matrix: (length, length) bool, [q, k]: position q depends on position k, without a mask.
@@ -36,6 +40,8 @@ class LayerReport:
         verdicts: The verdict for each way of calling the model: "no mask", "mask of ones", "padded right", "padded
             left" and "packed".
         causal_parts: Names of the modules in the layer that are causal, beside others that are not.
+        num_sink_tokens: How many tokens at the start depend on no later one while others do, without a mask.
+        sees_sinks: Whether any other token depends on these. True if there are none.
     """
 
     index: int
@@ -49,6 +55,8 @@ class LayerReport:
     packing_ok: bool | None
     verdicts: dict[Case, Verdict]
     causal_parts: tuple[str, ...] = ()
+    num_sink_tokens: int = 0
+    sees_sinks: bool = True
 
     @property
     def ok(self) -> bool:
@@ -65,10 +73,21 @@ class LayerReport:
         }
         return ", ".join(problem for problem, there in found.items() if there)
 
+    def _mirrored(self, causal: Tensor) -> Tensor:
+        """A causal matrix with its mirror image in time, but for the sink tokens of this layer."""
+        both = causal | causal.T
+        both[: self.num_sink_tokens] = causal[: self.num_sink_tokens]
+        if not self.sees_sinks:
+            both[self.num_sink_tokens :, : self.num_sink_tokens] = False
+        return both
+
     def _cells(self) -> tuple[str, ...]:
         padding = {True: "unseen", False: "REACHED", None: "-"}[self.padding_ok]
         packing = {True: "apart", False: "MIXED", None: "-"}[self.packing_ok]
         notes = [f"only looks back: {part}" for part in self.causal_parts]
+        if self.num_sink_tokens:
+            seen = "" if self.sees_sinks else ", which the others don't see"
+            notes.append(f"{self.num_sink_tokens} sink token{'s' * (self.num_sink_tokens > 1)}{seen}")
         if len(set(self.verdicts.values())) > 1:
             notes += [f"{case}: {verdict}" for case, verdict in self.verdicts.items() if verdict != BIDIRECTIONAL]
         reach = f"-{self.backward} .. +{self.forward}"
@@ -116,7 +135,7 @@ class AttentionReport:
     def unlike_mirror_of(self, causal: "AttentionReport") -> list[LayerReport]:
         """Find the layers that are not the same layers of `causal` together with their mirror image in time.
 
-        A window of w tokens has to become |q - k| < w, and a chunk has to see all of itself.
+        A window of w tokens has to become |q - k| < w, and a chunk has to see all of itself. Sink tokens stay as in `causal`.
 
         Args:
             causal: The report of the same model, not patched, at the same length.
@@ -128,8 +147,7 @@ class AttentionReport:
             ConfigError: If the two reports differ in length or in the number of layers.
             ArgumentError: If `causal` is no report.
         """
-        pairs = self._beside(causal)
-        return [new for new, old in pairs if not torch.equal(new.matrix, old.matrix | old.matrix.T)]
+        return [new for new, old in self._beside(causal) if not torch.equal(new.matrix, new._mirrored(old.matrix))]
 
     def narrower_than(self, causal: "AttentionReport") -> list[LayerReport]:
         """Find the layers that look back less far than the same layers of `causal`.
@@ -172,7 +190,7 @@ class AttentionReport:
         return "\n".join([*lines, self.summary])
 
 
-def attention_report(model: nn.Module, *, length: int = LENGTH) -> AttentionReport:
+def attention_report(model: nn.Module, *, length: int | None = None) -> AttentionReport:
     """Run a model on short random sequences and report for each decoder layer which position depends on which.
 
     It costs six forwards of (length + 2) * length tokens, most of them with a backward through one layer at a time.
@@ -181,8 +199,8 @@ def attention_report(model: nn.Module, *, length: int = LENGTH) -> AttentionRepo
     Args:
         model: What `enable_bidirectional` takes: a `*ForCausalLM`, a `*Model`, a PEFT, DDP or compiled wrapper, or
             another module that holds one of these. On any device and in any dtype.
-        length: Number of tokens in a sequence, from 3 to 128. A window or chunk of at least `length` tokens looks like
-            full attention.
+        length: Number of tokens in a sequence, from 3 to 128, by default 7 more than there are sink tokens. A window or chunk
+            of at least `length` tokens looks like full attention.
 
     Returns:
         The report, with one `LayerReport` for each call of a decoder layer.
@@ -202,12 +220,16 @@ def attention_report(model: nn.Module, *, length: int = LENGTH) -> AttentionRepo
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"attention_report takes a torch.nn.Module, not {type(model).__name__}")
-    if not isinstance(length, int) or isinstance(length, bool) or not 3 <= length <= LONGEST:
-        raise ConfigError(
-            f"length must be an integer, at least 3 to tell one direction from the other and at most {LONGEST}, since "
-            f"length * (length + 2) tokens are run in one row; not {length!r}"
-        )
     inner = pretrained(model)
+    sinks = _sinks_by_layer(inner)
+    most = max((count for count, _ in sinks.values()), default=0)
+    length = LENGTH + most if length is None else length
+    if not isinstance(length, int) or isinstance(length, bool) or not 3 + most <= length <= LONGEST:
+        beyond = f" beside {most} sink tokens" if most else ""
+        raise ConfigError(
+            f"length must be an integer, at least {3 + most} to tell one direction from the other{beyond} and at most {LONGEST}, "
+            f"since length * (length + 2) tokens are run in one row; not {length!r}"
+        )
     if all(p.is_meta for p in inner.parameters()) and not any(hasattr(m, "_hf_hook") for m in inner.modules()):
         raise UnsupportedModelError(
             f"the weights of {type(inner).__name__} are on the meta device, so it can't be run; load them, or run "
@@ -215,13 +237,13 @@ def attention_report(model: nn.Module, *, length: int = LENGTH) -> AttentionRepo
         )
     with left_as_it_was(model, inner):
         seen = Probe(inner, length).observe()
-        layers = [_layer_report(index, seen) for index in range(len(seen.calls["no mask"]))]
+        layers = [_layer_report(index, seen, sinks) for index in range(len(seen.calls["no mask"]))]
     backend = getattr(inner.config, "_attn_implementation", None)
     return AttentionReport(type(inner).__name__, backend if isinstance(backend, str) else None, length, layers)
 
 
-def assert_bidirectional(model: nn.Module, *, length: int = LENGTH) -> None:
-    """Raise an error unless all layers of a model are bidirectional.
+def assert_bidirectional(model: nn.Module, *, length: int | None = None) -> None:
+    """Raise an error unless all layers of a model are bidirectional, but for the sink tokens that were asked for.
 
     Args:
         model: As for `attention_report`.
@@ -243,11 +265,23 @@ def assert_bidirectional(model: nn.Module, *, length: int = LENGTH) -> None:
         raise StillCausalError(f"{report.summary}\n{report}")
 
 
-def _layer_report(index: int, seen: Observation) -> LayerReport:
+def _sinks_by_layer(model: nn.Module) -> dict[str, tuple[int, bool]]:
+    """What the patch is to make of each decoder layer: how many sink tokens, and whether the other tokens see them."""
+    sinks = {}
+    for name, layer in decoder_layers(model).items():
+        found = (settings_of(module, AttentionSettings) for module in modules_of(layer))
+        spans = [settings.span for settings in found if settings is not None and settings.span.sinks]
+        if spans:
+            sinks[name] = max(span.sinks for span in spans), any(span.sees_sinks for span in spans)
+    return sinks
+
+
+def _layer_report(index: int, seen: Observation, sinks: dict[str, tuple[int, bool]]) -> LayerReport:
     calls = {case: case_calls[index] for case, case_calls in seen.calls.items()}
     plain = calls["no mask"]
     apart = seen.apart[index] if seen.apart is not None else None
-    verdicts = {case: verdict_of(call.matrix[seen.real[case], seen.real[case]]) for case, call in calls.items()}
+    wanted = sinks.get(plain.name, (0, True))
+    verdicts = {case: verdict_of(call.matrix[seen.real[case], seen.real[case]], *wanted) for case, call in calls.items()}
     if apart is False:
         del verdicts["packed"]  # a document depends on others, so its own dependences can't be measured
     distinct = set(verdicts.values())
@@ -255,6 +289,7 @@ def _layer_report(index: int, seen: Observation) -> LayerReport:
     parts = tuple(plain.causal_parts) if verdict == BIDIRECTIONAL else ()
     padded = [_ignores_padding(call, seen.real[case]) for case, call in calls.items() if case.startswith("padded")]
     q, k = plain.matrix.nonzero(as_tuple=True)
+    count = count_sinks(plain.matrix)
     return LayerReport(
         index=index,
         name=plain.name,
@@ -267,6 +302,8 @@ def _layer_report(index: int, seen: Observation) -> LayerReport:
         packing_ok=apart,
         verdicts=verdicts,
         causal_parts=parts,
+        num_sink_tokens=count,
+        sees_sinks=not count or bool(plain.matrix[count:, :count].any()),
     )
 
 

@@ -3,12 +3,13 @@
 from torch import nn
 
 from ..attention.attention_forward import BidirectionalAttention
-from ..attention.model_forward import BidirectionalModel
-from ..model.find import Decoder
+from ..attention.model_forward import BidirectionalModel, ModelSettings
+from ..model.find import Decoder, with_sinks
+from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap.classes import Swapped, has_mixin
 from ..swap.instance_forward import calls_the_patch
-from ..swap.plan import record_of
+from ..swap.plan import record_of, settings_of
 from .verify import is_natively_bidirectional
 
 
@@ -17,6 +18,17 @@ def is_patched(decoder: Decoder) -> bool:
     return all(_has(module, BidirectionalModel) for module in decoder.mask_makers) and all(
         _has(attention.module, BidirectionalAttention) for attention in decoder.attentions
     )
+
+
+def sinks_of(decoder: Decoder) -> Sinks:
+    """The sinks that a patched decoder has now; none for one that is not patched."""
+    settings = settings_of(decoder.module, ModelSettings)
+    return NO_SINKS if settings is None else settings.sinks
+
+
+def as_patched(decoder: Decoder) -> Decoder:
+    """A patched decoder with the sinks that it has."""
+    return with_sinks(decoder, sinks_of(decoder))
 
 
 def has_any_patch(decoder: Decoder) -> bool:

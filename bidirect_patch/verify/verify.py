@@ -10,17 +10,21 @@ import torch
 from torch import nn
 
 from ..attention.handling import MaskHandling, possible_handlings
+from ..attention.padding_and_packing import Sequences
 from ..attention.plan import bidirectional_plans
 from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, UnsupportedModelError
 from ..model.config import backend_of, text_config
-from ..model.find import Decoder, decoders, says_bidirectional
+from ..model.find import Decoder, decoders, says_bidirectional, with_sinks
+from ..model.sinks import Sinks
 from ..model.tiny import tiny_like
+from ..model.windows import Span
 from ..model.wrappers import pretrained
 from ..swap.apply import apply
 from ..swap.classes import is_sharded, original
 from .probe import decoder_layers, run_as_it_is
 from .report import BIDIRECTIONAL, AttentionReport, attention_report
 
+MOST_SINKS = 3  # in a small model: more show nothing else
 
 class _Trial(NamedTuple):
     """What became of a small model: the layers that were right, and what was wrong, "" if nothing was."""
@@ -133,13 +137,22 @@ def _try(decoder: Decoder, handling: MaskHandling, small: nn.Module) -> _Trial:
     cls = original(type(decoder.module))
     found = decoders(small)
     handlings = [handling if original(type(d.module)) is cls else possible_handlings(d)[0] for d in found]
+    found = [with_sinks(d, _sinks_of_small(decoder, d)) for d in found]
     apply([plan for d, how in zip(found, handlings) for plan in bidirectional_plans(d, how)])
     try:
         report = attention_report(small)
     except (UnsupportedModelError, AttentionMaskError) as error:
         return _Trial(handling, -1, f"a small random model of its class doesn't run any more: {error}")
     right = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
-    return _Trial(handling, right, _problem(report, "a small random model of its class") or _beyond_span(report, small))
+    return _Trial(handling, right, _problem(report, "a small random model of its class") or _beyond_span(report, found))
+
+
+def _sinks_of_small(decoder: Decoder, small: Decoder) -> Sinks:
+    """The sinks that stand for a decoder's in a small model: few tokens, and layers of both kinds if the decoder has both."""
+    tokens, sinkless = decoder.sinks
+    layers, real_layers = ({attention.layer for attention in d.attentions} for d in (small, decoder))
+    most = len(layers) if sinkless == len(real_layers) else max(1, len(layers) - 1)
+    return Sinks(min(tokens, MOST_SINKS), min(sinkless, most))
 
 
 def _small(decoder: Decoder) -> nn.Module:
@@ -197,16 +210,30 @@ def _problem(report: AttentionReport, where: str) -> str:
     return f"this was seen in {where}: {'; '.join(wrong) or report.summary}"
 
 
-def _beyond_span(report: AttentionReport, small: nn.Module) -> str:
-    """Whether a window or chunk holds: mask code that takes no ready mask (4.39's, with windows in some layers) loses it."""
-    for decoder in decoders(small):
+def _beyond_span(report: AttentionReport, found: list[Decoder]) -> str:
+    """Whether a window or chunk holds: mask code that takes no ready mask (4.39's, with windows in some layers) loses it.
+
+    And whether each sink token is seen where the span says so.
+    """
+    for decoder in found:
         prefix = f"{decoder.name}." if decoder.name else ""
         for layer in report.layers:
-            inside = [a for a in decoder.attentions if f"{prefix}{a.path}".startswith(f"{layer.name}.")]
-            limit = max((a.span.limit or report.length for a in inside), default=report.length)
-            if limit < report.length and layer.forward != limit - 1 and layer.verdict == BIDIRECTIONAL:
+            spans = [a.span for a in decoder.attentions if f"{prefix}{a.path}".startswith(f"{layer.name}.")]
+            if layer.verdict != BIDIRECTIONAL:
+                continue
+            limit = max((span.limit or report.length for span in spans), default=report.length)
+            if limit < report.length and layer.forward != limit - 1:
                 return f"{layer.name} {layer.class_name} reaches {layer.forward} tokens ahead, not {limit - 1}"
+            sinks = max((span.sinks for span in spans), default=0)
+            if sinks and not torch.equal(layer.matrix[:, :sinks], _sees_sinks(spans, report.length)[:, :sinks]):
+                return f"{layer.name} {layer.class_name} sees other sink tokens than its window reaches"
     return ""
+
+
+def _sees_sinks(spans: list[Span], length: int) -> torch.Tensor:
+    """bool (query, key): who sees whom in a layer whose attention modules have these spans."""
+    whole = Sequences(1, length, torch.device("cpu"), None, None)
+    return torch.stack([whole.visible(span)[0] for span in spans]).any(0)
 
 
 def _check(decoder: Decoder, problem: str) -> None:
