@@ -2,7 +2,8 @@
 
 After the import, on every transformers, `from_pretrained` of a checkpoint whose config says `is_causal: false`, or that LLM2Vec
 saved, returns an enabled model, and an adapter that was trained bidirectionally enables the model that it is loaded onto,
-through PEFT or through transformers. Without the import there is only a warning, once this package is in use.
+through PEFT or through transformers, with the sink tokens that it was saved with. Without the import there is only a warning, once
+this package is in use, and an error for a folder with sink tokens.
 """
 
 from typing import Any
@@ -10,26 +11,24 @@ from typing import Any
 import wrapt
 from transformers import PreTrainedModel
 
-from .checkpoints import hooks
-from .checkpoints.load import loaded_bidirectional, says_bidirectional
+from .checkpoints import guard, hooks, policy
+from .checkpoints.load import loaded_bidirectional, saved_sinks, says_bidirectional, sinks_on_disk
 from .patch import enable_bidirectional
-
-enables = True
 
 
 def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
-    if enables and loaded_bidirectional(model):
-        enable_bidirectional(model)
+    if policy.enables and loaded_bidirectional(model):
+        enable_bidirectional(model, **saved_sinks(model)._asdict())
     return result
 
 
 def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model, where, _ = hooks.adapter_arguments(model, args, kwargs)
-    if enables and where is not None and says_bidirectional(where, **kwargs):
-        enable_bidirectional(model)
+    if policy.enables and where is not None and says_bidirectional(where, **kwargs):
+        enable_bidirectional(model, **sinks_on_disk(where, **kwargs)._asdict())
     return result
 
 
@@ -38,7 +37,8 @@ def _install_peft(module: Any) -> None:
 
 
 hooks.install()
-hooks.warns = False
+guard.install()
+policy.enables = True
 hooks.put(PreTrainedModel, "from_pretrained", _load_model)
 hooks.put(PreTrainedModel, "load_adapter", _load_adapter)
 wrapt.register_post_import_hook(_install_peft, "peft.peft_model")

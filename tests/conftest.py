@@ -72,11 +72,10 @@ def only_warns(monkeypatch):
 
 def loading_enables(monkeypatch, enables):
     """Say for one test whether loading enables what belongs to bidirectional attention, or warns of it."""
-    from bidirect_patch import auto
-    from bidirect_patch.checkpoints import hooks
+    from bidirect_patch import auto  # noqa: F401  (it puts the hooks in place)
+    from bidirect_patch.checkpoints import policy
 
-    monkeypatch.setattr(auto, "enables", enables)
-    monkeypatch.setattr(hooks, "warns", not enables)
+    monkeypatch.setattr(policy, "enables", enables)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,7 +1,8 @@
 """PEFT adapters: the mark that one was trained bidirectionally, and weights whose names are those of another wrapper.
 
 An adapter has no config.json (with one beside it, transformers takes the folder for a whole model), so its
-adapter_config.json gets the flag, where PEFT keeps what it knows of the base model: `"auto_mapping": {"is_causal": false}`.
+adapter_config.json gets the flag, where PEFT keeps what it knows of the base model: `"auto_mapping": {"is_causal": false}`. Sink
+tokens stand beside it, and then PEFT alone does not open the adapter (`guard`).
 """
 
 import os
@@ -12,19 +13,22 @@ from typing import Any
 
 import torch
 
+from ..model.sinks import NO_SINKS, Sinks
+from .guard import guard_adapter
+
 _MARK = "_bidirect_patch_bidirectional"  # on the PEFT config of an adapter that belongs to bidirectional attention
-_marks_all: ContextVar[bool] = ContextVar("_marks_all", default=False)
+_marks_all: ContextVar[Sinks | None] = ContextVar("_marks_all", default=None)
 
 
-def mark(adapter: Any) -> None:
-    """Have every file that this PEFT config is saved to say `is_causal: false`."""
-    setattr(adapter, _MARK, True)
+def mark(adapter: Any, sinks: Sinks) -> None:
+    """Have every file that this PEFT config is saved to say `is_causal: false` and these sinks."""
+    setattr(adapter, _MARK, sinks)
 
 
 @contextmanager
-def marked(both_ways: bool) -> Iterator[None]:
-    """Have every adapter that this thread or task saves within the block say so, if `both_ways`."""
-    before = _marks_all.set(both_ways)
+def marked(sinks: Sinks | None) -> Iterator[None]:
+    """Have every adapter that this thread or task saves within the block say so; None: it is causal."""
+    before = _marks_all.set(sinks)
     try:
         yield
     finally:
@@ -33,10 +37,18 @@ def marked(both_ways: bool) -> Iterator[None]:
 
 def save_adapter_config(wrapped: Any, adapter: Any, args: Any, kwargs: Any) -> Any:
     """`PeftConfigMixin.save_pretrained`, which every way to save an adapter calls before anything is uploaded."""
-    if hasattr(adapter, _MARK) or _marks_all.get():
-        known = kwargs.get("auto_mapping_dict") or getattr(adapter, "auto_mapping", None) or {}
-        kwargs = {**kwargs, "auto_mapping_dict": {**known, "is_causal": False}}
-    return wrapped(*args, **kwargs)
+    sinks = _marks_all.get()
+    sinks = getattr(adapter, _MARK, None) if sinks is None else sinks
+    known = {**(kwargs.get("auto_mapping_dict") or getattr(adapter, "auto_mapping", None) or {})}
+    for name in Sinks._fields:  # of another time
+        known.pop(name, None)
+    if sinks is None:
+        return wrapped(*args, **kwargs)
+    numbers = {} if sinks == NO_SINKS else sinks._asdict()
+    result = wrapped(*args, **{**kwargs, "auto_mapping_dict": {**known, "is_causal": False, **numbers}})
+    if numbers:
+        guard_adapter(args[0] if args else kwargs["save_directory"])
+    return result
 
 
 def fit_adapter_keys(model: Any, where: Any, name: str, **hub: Any) -> Any:

@@ -11,14 +11,17 @@ import wrapt
 
 from ..attention.model_forward import check_not_in_others_block, holds_bidirectional, is_in_causal_block
 from ..errors import GenerateError
+from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import modes
 from ..verify.late import verify_kernel
+from ..verify.state import sinks_in
+from . import policy
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
-from .load import HUB_OPTIONS, holds_decoder, is_bidirectional_now, loaded_bidirectional, says_bidirectional
+from .guard import read_adapter_config
+from .load import HUB_OPTIONS, holds_decoder, is_bidirectional_now, loaded_bidirectional, says_bidirectional, sinks_on_disk
 from .save import save_causal, save_model
 
-warns = True  # whether loading warns of what belongs to bidirectional attention; bidirect_patch.auto enables it instead
 _put: list[tuple[Any, str, Any]] = []  # class, method, what the class itself had there
 
 
@@ -67,6 +70,7 @@ def uninstall() -> None:
 def _install_peft(module: Any) -> None:
     if _put:
         put(module.PeftConfig, "save_pretrained", save_adapter_config)
+        put(module.PeftConfig, "from_json_file", read_adapter_config)
         put(module.PeftModel, "save_pretrained", _save_adapter)
         put(module.PeftModel, "load_adapter", _load_adapter)  # from_pretrained calls it too
 
@@ -120,14 +124,14 @@ def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     check_not_in_others_block(model)
-    with marked(holds_bidirectional(model) or is_bidirectional_now(model)):
+    with marked(sinks_in(model) if holds_bidirectional(model) or is_bidirectional_now(model) else None):
         return wrapped(*args, **kwargs)
 
 
 def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
-    if warns and loaded_bidirectional(model) and not is_bidirectional_now(model):
+    if policy.warns() and loaded_bidirectional(model) and not is_bidirectional_now(model):
         _warn(f"the checkpoint {args[0] if args else ''}")
     return result
 
@@ -137,16 +141,17 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     model, where, name = adapter_arguments(model, args, kwargs)
     if where is None or not says_bidirectional(where, **kwargs):
         return result
+    sinks = sinks_on_disk(where, **kwargs)
     if name in getattr(model, "peft_config", {}):
-        mark(model.peft_config[name])
+        mark(model.peft_config[name], sinks)
         hub = {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         fitted = fit_adapter_keys(model, where, name, **hub)
         if fitted is not None and hasattr(result, "missing_keys"):
             # PEFT's own list is of the adapter's keys alone, and it warns of each
             fitted.missing_keys[:] = set(result.missing_keys).intersection(fitted.missing_keys)
             result = fitted
-    if warns and not is_bidirectional_now(model):
-        _warn(f"the adapter {where}")
+    if policy.warns() and not is_bidirectional_now(model, sinks):
+        _warn(f"the adapter {where}", sinks)
     return result
 
 
@@ -158,9 +163,11 @@ def adapter_arguments(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, str
     return model, where, (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
 
 
-def _warn(what: str) -> None:
+def _warn(what: str, sinks: Sinks = NO_SINKS) -> None:
+    numbers = "" if sinks == NO_SINKS else f", {sinks.in_words}"
+    kind = f"model without its sink tokens ({sinks.in_words})" if numbers else "causal model"
     warnings.warn(
-        f"{what} was trained with bidirectional attention and is loaded as a causal model, where it doesn't belong: call "
-        "enable_bidirectional(model), or import bidirect_patch.auto before loading",
+        f"{what} was trained with bidirectional attention and is loaded as a {kind}, where it doesn't belong: call "
+        f"enable_bidirectional(model{numbers}), or import bidirect_patch.auto before loading",
         stacklevel=4,
     )

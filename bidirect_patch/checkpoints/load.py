@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import UnsupportedModelError
 from ..model.config import parts
 from ..model.find import decoders
-from ..verify.state import attends_both_ways
+from ..model.sinks import NO_SINKS, Sinks, read_sinks
+from ..verify.state import attends_both_ways, sinks_of
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder")
 # The classes that LLM2Vec's adapters and full models name, and no flag. A miss: what LLM2Vec wrote opens causal. A wrong match:
@@ -38,6 +39,34 @@ def loaded_bidirectional(model: Any) -> bool:
     return says_so and holds_decoder(model)
 
 
+def sinks_in_config(config: Any) -> Sinks | None:
+    """The sinks that one config, an object or a dict, says by itself; None if it says nothing of sinks."""
+    fields = config if isinstance(config, dict) else vars(config)
+    numbers = [fields.get(name) or 0 for name in Sinks._fields]
+    return read_sinks(*numbers) if any(numbers) else None
+
+
+def saved_sinks(config_or_model: Any) -> Sinks:
+    """The sinks with which a model was saved, from its config; none if it had none.
+
+    Raises:
+        ArgumentError: the config says numbers that have no meaning.
+    """
+    config = getattr(config_or_model, "config", config_or_model)
+    return next(filter(None, map(sinks_in_config, parts(config))), NO_SINKS)
+
+
+def sinks_on_disk(name_or_path: Any, **hub: Any) -> Sinks:
+    """The sinks of which a checkpoint or adapter on disk says that it was trained with; see `says_bidirectional`."""
+    hub = {name: value for name, value in hub.items() if name in (*HUB_OPTIONS, "local_files_only")}
+    for file_name in ("adapter_config.json", "config.json"):
+        config = read_json(name_or_path, file_name, hub)
+        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+            if (sinks := sinks_in_config(part)) is not None:
+                return sinks
+    return NO_SINKS
+
+
 def holds_decoder(model: Any) -> bool:
     """Whether there is a decoder in `model`; else it is an encoder, of which `is_causal: false` is true as it is."""
     try:
@@ -46,9 +75,12 @@ def holds_decoder(model: Any) -> bool:
         return False
 
 
-def is_bidirectional_now(model: Any) -> bool:
-    """Whether every decoder in `model` attends in both directions; False where there is none."""
-    return holds_decoder(model) and all(map(attends_both_ways, decoders(model)))
+def is_bidirectional_now(model: Any, sinks: Sinks | None = None) -> bool:
+    """Whether every decoder in `model` attends in both directions, with these sinks if any are given; False where there is none."""
+    if not holds_decoder(model):
+        return False
+    found = decoders(model)
+    return all(map(attends_both_ways, found)) and (sinks is None or all(sinks_of(decoder) == sinks for decoder in found))
 
 
 def _config_says_so(config: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """What a bidirectional model leaves on disk: `"is_causal": false` in config.json, under the stock architecture name.
 
-Stock transformers from 5.2 on reads that flag, and so do others (vLLM). Nothing on the live model or its config changes: a
-shallow copy is saved.
+Stock transformers from 5.2 on reads that flag, and so do others (vLLM). Sink tokens stand beside it, which none of them knows: see
+`guard`. Nothing on the live model or its config changes: a shallow copy is saved.
 """
 
 import copy
@@ -9,28 +9,37 @@ from typing import Any
 
 from torch import nn
 
-from ..attention.model_forward import BidirectionalModel
+from ..attention.model_forward import BidirectionalModel, ModelSettings
+from ..model.config import parts
 from ..model.find import decoders
+from ..model.sinks import NO_SINKS, Sinks
 from ..swap.classes import has_mixin
+from ..swap.plan import settings_of
 from ..swap.view import view
+from ..verify.state import sinks_in
 from .adapters import marked
+from .guard import guard_config
+from .load import sinks_in_config
 
 
 def save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained` of a bidirectional model."""
-    with marked(True):  # where transformers put adapters on, it writes them and nothing else
+    with marked(sinks_in(model)):  # where transformers put adapters on, it writes them and nothing else
         return wrapped.__func__(_saved(model, saving_config(model)), *args, **kwargs)
 
 
 def save_causal(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """`save_pretrained` of a model that is causal, whatever its config says outside of a causal block: the flag is left out."""
     config = copy.deepcopy(model.config)
-    vars(config).pop("is_causal", None)
+    for part in parts(config):
+        if part is config:
+            vars(part).pop("is_causal", None)
+        _write_sinks(part, NO_SINKS)
     return wrapped.__func__(_saved(model, config), *args, **kwargs)
 
 
 def saving_config(model: Any) -> Any:
-    """A copy of `model.config` that says `is_causal: false` for each decoder in `model` that is wholly bidirectional."""
+    """A copy of `model.config` that says `is_causal: false` and the sinks of each decoder in `model` that is wholly bidirectional."""
     config = copy.deepcopy(model.config)
     partial = [decoder.module for decoder in decoders(model) if decoder.unsupported_layers]
     for module in model.modules():
@@ -38,9 +47,20 @@ def saving_config(model: Any) -> Any:
             inner = vars(model.config).items()  # of a composite config; older transformers give its models a copy
             names = [n for n, value in inner if value is module.config]
             names = names or [n for n, value in inner if type(value) is type(module.config)]
+            settings = settings_of(module, ModelSettings)
             for part in [getattr(config, n) for n in names] or [config]:
                 part.is_causal = False
+                _write_sinks(part, NO_SINKS if settings is None else settings.sinks)
+    if any(map(sinks_in_config, parts(config))):
+        guard_config(config)
     return config
+
+
+def _write_sinks(config: Any, sinks: Sinks) -> None:
+    for name, number in sinks._asdict().items():
+        vars(config).pop(name, None)
+        if sinks != NO_SINKS:
+            setattr(config, name, number)
 
 
 def _saved(model: Any, config: Any) -> Any:

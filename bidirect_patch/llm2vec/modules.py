@@ -9,7 +9,8 @@ from sentence_transformers.base.modules.input_module import InputModule
 from sentence_transformers.base.modules.module import Module
 from transformers import AutoTokenizer
 
-from ..checkpoints.load import loaded_bidirectional
+from ..checkpoints.guard import opening_sinks
+from ..checkpoints.load import loaded_bidirectional, saved_sinks
 from ..errors import ConfigError
 from ..patch import enable_bidirectional
 from .decoder import load_decoder
@@ -111,9 +112,10 @@ class LLM2VecTransformer(InputModule):
         hub |= {"subfolder": subfolder} if subfolder else {}
         hub |= {"cache_dir": options["cache_folder"]} if options.get("cache_folder") else {}
         model_kwargs = {**hub, **(options.get("config_kwargs") or {}), **(options.get("model_kwargs") or {})}
-        model = load_decoder(model_name_or_path, "auto", **model_kwargs)
+        with opening_sinks():
+            model = load_decoder(model_name_or_path, "auto", **model_kwargs)
         if loaded_bidirectional(model):
-            enable_bidirectional(model)
+            enable_bidirectional(model, **saved_sinks(model)._asdict())
         given = options.get("processor_kwargs") or options.get("tokenizer_kwargs") or {}
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **{**hub, **given})
         return cls(model, tokenizer, **settings)

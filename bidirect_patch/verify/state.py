@@ -26,6 +26,12 @@ def sinks_of(decoder: Decoder) -> Sinks:
     return NO_SINKS if settings is None else settings.sinks
 
 
+def sinks_in(model: nn.Module) -> Sinks:
+    """The sinks of the first patched decoder in `model` that has some; none if none has any."""
+    found = (settings_of(module, ModelSettings) for module in modules_of(model))
+    return next((s.sinks for s in found if s is not None and s.sinks != NO_SINKS), NO_SINKS)
+
+
 def as_patched(decoder: Decoder) -> Decoder:
     """A patched decoder with the sinks that it has."""
     return with_sinks(decoder, sinks_of(decoder))
