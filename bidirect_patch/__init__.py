@@ -39,12 +39,12 @@ def _install_hooks(_: object) -> None:
 
 
 def _install_reopening(base_model: object) -> None:
-    import_module(f"{__name__}.llm2vec.reopening").install(base_model)
+    import_module(f"{__name__}.encoder.reopening").install(base_model)
 
 
 # From now on, an adapter that was trained bidirectionally is known for one, whenever PEFT is imported.
 register_post_import_hook(_install_hooks, "peft.peft_model")
-# And sentence-transformers finds the modules of an encoder that `load_llm2vec` made.
+# And sentence-transformers finds the modules of this package that an encoder was saved with.
 register_post_import_hook(_install_reopening, "sentence_transformers.base.model")
 
 if TYPE_CHECKING:

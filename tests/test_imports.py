@@ -29,9 +29,10 @@ ALLOWED = {
     "auto": BELOW_PATCH | {"patch"},
     "mntp": BELOW_PATCH - {"checkpoints"} | {"patch"},
     "head": {"mntp"},
+    "encoder": {"errors"},
     "llm2vec": BELOW_PATCH | {"patch"},
     "architectures": {"errors"},
-    "cli": BELOW_PATCH | {"face", "patch", "auto", "mntp", "head", "architectures"},
+    "cli": BELOW_PATCH | {"face", "patch", "auto", "mntp", "head", "encoder", "architectures"},
     "face": set(),
     "pytest_plugin": {"face"},
     "__main__": {"cli"},
@@ -43,6 +44,7 @@ BY_NAME = {
     ("bidirect_patch", "_install_reopening"),  # once sentence-transformers is there
     ("bidirect_patch", "__getattr__"),  # names that load on first use
     ("bidirect_patch.cli", "_dispatch"),  # the command that was asked for
+    ("bidirect_patch.encoder.reopening", "_class_of"),  # a class that a modules.json names
     ("bidirect_patch.swap.classes", "_rebuild"),  # unpickling may be the first use of the package
 }
 

@@ -68,7 +68,7 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
     if settings.pooling_mode == "eos_token":
-        append_end_token(module.tokenizer)
+        module.processor = append_end_token(module.tokenizer)
     mode = POOLING[settings.pooling_mode]
     pooling = Pooling(model.config.hidden_size, pooling_mode=mode, include_prompt=not prompts)
     limit = _limit(module, settings)

@@ -7,6 +7,7 @@ from tokenizers.normalizers import Sequence, Strip
 from transformers import PreTrainedTokenizerFast
 
 from ...errors import ConfigError
+from ..added_token import of_general_class
 
 
 def with_countable_prompts(tokenizer: Any, prompts: Iterable[str]) -> Any:
@@ -32,16 +33,7 @@ def with_countable_prompts(tokenizer: Any, prompts: Iterable[str]) -> Any:
     backend.normalizer = strip if backend.normalizer is None else Sequence([strip, backend.normalizer])
     if type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
-    # Opened again, a tokenizer of a class of its own would make its normalizer anew.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=tokenizer.model_max_length,
-        padding_side=tokenizer.padding_side,
-        truncation_side=tokenizer.truncation_side,
-        model_input_names=tokenizer.model_input_names,
-        chat_template=tokenizer.chat_template,
-        **tokenizer.special_tokens_map,
-    )
+    return of_general_class(tokenizer)
 
 
 def _is_prefix(tokenizer: Any, prompt: str) -> bool:

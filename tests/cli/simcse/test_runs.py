@@ -142,7 +142,7 @@ def test_the_end_token_is_appended_once_and_kept_in_the_folder(tmp_path, flags):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     before = tokenizer("w1 w2")["input_ids"]
     for _ in range(2):
-        append_end_token(tokenizer)
+        tokenizer = append_end_token(tokenizer)
         assert tokenizer("w1 w2")["input_ids"] == [*before, EOS]
         tokenizer.save_pretrained(tmp_path)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)

@@ -4,9 +4,21 @@ From 6.0 on, it takes module classes from elsewhere only with `trust_remote_code
 trusted already, so its own classes are taken without that; of any other class nothing changes.
 """
 
+from importlib import import_module
 from typing import Any
 
 import wrapt
+
+_PACKAGE = __package__.rpartition(".")[0]
+# Every class of this package that may stand in a modules.json.
+CLASSES = frozenset(
+    f"{_PACKAGE}.{name}"
+    for name in (
+        "encoder.without_sinks.WithoutSinks",
+        "llm2vec.modules.LLM2VecPooling",
+        "llm2vec.modules.LLM2VecTransformer",
+    )
+)
 
 
 def install(base_model: Any) -> None:
@@ -16,9 +28,8 @@ def install(base_model: Any) -> None:
 
 
 def _class_of(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    module, _, name = str(args[0] if args else kwargs.get("class_ref")).rpartition(".")
-    if module != f"{__package__}.modules" or name not in ("LLM2VecTransformer", "LLM2VecPooling"):
+    named = str(args[0] if args else kwargs.get("class_ref"))
+    if named not in CLASSES:
         return wrapped(*args, **kwargs)
-    from . import modules  # not before sentence-transformers itself is imported
-
-    return getattr(modules, name)
+    module, _, name = named.rpartition(".")
+    return getattr(import_module(module), name)  # not before sentence-transformers itself is imported
