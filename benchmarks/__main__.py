@@ -33,6 +33,7 @@ SECTIONS = (  # title, script and its arguments
     ("Growth with vocabulary, length, layers and scored share", ("growth",)),
     ("Padding-free batches", ("padding_free",)),
     ("The patch against the peers", ("patch_cost",)),
+    ("Sink tokens against none", ("sinks",)),
     ("The collator", ("collator",)),
     ("Lower precision", ("precision",)),
     ("A step of each command beside its floor", ("steps",)),

@@ -1,7 +1,7 @@
-"""Draw what one attention head of a real model attends to, before and after `enable_bidirectional`, without training.
+"""Draw how an attention head of a real model loses its sink where every token is opened, and keeps it where the first one is a sink.
 
-The head is the one whose bidirectional attention puts the most weight on later tokens, among all heads of all layers. Both
-panels show that head. Writes figures/attention_head.svg:
+The head is the one whose weight on the first token falls most when every token is opened, among all heads of all layers. All
+three panels show that head, with the first token that the model gets in front of its texts. Writes figures/attention_head.svg:
 `python -m benchmarks.attention_head --model FOLDER_OR_NAME [--gguf_file NAME]`, some seconds beside the loading of the model.
 """
 
@@ -13,9 +13,10 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks.report import parser
 from benchmarks.svg import cell, save, text
 from bidirect_patch import bidirectional
+from bidirect_patch.cli.sink_token import choose_sink_token, prepend_sink_token
 
 SENTENCE = "The bank of the river was flooded, so we walked home."
-CELL, LEFT, TOP, GAP = 24, 84, 96, 120
+CELL, LEFT, TOP, GAP = 18, 116, 122, 120
 
 
 def attention(model: Any, batch: Any) -> torch.Tensor:
@@ -24,11 +25,16 @@ def attention(model: Any, batch: Any) -> torch.Tensor:
         return torch.cat(model(**batch, output_attentions=True).attentions).float()
 
 
-def most_weight_on_later_tokens(weights: torch.Tensor) -> tuple[int, int, float]:
-    """Layer, head, and that head's mean weight on later tokens. The last token has none, and is left out."""
-    later = weights.triu(1).sum(-1)[..., :-1].mean(-1)
-    layer, head = divmod(int(later.argmax()), weights.shape[1])
-    return layer, head, float(later[layer, head])
+def on_the_first(weights: torch.Tensor) -> torch.Tensor:
+    """(..., length, length) -> (...): the mean weight that the other tokens put on the first one."""
+    return weights[..., 1:, 0].mean(-1)
+
+
+def most_lost(causal: torch.Tensor, opened: torch.Tensor) -> tuple[int, int]:
+    """Layer and head, of (layers, heads, length, length), whose weight on the first token falls most."""
+    lost = on_the_first(causal) - on_the_first(opened)
+    layer, head = divmod(int(lost.argmax()), lost.shape[1])
+    return layer, head
 
 
 def heat(title: str, weights: torch.Tensor, tokens: list[str], x: float) -> list[str]:
@@ -46,7 +52,7 @@ def heat(title: str, weights: torch.Tensor, tokens: list[str], x: float) -> list
 
 
 def main() -> None:
-    """Run the model in both modes, and draw one head."""
+    """Run the model in three modes, and draw one head."""
     options = parser(__doc__, 1)
     options.add_argument("--model", required=True, metavar="FOLDER_OR_NAME")
     options.add_argument("--gguf_file", metavar="NAME", help="load this file of the model's folder")
@@ -54,20 +60,25 @@ def main() -> None:
     given = options.parse_args()
     source = {"gguf_file": given.gguf_file} if given.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(given.model, **source)
+    tokenizer = prepend_sink_token(tokenizer, choose_sink_token(tokenizer, None))
     model = AutoModel.from_pretrained(given.model, attn_implementation="eager", **source).eval()
     batch = tokenizer(given.sentence, return_tensors="pt")
     tokens = [tokenizer.decode([i]).strip() for i in batch["input_ids"][0]]
-    before = attention(model, batch)
+    panels = {"causal": attention(model, batch)}
     with bidirectional(model):
-        after = attention(model, batch)
-    layer, head, share = most_weight_on_later_tokens(after)
+        panels["every token opened"] = attention(model, batch)
+    with bidirectional(model, num_sink_tokens=1):
+        panels["opened, the first token a sink"] = attention(model, batch)
+    layer, head = most_lost(*list(panels.values())[:2])
     width = CELL * len(tokens)
-    right = LEFT + width + GAP
-    parts = heat("causal", before[layer, head], tokens, LEFT) + heat("bidirectional", after[layer, head], tokens, right)
-    note = f"layer {layer}, head {head}: {share:.0%} of its bidirectional attention is on later tokens"
-    parts.append(text(LEFT, TOP + width + 24, note))
-    save("attention_head", right + width + 40, TOP + width + 36, parts)
-    print(note)
+    parts = []
+    for number, (title, weights) in enumerate(panels.items()):
+        x = LEFT + number * (width + GAP)
+        share = float(on_the_first(weights[layer, head]))
+        print(f"{title}: layer {layer}, head {head}: {share:.0%} of the other tokens' attention is on the first one")
+        parts += heat(title, weights[layer, head], tokens, x)
+        parts.append(text(x, TOP + width + 22, f"{share:.0%} on the first token"))
+    save("attention_head", LEFT + 3 * (width + GAP) - GAP + 48, TOP + width + 36, parts)
 
 
 if __name__ == "__main__":

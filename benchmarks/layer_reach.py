@@ -1,6 +1,6 @@
 """Draw which position sees which through one layer, as the gradient tells.
 
-Four grids: causal; bidirectional; bidirectional with a sliding window of 3; bidirectional with two texts packed into one row.
+Five grids: causal; bidirectional; the same with a sink token; with a sliding window of 3; with two texts packed into one row.
 Writes figures/layer_reach.svg; `python -m benchmarks.layer_reach`, two seconds.
 """
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 from benchmarks.attention_picture import SIZES, Cells, Row, grid, print_cells, seen
 from benchmarks.report import parser
 from benchmarks.svg import save
-from bidirect_patch import enable_bidirectional
+from bidirect_patch import bidirectional, enable_bidirectional
 
 TOKENS = ["A", "cat", "sat", "on", "the", "mat", "today"]
 ONE_TEXT = Row(TOKENS, list(range(7)), [1] * 7)
@@ -24,11 +24,14 @@ def panels() -> list[tuple[str, Cells, Row]]:
     llama = LlamaModel(LlamaConfig(**SIZES)).eval()
     mistral = MistralModel(MistralConfig(**SIZES, num_key_value_heads=4, sliding_window=3)).eval()
     causal = ("causal", seen(llama, ONE_TEXT), ONE_TEXT)
+    with bidirectional(llama, num_sink_tokens=1):
+        sink = ("the first token a sink", seen(llama, ONE_TEXT), ONE_TEXT)
     for model in (llama, mistral):
         enable_bidirectional(model)
     return [
         causal,
         ("bidirectional", seen(llama, ONE_TEXT), ONE_TEXT),
+        sink,
         ("sliding window of 3", seen(mistral, ONE_TEXT), ONE_TEXT),
         ("two packed texts", seen(llama, TWO_TEXTS), TWO_TEXTS),
     ]

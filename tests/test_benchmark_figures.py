@@ -34,17 +34,20 @@ def test_the_reach_of_a_layer_is_what_its_title_says():
     expected = {
         "causal": lambda q, k: k <= q,
         "bidirectional": lambda q, k: True,
+        "the first token a sink": lambda q, k: q > 0 or k == 0,
         "sliding window of 3": lambda q, k: abs(q - k) < 3,
         "two packed texts": lambda q, k: (q < 3) == (k < 3),
     }
     assert shown == {title: positions(7, rule) for title, rule in expected.items()}
 
 
-def test_the_head_with_the_most_weight_on_later_tokens_is_chosen():
-    weights = torch.eye(4).repeat(2, 3, 1, 1)
-    weights[1, 2, 0] = torch.tensor([0.0, 0.0, 0.5, 0.5])  # the first token of three attends to later ones alone
-    weights[0, 1, 3] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # this one looks back
-    assert attention_head.most_weight_on_later_tokens(weights) == (1, 2, pytest.approx(1 / 3))
+def test_the_head_that_loses_its_sink_is_chosen():
+    causal = torch.eye(4).repeat(2, 3, 1, 1)
+    causal[1, 2] = causal[0, 1] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # all weight on the first token
+    opened = causal.clone()
+    opened[1, 2, :, 0] = torch.tensor([1.0, 0.25, 0.5, 0.0])
+    assert attention_head.most_lost(causal, opened) == (1, 2)
+    assert attention_head.on_the_first(opened[1, 2]) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("inverse, share", [(False, (2, 4, 5)), (True, (0.2, 0.25, 0.5))])

@@ -33,13 +33,9 @@ def block_masks(sequences: Sequences, spans: tuple[Span, ...]) -> BlockMask:
 
 def _block_mask(sequences: Sequences, span: Span) -> Any:
     first, last = _seen_by(sequences, span)
-    padding = _padding_before(sequences) if span.sinks else None
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        begun = first[b, k] <= q
-        if padding is not None:
-            begun = begun | (q < padding[b, k])
-        seen = begun & (q < last[b, k])
+        seen = (first[b, k] <= q) & (q < last[b, k])
         return seen if span.window is None else seen & in_window(q, k, span.window)
 
     return create_block_mask(
@@ -51,7 +47,8 @@ def _seen_by(sequences: Sequences, span: Span) -> tuple[Tensor, Tensor]:
     """int64 (batch, length) twice: each key is seen by the queries from the first number up to, not with, the second.
 
     Padding belongs to the sequence before it, and at the left end of a row to the first one, so that padded queries see
-    something. A padded key is seen by nobody, but in a row of padding alone.
+    something; with sink tokens it sees nothing there, which FlexAttention makes zeros of. A padded key is seen by nobody, but in
+    a row of padding alone.
     """
     length = sequences.length
     number = sequences.chunked(span.chunk)
@@ -65,7 +62,7 @@ def _seen_by(sequences: Sequences, span: Span) -> tuple[Tensor, Tensor]:
     if sequences.real is None:
         return first, last
     hidden = ~sequences.real & sequences.real.any(-1, keepdim=True)
-    return first, torch.where(hidden, first, last)
+    return first, last.masked_fill(hidden, 0)
 
 
 def _past_sinks(sequences: Sequences, span: Span, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,9 +79,3 @@ def _past_sinks(sequences: Sequences, span: Span, first: Tensor, last: Tensor) -
         last = torch.where(is_sink, torch.minimum(last, after), last)
     return torch.maximum(first, torch.where(is_sink, index, end)), last
 
-
-def _padding_before(sequences: Sequences) -> Tensor:
-    """int64 (batch, length): where the first real token of a row is. Padding before it sees the first sequence."""
-    if sequences.real is None:
-        return torch.zeros(sequences.batch, sequences.length, dtype=torch.int64, device=sequences.device)
-    return (sequences.real.cumsum(-1) == 0).sum(-1, keepdim=True).expand(-1, sequences.length)
