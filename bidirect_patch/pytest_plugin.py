@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -21,13 +21,22 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def bidirectional_model() -> Iterator[Callable[[Model], Model]]:
+def bidirectional_model() -> Iterator[Callable[..., Any]]:
     """`bidirectional_model(model)` makes `model` bidirectional for this test and returns it, the same object.
+
+    It takes `num_sink_tokens` and `num_sinkless_layers`, as `bidirect_patch.enable_bidirectional` does.
 
     Teardown, after a failure too, gives each model back the mode it was found in, the last one first.
     """
     with ExitStack() as undo:
-        yield lambda model: undo.enter_context(bidirect_patch.bidirectional(model))
+
+        def enable(model: Model, *, num_sink_tokens: int = 0, num_sinkless_layers: int = 0) -> Model:
+            block = bidirect_patch.bidirectional(
+                model, num_sink_tokens=num_sink_tokens, num_sinkless_layers=num_sinkless_layers
+            )
+            return undo.enter_context(block)
+
+        yield enable
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,18 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..checkpoints.guard import opening_sinks
+from ..checkpoints.load import saved_sinks
 from ..errors import StillCausalError, UnsupportedModelError
+from ..model.sinks import Sinks
 from ..model.tiny import tiny_like
 from ..patch import bidirectional
+from ..verify.probe import LENGTH
 from ..verify.report import LONGEST, attention_report
 from . import Parser, one_line
+from .layers import number_of_layers
 from .loading import loading
+from .sinks import check_sinkless, check_sinks, choose_sinks
 from .versions import DTYPE_ARGUMENT
 
 
@@ -28,22 +34,28 @@ def run(argv: list[str]) -> int:
         UnsupportedModelError: No small model can be built from the config.
     """
     settings = _parser().read(argv)
+    check_sinks(settings)
     model = _load_weights(settings) if settings.weights else _make_small(settings)
     if not settings.weights:
         print(f"A small random {type(model).__name__} stands for {settings.model}; --weights runs the real model.\n")
-    before = attention_report(model, length=settings.length)
+    sinks = _sinks(settings, model)
+    length = settings.length or min(LENGTH + sinks.num_sink_tokens, LONGEST)
+    before = attention_report(model, length=length)
     print(f"as it is:\n{before}\n")
     try:
-        with bidirectional(model):
-            after = attention_report(model, length=settings.length)
+        with bidirectional(model, **sinks._asdict()):
+            after = attention_report(model, length=length)
     except (UnsupportedModelError, StillCausalError) as error:
         print(f"refused: {one_line(error)}")
         return 1
     print(f"bidirectional:\n{after}")
-    for layer in after.unlike_mirror_of(before):
+    unlike = after.unlike_mirror_of(before)
+    for layer in unlike:
         old = before.layers[layer.index].backward
         print(f"note: {layer.name} looked back {old} positions and now reaches -{layer.backward} .. +{layer.forward}")
-    return 0 if after.is_bidirectional and not after.narrower_than(before) else 1
+    # A layer that doesn't see the sink tokens looks back less far, and that is its mirror image all the same.
+    narrower = {layer.index for layer in after.narrower_than(before)} & {layer.index for layer in unlike}
+    return 0 if after.is_bidirectional and not narrower else 1
 
 
 def _parser() -> Parser:
@@ -61,7 +73,10 @@ def _parser() -> Parser:
         "--attn_implementation", help="the backend: eager, sdpa, flash_attention_2, flex_attention, ..."
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model comes with")
-    parser.add_argument("--length", type=_length, default=7, help="tokens in the short random text (default 7)")
+    parser.add_argument("--length", type=_length, help="tokens in the short random text (default 7, and the sink tokens)")
+    parser.add_argument("--num_sink_tokens", type=int, metavar="N", help="of enable_bidirectional (default: as saved, or 0)")
+    parser.add_argument("--num_sinkless_layers", type=int, metavar="N", help="of enable_bidirectional (the same default)")
+    parser.set_defaults(layers=None)
     return parser
 
 
@@ -71,8 +86,16 @@ def _length(text: str) -> int:
     return int(text)
 
 
+def _sinks(settings: argparse.Namespace, model: Any) -> Sinks:
+    """The sinks that are asked for, else those that the model was saved with; as many sinkless layers as a small model has."""
+    sinks = choose_sinks(settings, saved_sinks(model))
+    fewer = min(sinks.num_sinkless_layers, number_of_layers(model.config) or 0)
+    return sinks if settings.weights else sinks._replace(num_sinkless_layers=fewer)
+
+
 def _make_small(settings: argparse.Namespace) -> nn.Module:
     config = _load(AutoConfig, settings)
+    check_sinkless(settings.num_sinkless_layers or 0, number_of_layers(config))
     return tiny_like(config, settings.attn_implementation, settings.trust_remote_code)
 
 
@@ -83,5 +106,5 @@ def _load_weights(settings: argparse.Namespace) -> nn.Module:
 
 
 def _load(auto_class: Any, settings: argparse.Namespace, **options: Any) -> Any:
-    with loading(repr(settings.model), failure="no model could be read from"):
+    with loading(repr(settings.model), failure="no model could be read from"), opening_sinks():
         return auto_class.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code, **options)

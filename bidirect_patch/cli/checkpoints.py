@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoints.load import sinks_on_disk
 from ..errors import ConfigError
+from ..model.sinks import Sinks
 from . import one_line
 
 STATE = "trainer_state.json"  # the trainer writes this file of a checkpoint last
@@ -58,6 +60,13 @@ def check_same_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -
         if tensor.shape != saved[name].shape:
             shapes = f"{tuple(saved[name].shape)} and not {tuple(tensor.shape)}"
             raise ConfigError(f"its weights are not those of this model: {name} is {shapes}")
+
+
+def check_same_sinks(checkpoint: str, own: Sinks) -> None:
+    """Raise ConfigError if a checkpoint was trained with other sink tokens than a run has."""
+    saved = sinks_on_disk(checkpoint)
+    if saved != own:
+        raise ConfigError(f"it was trained with {saved.in_words}, and this run has {own.in_words}")
 
 
 def _refusal(checkpoint: Any, error: Exception) -> str:

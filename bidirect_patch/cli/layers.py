@@ -28,10 +28,15 @@ def check_layers(config: Any, count: int) -> None:
     Raises:
         ConfigError: The model has fewer.
     """
-    config = text_config(config)
-    there = getattr(config, _count_name(config), None)
+    there = number_of_layers(config)
     if isinstance(there, int):
         _check(count, there)
+
+
+def number_of_layers(config: Any) -> Any:
+    """How many layers a model of this config has, as far as the config says; else None."""
+    config = text_config(config)
+    return getattr(config, _count_name(config), None)
 
 
 def keep_layers(model: nn.Module, count: int) -> None:

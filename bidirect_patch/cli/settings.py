@@ -19,6 +19,7 @@ from . import Parser, one_line, underscored
 from .output_folder import check_output_dir as check_output_dir
 from .ranges import BELOW_ONE, COUNT, RANK, check_range, check_text, check_training_numbers
 from .settings_help import ALL, NOTES, Formatter, shorten
+from .sinks import check_sinks
 from .versions import has_accelerator, name_of_checkpointing, translate_settings
 
 
@@ -33,6 +34,23 @@ class CommonModelArguments:
     )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2 or another name that transformers knows."}
+    )
+    layers: int | None = field(
+        default=None, metadata={"help": "Keep the first N layers; the last ones of a language model are seldom the best."}
+    )
+    num_sink_tokens: int | None = field(
+        default=None,
+        metadata={"help": "The first N tokens of each text stay causal and aren't pooled. Default: as it was saved, else 0."},
+    )
+    num_sinkless_layers: int | None = field(
+        default=None, metadata={"help": "In the last N layers no other token sees them. Default: as it was saved, else 0."}
+    )
+    sink_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Put before each text: bos, eos or a token. Default with sink tokens: what the tokenizer puts there by "
+            "itself, else bos, else eos; without: nothing more."
+        },
     )
     lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapter; 0 trains all weights instead."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
@@ -175,8 +193,11 @@ def check_dropout(settings: Any, *names: str) -> None:
         check_range(name, getattr(settings, name), BELOW_ONE)
 
 
-def check_lora(settings: CommonModelArguments) -> None:
-    """Raise ConfigError if no LoRA adapter can have these settings."""
+def check_model_settings(settings: CommonModelArguments) -> None:
+    """Raise ConfigError if no model can have these layers and sink tokens, or no LoRA adapter these settings."""
+    check_sinks(settings)
+    if settings.sink_token == "":
+        raise ConfigError("sink_token is empty: give bos, eos or a token of the vocabulary")
     check_dropout(settings, "lora_dropout")
     check_range("lora_r", settings.lora_r, RANK)
 

@@ -62,6 +62,23 @@ def choose_sink_token(tokenizer: Any, asked: str | None) -> str:
     return str(token)
 
 
+def with_sink_token(tokenizer: Any, asked: str | None, num_sink_tokens: int) -> tuple[Any, str | None]:
+    """A tokenizer that puts the token before each text that the settings ask for, and the token.
+
+    Args:
+        tokenizer: The tokenizer. It may be changed.
+        asked: "bos", "eos" or a token of the vocabulary; None takes the default.
+        num_sink_tokens: Without sink tokens, and without a token that is asked for, the tokenizer stays as it is.
+
+    Raises:
+        ConfigError: The tokenizer has no such token, or can't be changed.
+    """
+    if asked is None and not num_sink_tokens:
+        return tokenizer, None
+    token = choose_sink_token(tokenizer, asked)
+    return prepend_sink_token(tokenizer, token), token
+
+
 def prepend_sink_token(tokenizer: Any, token: str) -> Any:
     """Let a tokenizer put `token` before every text. The saved tokenizer does so too.
 

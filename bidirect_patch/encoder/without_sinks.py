@@ -1,4 +1,4 @@
-"""The module of a SentenceTransformer by which its pooling leaves the sink tokens out. It needs sentence-transformers 5.4 or newer."""
+"""The module of a SentenceTransformer by which its pooling leaves sinks out. It needs sentence-transformers 5.4 or newer."""
 
 import os
 from typing import Any

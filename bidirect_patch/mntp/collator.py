@@ -34,7 +34,7 @@ class MNTPCollator:
     Each token that may be chosen is chosen with `mlm_probability`. Of the chosen tokens, a share of `mask_replace_prob` becomes
     the mask token, a share of `random_replace_prob` becomes a random token that is not special, and the rest stays. The
     defaults are BERT's 80/10/10 (Devlin et al., 2018, https://arxiv.org/abs/1810.04805). Never chosen: the first token of a
-    sequence or document, special tokens, padding.
+    sequence or document, its sink tokens, special tokens, padding.
 
     Args:
         tokenizer: any transformers tokenizer, with or without a mask or pad token. It is read and never changed.
@@ -53,6 +53,8 @@ class MNTPCollator:
             seed, torch's global generator is used.
         repeatable: with a seed, the masks of a text depend on the seed and the text alone, whatever the batch, its order or
             its padding. Use it for evaluation: every evaluation then scores the same tokens.
+        num_sink_tokens: that of `enable_bidirectional`. So many tokens at the start of each sequence or document are never
+            chosen: they don't see the text, which could tell what they are.
 
     Raises:
         MaskTokenError: the mask token is not exactly one id of the tokenizer.
@@ -81,6 +83,7 @@ class MNTPCollator:
         return_flash_attn_kwargs: bool = False,
         seed: int | None = None,
         repeatable: bool = False,
+        num_sink_tokens: int = 0,
     ) -> None:
         share = _share_or_range(mlm_probability)
         _check_replacements(mask_replace_prob, random_replace_prob)
@@ -89,6 +92,7 @@ class MNTPCollator:
         _require_flag("repeatable", repeatable)
         _check_layout(pad_to_multiple_of, padding_free, return_flash_attn_kwargs)
         _check_seed(seed, repeatable)
+        _require_integer("num_sink_tokens", num_sink_tokens, least=0)
         check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.mlm_probability = share
@@ -99,6 +103,7 @@ class MNTPCollator:
         self.return_flash_attn_kwargs = return_flash_attn_kwargs
         self.seed = seed
         self.repeatable = repeatable
+        self.num_sink_tokens = int(num_sink_tokens)
         self.mask_token_id = find_mask_token_id(tokenizer, mask_token)
         self._special_ids = special_ids(tokenizer)
         self._size = len(tokenizer)  # a slow tokenizer counts it again each time
@@ -138,7 +143,8 @@ class MNTPCollator:
         self._check_ids(ids, lengths)
         real = torch.from_numpy(join(rows, "attention_mask", lengths, 1) != 0)
         first = _document_starts(rows, lengths, real)
-        eligible = real & ~first & ~torch.from_numpy(np.isin(ids, self._special_ids))
+        starts_document = _start_tokens(first, real, max(1, self.num_sink_tokens))
+        eligible = real & ~starts_document & ~torch.from_numpy(np.isin(ids, self._special_ids))
         if any("special_tokens_mask" in row for row in rows):
             eligible &= torch.from_numpy(join(rows, "special_tokens_mask", lengths, 0) == 0)
         draws = self.draws(rows)
@@ -285,6 +291,19 @@ def _document_starts(rows: list[Row], lengths: np.ndarray, real: Tensor) -> Tens
         return first
     positions = torch.from_numpy(join(rows, "position_ids", lengths, None))
     return first | starts(positions[None], real[None])[0]
+
+
+def _start_tokens(first: Tensor, real: Tensor, count: int) -> Tensor:
+    """(total,), bool: True at the first `count` real tokens of each document.
+
+    Args:
+        first: (total,), bool, True where a document starts.
+        real: (total,), bool, False at padding.
+        count: 1 or more.
+    """
+    place = real.cumsum(0)  # from 1 on at the first real token
+    start = torch.where(first, place, 0).cummax(0).values  # of the document that each token is in
+    return real & (place - start < count)
 
 
 def _share_or_range(given: Any) -> float | tuple[float, float]:

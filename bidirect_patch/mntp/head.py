@@ -20,7 +20,7 @@ from ..attention.labels import unwatch_labels
 from ..attention.model_forward import named_arguments
 from ..errors import HeadError
 from ..model.facts import parameter_names
-from ..patch import enable_bidirectional
+from ..patch import enable_with_sinks_found
 from ..swap.apply import apply, prepare
 from ..swap.classes import Swapped, has_mixin, set_forward
 from ..swap.plan import Plan, record_of, settings_of
@@ -34,6 +34,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> Any:
     """Make `model` bidirectional and give it the stock causal loss at the cost of the scored positions alone.
+
+    Sink tokens that `enable_bidirectional` has given it stay.
 
     With `labels`, (batch, length), int64, -100 where nothing is scored, the model returns the loss of `LlamaForCausalLM`:
     the output at position i - 1 predicts the label at i. Its gradients can be taken once. Where nothing is scored, loss and
@@ -76,7 +78,7 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
     plans = [(causal, Plan(MNTPHead, HeadSettings(eval_logits)))]
     prepare(plans)  # raises what `apply` would, before anything is changed
     before = _patch_of(model)
-    enable_bidirectional(model)
+    enable_with_sinks_found(model)
     try:
         apply(plans)  # prepared again: enabling may have changed the same instance
     except BaseException:

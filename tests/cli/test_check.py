@@ -55,7 +55,7 @@ def test_a_model_without_attention_is_refused_by_name(tmp_path, capsys):
 
 
 def test_the_patch_giving_up_is_a_failure(folder, capsys, monkeypatch):
-    def give_up(model):
+    def give_up(model, **sinks):
         raise StillCausalError("LlamaDecoderLayer stayed causal")
 
     monkeypatch.setattr(check, "bidirectional", give_up)
@@ -64,7 +64,7 @@ def test_the_patch_giving_up_is_a_failure(folder, capsys, monkeypatch):
 
 
 def test_a_layer_that_stays_causal_is_a_failure(folder, capsys, monkeypatch):
-    monkeypatch.setattr(check, "bidirectional", nullcontext)
+    monkeypatch.setattr(check, "bidirectional", lambda model, **sinks: nullcontext(model))
     assert cli.main(["check", folder]) == 1
     assert "2 causal" in capsys.readouterr().out.split("bidirectional:\nlayer")[1]
 

@@ -79,8 +79,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Materials, PreTrainedModel]:
     if not options.model:
         torch.set_num_threads(1)  # so small a model gains little from more, and on a busy machine waits for them
     tokenizer = load_tokenizer(source)
-    collator, eval_collator = (RepeatableCollator(tokenizer, mlm_probability=0.2, seed=options.seed) for _ in range(2))
-    check_model(source)
+    how = {"mlm_probability": 0.2, "seed": options.seed, "num_sink_tokens": check_model(source).sinks.num_sink_tokens}
+    collator, eval_collator = (RepeatableCollator(tokenizer, **how) for _ in range(2))
     model = load_model(source)
     folder = _make_folder(options.output_dir)
     training = _training_arguments(options, folder)

@@ -33,7 +33,7 @@ class RepeatableCollator(MNTPCollator):
 
 
 def make_collator(
-    tokenizer: Any, data: DataArguments, mntp: MNTPArguments, *, padding_free: bool, seed: int
+    tokenizer: Any, data: DataArguments, mntp: MNTPArguments, *, padding_free: bool, seed: int, num_sink_tokens: int = 0
 ) -> RepeatableCollator:
     """Make a collator as the settings describe it.
 
@@ -43,6 +43,7 @@ def make_collator(
         mntp: Decides what is masked and how.
         padding_free: Pack each batch into one row, whatever `data` says.
         seed: The seed of the masks.
+        num_sink_tokens: How many tokens at the start of each sequence are never masked.
 
     Raises:
         MaskTokenError: The mask token is not exactly one id of the tokenizer.
@@ -60,5 +61,6 @@ def make_collator(
         pad_to_multiple_of=sequence_length(tokenizer, data) if data.pad_to_max_length else None,
         padding_free=padding_free,
         seed=seed,
+        num_sink_tokens=num_sink_tokens,
         **replacements,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -17,12 +18,31 @@ from .settings import DataArguments, MNTPTrainingArguments, ModelArguments
 Split = Literal["train", "validation"]
 Batch = dict[str, list[Any]]  # the columns of some examples
 
+@dataclass(frozen=True)
+class Beginning:
+    """What each sequence begins with.
+
+    Attributes:
+        token_id: The token that the tokenizer puts before each text, and that stands before each piece of a longer text too.
+            None: a long text is cut as it is.
+        unpredicted: How many tokens are never predicted: the first one, or all sink tokens.
+    """
+
+    token_id: int | None = None
+    unpredicted: int = 1
+
+
+PLAIN = Beginning()
 BEGINNING_OF_STREAM = 1000  # sequences
 LONGEST = 1024  # tokens per sequence, where neither the settings nor the tokenizer have a lower limit
 
 
 def load_sequences(
-    tokenizer: Any, model: ModelArguments, data: DataArguments, training: MNTPTrainingArguments
+    tokenizer: Any,
+    model: ModelArguments,
+    data: DataArguments,
+    training: MNTPTrainingArguments,
+    beginning: Beginning = PLAIN,
 ) -> dict[Split, Any]:
     """Load and tokenize the texts to train and to evaluate on.
 
@@ -33,7 +53,7 @@ def load_sequences(
         ConfigError: The texts cannot be read, or there are not enough of them.
     """
     texts = load_texts(model, data, training)
-    return {split: tokenize(texts[split], split, tokenizer, data, training) for split in _splits_in_use(training)}
+    return {split: tokenize(texts[split], split, tokenizer, data, training, beginning) for split in _splits_in_use(training)}
 
 
 def load_texts(model: ModelArguments, data: DataArguments, training: MNTPTrainingArguments) -> dict[Split, Any]:
@@ -58,7 +78,14 @@ def load_texts(model: ModelArguments, data: DataArguments, training: MNTPTrainin
     return texts
 
 
-def tokenize(texts: Any, split: Split, tokenizer: Any, data: DataArguments, training: MNTPTrainingArguments) -> Any:
+def tokenize(
+    texts: Any,
+    split: Split,
+    tokenizer: Any,
+    data: DataArguments,
+    training: MNTPTrainingArguments,
+    beginning: Beginning = PLAIN,
+) -> Any:
     """Turn the texts of one split into sequences: one for each line, or chunks of `max_seq_length` tokens.
 
     Returns:
@@ -80,15 +107,19 @@ def tokenize(texts: Any, split: Split, tokenizer: Any, data: DataArguments, trai
         options |= {"num_proc": data.preprocessing_num_workers, "load_from_cache_file": not data.overwrite_cache}
         options["desc"] = f"Tokenizing {split}"
     with training.main_process_first(desc="tokenizing"):
-        sequences = texts.map(_lines(to_ids, length) if data.line_by_line else _chunks(to_ids, length), **options)
+        cut = _lines(to_ids, length, beginning.unpredicted)
+        if not data.line_by_line:
+            cut = _chunks(to_ids, length) if beginning.token_id is None else _pieces(to_ids, length, beginning.token_id)
+        sequences = texts.map(cut, **options)
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
     if limit is not None:
         sequences = sequences.take(limit) if data.streaming else sequences.select(range(min(limit, len(sequences))))
     if next(iter(sequences), None) is None:
         too_short = f"less than one chunk of max_seq_length={length} tokens"
-        lacking = "no line of two tokens or more" if data.line_by_line else too_short
+        least = "two" if beginning.unpredicted == 1 else beginning.unpredicted + 1
+        lacking = f"no line of {least} tokens or more" if data.line_by_line else too_short
         raise ConfigError(f"the text for {split} in {source} holds {lacking}")
-    if not _holds_ordinary_token(sequences, tokenizer, data.streaming):
+    if not _holds_ordinary_token(sequences, tokenizer, data.streaming, beginning.unpredicted):
         raise ConfigError(
             f"the text for {split} in {source} holds nothing to predict: its tokens are special, or unknown to the tokenizer"
         )
@@ -102,11 +133,11 @@ def sequence_length(tokenizer: Any, data: DataArguments) -> int:
     return min(data.max_seq_length or LONGEST, tokenizer.model_max_length)
 
 
-def _holds_ordinary_token(sequences: Any, tokenizer: Any, streaming: bool) -> bool:
+def _holds_ordinary_token(sequences: Any, tokenizer: Any, streaming: bool, unpredicted: int) -> bool:
     """Say whether a token of some sequence can be predicted. Only the beginning of a stream is read."""
     special = special_ids(tokenizer)
     read = islice(sequences, BEGINNING_OF_STREAM) if streaming else sequences
-    return any(not np.isin(sequence["input_ids"][1:], special).all() for sequence in read)
+    return any(not np.isin(sequence["input_ids"][unpredicted:], special).all() for sequence in read)
 
 
 def _splits_in_use(training: MNTPTrainingArguments) -> list[Split]:
@@ -136,10 +167,10 @@ def _tokenizing(tokenizer: Any, column: str, source: str) -> Callable[..., list[
     return to_ids
 
 
-def _lines(to_ids: Callable[..., list[list[int]]], length: int) -> Callable[[Batch], Batch]:
+def _lines(to_ids: Callable[..., list[list[int]]], length: int, unpredicted: int) -> Callable[[Batch], Batch]:
     def lines(batch: Batch) -> Batch:
         sequences = to_ids(batch, truncation=True, max_length=length)
-        return {"input_ids": [s for s in sequences if len(s) > 1]}  # the first token is never predicted
+        return {"input_ids": [s for s in sequences if len(s) > unpredicted]}
 
     return lines
 
@@ -150,6 +181,17 @@ def _chunks(to_ids: Callable[..., list[list[int]]], length: int) -> Callable[[Ba
         return {"input_ids": [line[i : i + length] for i in range(0, len(line) - length + 1, length)]}
 
     return chunks
+
+
+def _pieces(to_ids: Callable[..., list[list[int]]], length: int, token_id: int) -> Callable[[Batch], Batch]:
+    """As `_chunks`, with the token before each piece, and not before each text within one."""
+
+    def pieces(batch: Batch) -> Batch:
+        line = list(chain.from_iterable(ids[1:] for ids in to_ids(batch)))
+        own = length - 1
+        return {"input_ids": [[token_id, *line[i : i + own]] for i in range(0, len(line) - own + 1, own)]}
+
+    return pieces
 
 
 def _sources(model: ModelArguments, data: DataArguments) -> dict[str, dict[str, Any]]:

@@ -2,18 +2,23 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ...checkpoints.guard import opening_sinks
+from ...checkpoints.load import saved_sinks
 from ...errors import ConfigError, UnsupportedModelError
 from ...mntp.head import apply_mntp_head
+from ...model.sinks import Sinks
 from ...model.tiny import tiny_like
 from ...patch import enable_bidirectional
+from ..layers import check_layers, keep_layers, number_of_layers
 from ..loading import loading
 from ..lora import with_lora
+from ..sinks import check_sinkless, choose_sinks
 from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .settings import ModelArguments
 
@@ -30,22 +35,36 @@ def load_tokenizer(settings: ModelArguments) -> Any:
     return _load(AutoTokenizer, name, settings, use_fast=settings.use_fast_tokenizer)
 
 
-def check_model(settings: ModelArguments) -> int | None:
+class ModelFacts(NamedTuple):
+    """What is known of a model before it is loaded.
+
+    Attributes:
+        limit: The largest number of tokens that it can read, or None if it has no such limit.
+        sinks: The sink tokens and sinkless layers that it gets: those of the settings, else those that it was saved with.
+    """
+
+    limit: int | None
+    sinks: Sinks
+
+
+def check_model(settings: ModelArguments) -> ModelFacts:
     """Raise the errors of `load_model` that concern the model's class and backend.
 
     This reads the config alone and builds a small random model from it, which is faster than loading the weights.
-
-    Returns:
-        The largest number of tokens that the model can read, or None if it has no such limit.
     """
     config = _load(AutoConfig, settings.model_name_or_path, settings)
+    sinks = choose_sinks(settings, saved_sinks(config))
+    if settings.layers is not None:
+        check_layers(config, settings.layers)
+    check_sinkless(sinks.num_sinkless_layers, settings.layers or number_of_layers(config))
     try:
         with loading(str(settings.model_name_or_path)):
             small = tiny_like(config, settings.attn_implementation, settings.trust_remote_code)
     except UnsupportedModelError:  # the model itself may load all the same, or its error says more
-        return None
-    apply_mntp_head(enable_bidirectional(small))
-    return getattr(config, POSITIONS, None) if _has_position_table(small) else None
+        return ModelFacts(None, sinks)
+    fewer = min(sinks.num_sinkless_layers, number_of_layers(small.config) or 0)
+    apply_mntp_head(enable_bidirectional(small, num_sink_tokens=sinks.num_sink_tokens, num_sinkless_layers=fewer))
+    return ModelFacts(getattr(config, POSITIONS, None) if _has_position_table(small) else None, sinks)
 
 
 def load_model(settings: ModelArguments) -> PreTrainedModel:
@@ -68,6 +87,9 @@ def load_model(settings: ModelArguments) -> PreTrainedModel:
     )
     if settings.gguf_file:
         remove_gguf_mark(model)
+    if settings.layers is not None:
+        keep_layers(model, settings.layers)
+    enable_bidirectional(model, **choose_sinks(settings, saved_sinks(model))._asdict())
     return apply_mntp_head(model, eval_logits="scores")
 
 
@@ -114,5 +136,5 @@ def _load(auto_class: Any, name: str | None, settings: ModelArguments, **options
         options["gguf_file"] = settings.gguf_file
     if name and os.path.isabs(name) and not os.path.isdir(name):
         raise ConfigError(f"can't load {name!r}: there is no such folder")
-    with loading(repr(name)):
+    with loading(repr(name)), opening_sinks():
         return auto_class.from_pretrained(name, **options)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
+from ...encoder.pooled import without_sinks
 from ...errors import ConfigError
 from ...mntp.collator import IGNORED
 from ...mntp.tokens import pad_token_id
@@ -27,18 +28,20 @@ class SentencePairs:
         limit: The number of positions that the model has, if it has such a limit. A sentence is cut there, at the
             tokenizer's own limit, or at 1024 tokens.
         pooling: "mean", or "weighted_mean", where the n-th token has the weight n.
+        num_sink_tokens: How many tokens at the start of a sentence are not pooled. A sentence of no others keeps its last one.
 
     Raises:
         ConfigError: The tokenizer makes no token of a sentence.
     """
 
-    def __init__(self, pairs: Any, tokenizer: Any, limit: int | None, pooling: PoolingMode) -> None:
+    def __init__(self, pairs: Any, tokenizer: Any, limit: int | None, pooling: PoolingMode, num_sink_tokens: int = 0) -> None:
         self.scores = np.asarray(pairs["score"], dtype=np.float64)
         texts = [text for name in PAIR_COLUMNS[:2] for text in pairs[name]]
         length = min(LONGEST, tokenizer.model_max_length, limit or LONGEST)
         self.sentences = _token_ids(tokenizer, texts, length)
         self.pad_id = pad_token_id(tokenizer)
         self.pooling = pooling
+        self.num_sink_tokens = num_sink_tokens
         empty = next((i for i, ids in enumerate(self.sentences) if not ids), None)
         if empty is not None:
             raise ConfigError(f"eval_sts: the tokenizer makes no token of {texts[empty]!r}, row {empty % len(pairs) + 1}")
@@ -78,7 +81,7 @@ class SentencePairs:
                 model(input_ids=tokens, attention_mask=mask, labels=nothing, skip_logits=True)
         finally:
             hook.remove()
-        return pool(outputs[0], mask, self.pooling).cpu()
+        return pool(outputs[0], without_sinks(mask, self.num_sink_tokens), self.pooling).cpu()
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: PoolingMode) -> Tensor:
@@ -86,8 +89,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: PoolingMode) -> Tensor:
 
     Args:
         hidden: (batch, length, width), of any floating dtype.
-        mask: (batch, length), int64, 1 for a token and 0 for padding.
-        pooling: "mean", or "weighted_mean", where the n-th token has the weight n.
+        mask: (batch, length), int64, 1 for a token to pool and 0 for another one or padding.
+        pooling: "mean", or "weighted_mean", where the n-th of these tokens has the weight n.
 
     Returns:
         (batch, width), float32.

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from ...errors import ConfigError
 from ..output_folder import check_output_dir
 from ..ranges import LONGEST_SEQUENCE, WORKERS, Range, check_range
-from ..settings import CommonModelArguments, check_counts, check_given, check_lora, parse_settings
+from ..settings import CommonModelArguments, check_counts, check_given, check_model_settings, parse_settings
 
 PoolingMode = Literal["mean", "weighted_mean"]
 
@@ -175,7 +175,7 @@ def parse(argv: list[str]) -> Settings:
     check_given("model_name_or_path", settings.model.model_name_or_path, "a folder or hub name of a causal model")
     check_output_dir(output_dir, "a folder for checkpoints and the result")
     _check_data(settings.data, training.do_train, training.do_eval)
-    check_lora(settings.model)
+    check_model_settings(settings.model)
     _check_shares(settings.mntp.mlm_probability)
     check_counts(settings.mntp, "stop_after_n_steps")
     _check_training(training)

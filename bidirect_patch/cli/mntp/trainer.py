@@ -9,7 +9,8 @@ from peft.utils import load_peft_weights
 from transformers import EvalPrediction
 
 from ...mntp.collator import MNTPCollator
-from ..checkpoints import check_same_weights, resuming
+from ...verify.state import sinks_in
+from ..checkpoints import check_same_sinks, check_same_weights, resuming
 from ..lora import WHOLE_MODULES
 from ..output_folder import writing
 from ..trainer import RunTrainer
@@ -26,6 +27,7 @@ class MNTPTrainer(RunTrainer):
 
     Args:
         tokenizer: Is saved with the model.
+        sink_token: The token that it puts before each text because it was asked to, or None.
         eval_collator: Makes the batches of an evaluation.
         sentence_pairs: The encoder's own quality is evaluated on them, next to the masked tokens.
         **kwargs: The other arguments of RunTrainer and Trainer. `data_collator` makes the batches of training.
@@ -34,12 +36,19 @@ class MNTPTrainer(RunTrainer):
     data_collator: Any
 
     def __init__(
-        self, *, tokenizer: Any, eval_collator: MNTPCollator, sentence_pairs: SentencePairs | None = None, **kwargs: Any
+        self,
+        *,
+        tokenizer: Any,
+        eval_collator: MNTPCollator,
+        sentence_pairs: SentencePairs | None = None,
+        sink_token: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(compute_metrics=self._summarize, **kwargs)
         self.label_names = ["labels"]
         self._counting: CountingSampler | None = None
         self.text_tokenizer = tokenizer
+        self.sink_token = sink_token
         self.eval_collator = eval_collator
         self.sentence_pairs = sentence_pairs
 
@@ -109,6 +118,7 @@ class MNTPTrainer(RunTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter = adapter_of(self.accelerator.unwrap_model(model or self.model))
         with resuming(resume_from_checkpoint):
+            check_same_sinks(resume_from_checkpoint, sinks_in(self.accelerator.unwrap_model(model or self.model)))
             if adapter is None:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return

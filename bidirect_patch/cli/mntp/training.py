@@ -8,6 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from ...errors import ConfigError
+from ...model.sinks import NO_SINKS, Sinks
+from ...verify.state import sinks_in
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..lora import trains_rows
 from ..output_folder import check_space, make_output_dir
@@ -15,8 +17,9 @@ from ..pairs import load_pairs
 from ..progress import hide_bars_in_files
 from ..report import say_what_is_next
 from ..settings import transformers_errors
+from ..sink_token import with_sink_token
 from .collator import make_collator
-from .data import load_sequences, sequence_length
+from .data import Beginning, load_sequences, sequence_length
 from .evaluation import evaluate_baselines, make_report
 from .model import adapter_of, add_adapter, check_model, load_model, load_tokenizer
 from .sentence_pairs import SentencePairs
@@ -47,18 +50,27 @@ def train(settings: Settings) -> None:
     if training.do_train:
         adapter = adapter_of(model)
         new_rows = adapter is not None and trains_rows(adapter)
-        say_what_is_next(trainer, *_next_step(settings.model, str(training.output_dir), new_rows))
+        of_base = _flags_of_base(settings.model, trainer.sink_token, sinks_in(model)) if adapter is not None else []
+        say_what_is_next(trainer, *_next_step(settings.model, str(training.output_dir), new_rows, of_base))
     if training.push_to_hub:
         trainer.push_to_hub(finetuned_from=settings.model.model_name_or_path)
 
 
-def _next_step(model: ModelArguments, folder: str, new_rows: bool) -> tuple[str, str]:
+def _flags_of_base(model: ModelArguments, sink_token: str | None, sinks: Sinks) -> list[str]:
+    """The flags by which the next step makes of the base model, and of its tokenizer, what the adapter was trained on."""
+    flags = {"layers": model.layers, "sink_token": sink_token}
+    if sinks != NO_SINKS:
+        flags |= sinks._asdict()
+    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def _next_step(model: ModelArguments, folder: str, new_rows: bool, of_base: list[str]) -> tuple[str, str]:
     """What was written where, and the command of the next step, if one command is enough."""
     base = ["--model_name_or_path", str(model.model_name_or_path) if model.lora_r else folder]
     if model.lora_r and model.gguf_file:
         base += ["--gguf_file", model.gguf_file]
     adapter = ["--peft_model_name_or_path", folder] if model.lora_r else []
-    flags = shlex.join([*base, *adapter, "--do_train", "--dataset_file_path", "TEXTS", "--output_dir", "ENCODER"])
+    flags = shlex.join([*base, *adapter, *of_base, "--do_train", "--dataset_file_path", "TEXTS", "--output_dir", "ENCODER"])
     written = f"the adapter of {model.model_name_or_path} to {folder}" if adapter else f"the model to {folder}"
     if adapter and (new_rows or model.tokenizer_name or model.model_revision != "main"):
         return written, "open it with its own tokenizer and revision: see Train, MNTP in the README"
@@ -68,18 +80,32 @@ def _next_step(model: ModelArguments, folder: str, new_rows: bool) -> tuple[str,
 def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
     training = settings.training
     pairs = load_pairs("eval_sts", settings.mntp.eval_sts, settings.model.cache_dir) if settings.mntp.eval_sts else None
-    limit = check_model(settings.model)  # before the texts are prepared, which takes long
-    tokenizer = load_tokenizer(settings.model)
-    sentence_pairs = SentencePairs(pairs, tokenizer, limit, settings.mntp.eval_sts_pooling) if pairs else None
-    settings.data.max_seq_length = _fitting_length(sequence_length(tokenizer, settings.data), limit)
+    limit, sinks = check_model(settings.model)  # before the texts are prepared, which takes long
+    tokenizer, sink_token = with_sink_token(load_tokenizer(settings.model), settings.model.sink_token, sinks.num_sink_tokens)
+    sentence_pairs = None
+    if pairs:
+        pooling = settings.mntp.eval_sts_pooling
+        sentence_pairs = SentencePairs(pairs, tokenizer, limit, pooling, sinks.num_sink_tokens)
+    length = settings.data.max_seq_length = _fitting_length(sequence_length(tokenizer, settings.data), limit)
+    if length <= sinks.num_sink_tokens:
+        raise ConfigError(f"max_seq_length must be above num_sink_tokens={sinks.num_sink_tokens}; got {length}")
     new_ids = add_mask_token(tokenizer, settings.mntp)
     # Evaluation is padded: it runs the causal model too, and older releases of transformers let packed documents see
     # each other.
     train_collator, eval_collator = (
-        make_collator(tokenizer, settings.data, settings.mntp, padding_free=padding_free, seed=training.seed)
+        make_collator(
+            tokenizer,
+            settings.data,
+            settings.mntp,
+            padding_free=padding_free,
+            seed=training.seed,
+            num_sink_tokens=sinks.num_sink_tokens,
+        )
         for padding_free in (settings.data.padding_free, False)
     )
-    sequences = load_sequences(tokenizer, settings.model, settings.data, training)
+    first_id = None if sink_token is None else tokenizer.convert_tokens_to_ids(sink_token)
+    beginning = Beginning(first_id, max(1, sinks.num_sink_tokens))
+    sequences = load_sequences(tokenizer, settings.model, settings.data, training, beginning)
     _check_batches(settings, sequences.get("train"))
     if settings.data.streaming and training.max_steps <= 0:
         training.max_steps = settings.mntp.stop_after_n_steps  # a stream has no length to plan a schedule from
@@ -99,6 +125,7 @@ def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
             eval_collator=eval_collator,
             sentence_pairs=sentence_pairs,
             tokenizer=tokenizer,
+            sink_token=sink_token,
             stop_after_n_steps=settings.mntp.stop_after_n_steps,
         )
     return trainer, model

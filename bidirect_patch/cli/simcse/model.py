@@ -7,12 +7,21 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import AutoConfig
 
+from ...checkpoints.guard import opening_sinks
+from ...checkpoints.load import saved_sinks, sinks_on_disk
 from ...checkpoints.loading import without_peft_warning
+from ...encoder.without_sinks import WithoutSinks
 from ...errors import ConfigError
+from ...model.config import parts
+from ...model.sinks import NO_SINKS, Sinks
 from ...patch import disable_bidirectional, enable_bidirectional
+from ..layers import check_layers, keep_layers, number_of_layers
 from ..loading import loading
 from ..lora import with_lora
+from ..sink_token import with_sink_token
+from ..sinks import check_sinkless, choose_sinks
 from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .end_token import append_end_token
 from .prompt_tokens import with_countable_prompts
@@ -51,12 +60,15 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
         UnsupportedModelError: The model cannot be made bidirectional.
     """
     what = " under ".join(p for p in (settings.peft_model_name_or_path, settings.model_name_or_path) if p)
-    with loading(what):
+    with loading(what), opening_sinks():
         module = _load_module(settings)
         model = module.model
         if settings.chat_template and "message" not in module.modality_config:
             raise ConfigError("chat_template is given, and the tokenizer has none")
-        enable_bidirectional(model)  # an adapter that was trained on a bidirectional model is loaded onto one
+        if settings.layers is not None:
+            keep_layers(model, settings.layers)
+        sinks = _choose_sinks(settings, model)
+        enable_bidirectional(model, **sinks._asdict())  # an adapter that was trained on such a model is loaded onto one
         if settings.peft_model_name_or_path:
             with without_peft_warning():
                 model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
@@ -67,6 +79,8 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
         module.processor = with_countable_prompts(module.tokenizer, prompts.values())
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
+    if not settings.chat_template:  # which begins with tokens of its own
+        module.processor, _ = with_sink_token(module.tokenizer, settings.sink_token, sinks.num_sink_tokens)
     if settings.pooling_mode == "eos_token":
         module.processor = append_end_token(module.tokenizer)
     mode = POOLING[settings.pooling_mode]
@@ -77,8 +91,9 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
         raise ConfigError(f"matryoshka_dims must be at most {model.config.hidden_size}, the model's; got {longest}")
     if settings.max_seq_length is not None:
         module.max_seq_length = min(settings.max_seq_length, module.max_seq_length)  # a model has no more positions
-    _check_room(module, prompts)
-    return SentenceTransformer(modules=[module, pooling], prompts=prompts, model_card_data=PlainCard()), limit
+    _check_room(module, prompts, sinks.num_sink_tokens)
+    left_out = [WithoutSinks(sinks.num_sink_tokens)] if sinks.num_sink_tokens else []
+    return SentenceTransformer(modules=[module, *left_out, pooling], prompts=prompts, model_card_data=PlainCard()), limit
 
 
 def check_views_differ(model: Any, text: str) -> None:
@@ -111,6 +126,8 @@ def _load_module(settings: EncoderArguments) -> Any:
     # By itself, sentence-transformers takes a chat template wherever the tokenizer has one. The folder keeps this setting.
     plain = {} if settings.chat_template else {"modality_config": PLAIN_TEXT, "module_output_name": "token_embeddings"}
     gguf: dict[str, Any] = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
+    if settings.layers is not None:
+        check_layers(AutoConfig.from_pretrained(settings.model_name_or_path, **gguf), settings.layers)
     weights = {DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation}
     module = Transformer(
         settings.model_name_or_path,
@@ -124,6 +141,19 @@ def _load_module(settings: EncoderArguments) -> Any:
     return module
 
 
+def _choose_sinks(settings: EncoderArguments, model: Any) -> Sinks:
+    """Those of the settings, else those that the model or its adapter was saved with; none for a causal model."""
+    if not settings.bidirectional:
+        for part in parts(model.config):
+            for name in Sinks._fields:  # which a model that had some says of itself
+                vars(part).pop(name, None)
+        return NO_SINKS
+    adapter = settings.peft_model_name_or_path
+    sinks = choose_sinks(settings, saved_sinks(model), sinks_on_disk(adapter) if adapter else NO_SINKS)
+    check_sinkless(sinks.num_sinkless_layers, number_of_layers(model.config))
+    return sinks
+
+
 def _limit(module: Any, settings: EncoderArguments) -> int:
     own: int = module.max_seq_length  # the tokenizer's limit or the model's, whichever is lower
     wanted = settings.encode_max_seq_length
@@ -132,8 +162,10 @@ def _limit(module: Any, settings: EncoderArguments) -> int:
     return wanted or own
 
 
-def _check_room(module: Any, prompts: dict[str, str]) -> None:
-    """Raise ConfigError if a prompt leaves no token for a text."""
+def _check_room(module: Any, prompts: dict[str, str], num_sink_tokens: int) -> None:
+    """Raise ConfigError if sink tokens or a prompt leave no token for a text."""
+    if module.max_seq_length <= num_sink_tokens:
+        raise ConfigError(f"max_seq_length must be above num_sink_tokens={num_sink_tokens}; got {module.max_seq_length}")
     for name, prompt in prompts.items():
         length = len(module.tokenizer(prompt)["input_ids"])
         if length >= module.max_seq_length:

@@ -8,7 +8,9 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoModel
 
-from ..checkpoints import check_same_weights, resuming
+from ...checkpoints.guard import opening_sinks
+from ...verify.state import sinks_in
+from ..checkpoints import check_same_sinks, check_same_weights, resuming
 from ..versions import DTYPE_ARGUMENT
 
 
@@ -33,7 +35,8 @@ def load_checkpoint(model: Any, folder: str) -> None:
         ConfigError: The checkpoint cannot be read, or it is of another model or adapter.
     """
     trained = model[0].model
-    with resuming(folder):
+    with resuming(folder), opening_sinks():
+        check_same_sinks(folder, sinks_in(trained))
         if isinstance(trained, PeftModel):
             weights = load_peft_weights(folder, device="cpu")
             check_same_weights(get_peft_model_state_dict(trained, save_embedding_layers=False), weights)

@@ -15,7 +15,7 @@ from ..settings import (
     check_counts,
     check_dropout,
     check_given,
-    check_lora,
+    check_model_settings,
     check_output_dir,
     parse_settings,
 )
@@ -161,12 +161,16 @@ def parse(argv: list[str]) -> Settings:
     check_given("model_name_or_path", encoder.model_name_or_path, "a folder or hub name of a model")
     check_output_dir(output_dir, "a folder for the result")
     check_dropout(encoder, "simcse_dropout")
-    check_lora(encoder)
+    check_model_settings(encoder)
     check_counts(encoder, "max_seq_length", "encode_max_seq_length", "stop_after_n_steps", "mini_batch_size")
     check_counts(texts, "max_train_samples")
     _check_loss(encoder)
     if training.prompts:
         raise ConfigError("prompts is set from the instructions: give instruction_file")
+    if encoder.chat_template and encoder.sink_token:
+        raise ConfigError("a chat template begins with tokens of its own: give chat_template or sink_token, not both")
+    if not encoder.bidirectional and (encoder.num_sink_tokens or encoder.num_sinkless_layers):
+        raise ConfigError("a causal model has no sink tokens: give bidirectional, or no num_sink_tokens and num_sinkless_layers")
     if encoder.chat_template and (texts.instruction_file or texts.dataset_name == E5):
         raise ConfigError("instructions can't be left out of pooling under a chat template: give no chat_template")
     return settings

@@ -9,6 +9,8 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from ...attention.versions import OPENS_BIDIRECTIONAL
 from ...errors import ConfigError
+from ...model.sinks import NO_SINKS
+from ...verify.state import sinks_in
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import make_output_dir
 from ..pairs import load_pairs
@@ -50,9 +52,11 @@ def train(settings: Settings) -> None:
     if training.do_train:
         folder = str(training.output_dir)
         opened = f"SentenceTransformer({folder!r})"
-        if settings.encoder.bidirectional and not OPENS_BIDIRECTIONAL:
+        has_sinks = sinks_in(trainer.model) != NO_SINKS
+        if settings.encoder.bidirectional and not OPENS_BIDIRECTIONAL and not has_sinks:
             opened = f"enable_bidirectional({opened})"
-        encode = f"from Python: {opened}.encode(texts)"
+        after = ", after import bidirect_patch.auto" if has_sinks else ""
+        encode = f"from Python{after}: {opened}.encode(texts)"
         say_what_is_next(trainer, f"the encoder, whole, to {folder}", encode)
 
 

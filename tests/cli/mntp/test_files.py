@@ -73,4 +73,4 @@ def test_rotary_positions_are_no_limit(tmp_path):
 
     config = LlamaConfig(max_position_embeddings=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    assert check_model(ModelArguments(model_name_or_path=str(tmp_path))) is None
+    assert check_model(ModelArguments(model_name_or_path=str(tmp_path))).limit is None

@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from bidirect_patch import enable_bidirectional
+from bidirect_patch.checkpoints.guard import opening_sinks
+
 from ...helpers.byte_tokenizers import CLASSES, byte_tokenizer
 from ...helpers.simcse_runs import run, write_e5, write_rows
 
@@ -102,6 +105,22 @@ def test_a_file_of_tasks_and_instructions_for_ones_own_data(supervised, place, t
     firsts = {tuple(ids[:2]) for ids in ids_read}
     assert any(first[0] == 53 for first in firsts)  # w50
     assert opened.encode("w1", prompt_name="one").shape == (32,)
+
+
+def test_an_instruction_is_left_out_beside_a_sink_and_no_more(supervised, bytes_model, tmp_path):
+    (tmp_path / "instructions.json").write_text(json.dumps({"one": "find it", "two": ""}))
+    supervised |= {"model_name_or_path": str(bytes_model), "stop_after_n_steps": 1, "gradient_checkpointing": False}
+    supervised |= {"num_sink_tokens": 1, "instruction_file": str(tmp_path / "instructions.json"), "max_seq_length": 256}
+    assert run(supervised | {"peft_model_name_or_path": None}) == 0
+    with opening_sinks():
+        opened = st.SentenceTransformer(supervised["output_dir"], device="cpu")
+    enable_bidirectional(opened, num_sink_tokens=1)
+    embedding = opened.encode("why", prompt_name="one", convert_to_tensor=True)
+    ids = opened.tokenizer("find it; why", return_tensors="pt")["input_ids"]
+    count = len(opened.tokenizer(" why", add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        expected = opened[0].model(input_ids=ids)[0][0, -count:].mean(0)
+    torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_one_file_is_a_task_too(supervised, place, tmp_path, ids_read):
