@@ -18,6 +18,7 @@ from ..errors import one_line as one_line
 COMMANDS = {
     "demo": "show every step on a small model, with no network",
     "check": "prove layer by layer what a model attends to",
+    "sweep": "find a model's best setup before any training",
     "mntp": "train a model for masked next token prediction",
     "simcse": "train it further with SimCSE or on supervised pairs",
 }
@@ -34,6 +35,7 @@ A causal decoder becomes a bidirectional encoder in three steps:
 To look before you train:
 
   check   {COMMANDS["check"]}
+  sweep   {COMMANDS["sweep"]}
   demo    {COMMANDS["demo"]}
 
 For example (MODEL is a folder or a name on the hub; texts.txt, a text a line):
