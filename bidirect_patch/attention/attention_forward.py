@@ -14,7 +14,7 @@ from ..swap.classes import Swapped, set_forward
 from ..swap.plan import settings_of
 from . import mask_origin
 from .dense import dense_mask
-from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run
+from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run, sequence_numbers
 from .handling import MaskHandling
 from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
@@ -147,9 +147,15 @@ class _Call:
                 "a forward that was taken before the model was made bidirectional, or a layer by itself, was called with sink "
                 "tokens on FlashAttention, where only the model's own forward tells which tokens are sinks: call the model"
             )
-        if not are_sequence_numbers(mask):
+        if span.sinks and not are_sequence_numbers(mask):  # the model's own mask code handed on a 2D mask, or none
             batch, length = hidden.shape[:2]
-            return mask, {}, first_tokens(batch, length, span.sinks, hidden.device)
+            real = mask.to(torch.bool) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            numbers = sequence_numbers(Sequences(batch, length, hidden.device, real, None), (span,))
+            if numbers is None:
+                return mask, {}, first_tokens(batch, length, span.sinks, hidden.device)
+            mask = numbers.expand(-1, settings.spans, -1, -1)
+        if not are_sequence_numbers(mask):
+            return mask, {}, []
         run = how_to_run(mask, settings.index)
         is_sequence = span.sinks == 1 and not span.sees_sinks  # of its own, of one token
         sinks = [] if is_sequence else run.sinks

@@ -1,7 +1,7 @@
 """FlashAttention: it takes a 2D mask for padding, or boundaries (cu_seq_lens) for packed rows, never a dense mask.
 
 What travels from the model to its attention modules are the numbers of sequences, int32 (batch, spans, 2, length): in the first
-row the number, -1 for padding; in the second one the place of a sink token among those of its sequence, from 1 on, else 0.
+row the number, -1 for padding; in the second one the place of a sink token among those of its sequence or chunk, else 0.
 `how_to_run` makes of one span's numbers what a module is called with.
 
 No mask tells sink tokens from others here. So a module's own forward runs a second time on them alone (`SinkRows`). Where the
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import AttentionMaskError
 from ..model.windows import Span
-from .padding_and_packing import Sequences, is_graph_captured, run_starts
+from .padding_and_packing import Sequences, is_graph_captured, places, run_starts
 
 
 def sequence_numbers(sequences: Sequences, spans: tuple[Span, ...]) -> Tensor | None:
@@ -42,8 +42,7 @@ def sequence_numbers(sequences: Sequences, spans: tuple[Span, ...]) -> Tensor | 
     for span in spans:
         number = sequences.chunked(span.chunk)
         begins = run_starts(number)
-        ranks = sequences.ranks() if span.sinks else torch.zeros_like(number)
-        ranks = torch.where(ranks <= span.sinks, ranks, 0)
+        ranks = places(sequences.sink_tokens(span), begins)
         if not span.sees_sinks:
             begins = begins | run_starts(ranks > 0)
         number = begins.cumsum(-1) - 1  # from 0 on in each row: older models drop a mask that holds no 0
@@ -102,8 +101,8 @@ def _call(rows: Tensor) -> FlashCall:
     first = run_starts(numbers)
     if int((first & (numbers >= 0)).sum()) != sum(len(torch.unique(row[row >= 0])) for row in numbers):
         raise AttentionMaskError(
-            "attention_mask has padding in the middle of a packed sequence, which FlashAttention can't skip: put padding "
-            "between sequences, or use attn_implementation='sdpa'"
+            "attention_mask has padding in the middle of a packed sequence, or of a row in a sinkless layer, which "
+            "FlashAttention can't skip: put padding between sequences, or use attn_implementation='sdpa'"
         )
     begins = first.flatten().nonzero().flatten().to(torch.int32)
     boundaries = pad(begins, (0, 1), value=batch * length)

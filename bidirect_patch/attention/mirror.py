@@ -46,6 +46,8 @@ def mirrored_mask(mask: Any, true_hides: bool = False, span: Span = Span()) -> A
         return None
     if not isinstance(mask, Tensor):
         return _mirrored_block_mask(mask, span)
+    if mask.dim() == 2 and span.sinks:  # XLM's, for padding: (batch, n), 1 where real
+        mask = mask[:, None].to(torch.bool)
     if mask.dim() < 3 or mask.shape[-1] < mask.shape[-2]:
         return mask
     if mask.shape[-2] == 1:

@@ -266,8 +266,8 @@ def _check_without_sinks(model: Any, sinks: Sinks) -> None:
     """Raise AttentionMaskError for a ready mask where sink tokens would change it, as in models that aren't "ready"."""
     if sinks.num_sink_tokens:
         raise AttentionMaskError(
-            f"a ready attention_mask of {type(model).__name__} with {sinks.in_words}: this model's own mask code would put the sink "
-            "tokens into it. Give the 2D mask, or num_sink_tokens=0"
+            f"a ready attention_mask of {type(model).__name__} with {sinks.in_words}: this model's own mask code would put the "
+            "sink tokens into it. Give the 2D mask, or num_sink_tokens=0"
         )
 
 

@@ -118,7 +118,13 @@ def _within(length: int, span: Span) -> Tensor | None:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
 ) -> Tensor:
     """query, key, value: (batch, heads, length, dim). A call of another shape is the plain one."""
     rows = (query, key, value)
@@ -129,7 +135,8 @@ def _attention(
         return scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **kwargs)
     if isinstance(attn_mask.sequences, SinksApart):
         sinks, sees_sinks = attn_mask.sequences
-        first = scaled_dot_product_attention(*(x[:, :, :sinks] for x in rows), is_causal=sinks > 1, **kwargs)
+        q, k, v = (x[:, :, :sinks] for x in rows)
+        first = scaled_dot_product_attention(q, k, v, is_causal=sinks > 1, **kwargs)
         seen = (key, value) if sees_sinks else (key[:, :, sinks:], value[:, :, sinks:])
         return torch.cat([first, scaled_dot_product_attention(query[:, :, sinks:], *seen, **kwargs)], 2)
     lengths, masks = attn_mask.sequences

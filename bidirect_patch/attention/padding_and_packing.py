@@ -86,6 +86,18 @@ def run_starts(numbers: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(numbers[:, :1], dtype=torch.bool), numbers[:, 1:] != numbers[:, :-1]], 1)
 
 
+def places(marked: Tensor, begins: Tensor) -> Tensor:
+    """int64 (batch, length): the place of each marked position among those of its run, from 1 on; 0 for the others.
+
+    Args:
+        marked: (batch, length), bool.
+        begins: (batch, length), bool, where a run begins; see `run_starts`.
+    """
+    count = marked.cumsum(-1)
+    before = torch.where(begins, count - marked.to(count.dtype), 0).cummax(-1).values
+    return torch.where(marked, count - before, 0)
+
+
 @dataclass
 class Sequences:
     """Which positions of a batch are real, and which sequence each belongs to."""
@@ -114,21 +126,11 @@ class Sequences:
         index = torch.arange(self.length, device=self.device)
         return number * (self.length // chunk + 1) + (index - self._first_positions()).clamp(min=0) // chunk
 
-    def ranks(self) -> Tensor:
-        """int64 (batch, length): the place of each real token among those of its sequence, from 1 on; 0 for padding."""
-        if self.real is None:
-            real = torch.ones(self.batch, self.length, dtype=torch.int64, device=self.device)
-        else:
-            real = self.real.to(torch.int64)
-        count = real.cumsum(-1)
-        if self.number is not None:
-            count = count - torch.where(run_starts(self.number), count - real, 0).cummax(-1).values
-        return count * real
-
     def sink_tokens(self, span: Span) -> Tensor:
         """bool (batch, length): the sink tokens of each sequence."""
-        ranks = self.ranks()
-        return (ranks > 0) & (ranks <= span.sinks)
+        number = self.chunked(None)
+        place = places(torch.ones_like(number, dtype=torch.bool) if self.real is None else self.real, run_starts(number))
+        return (place > 0) & (place <= span.sinks)
 
     def visible(self, span: Span) -> Tensor:
         """bool (batch, query, key): who sees whom in a layer of this span."""

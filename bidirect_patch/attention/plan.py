@@ -99,8 +99,8 @@ def _attention_plan(
         )
     if span.sinks and is_flash and getattr(module, "is_kv_shared_layer", False):
         raise UnsupportedModelError(
-            f"{attention.path} {type(module).__name__} takes its keys from another layer, which can't be run again on sink tokens "
-            "alone, as FlashAttention needs it: use attn_implementation='sdpa' or 'eager', or num_sink_tokens=0"
+            f"{attention.path} {type(module).__name__} takes its keys from another layer, which can't be run again on sink "
+            "tokens alone, as FlashAttention needs it: use attn_implementation='sdpa' or 'eager', or num_sink_tokens=0"
         )
     # A part that reads the mask too, or compares positions (a sparse attention's indexer), can't do without one.
     parts = [original(type(part)) for part in inside if next(parameters_of(part), None) is not None]

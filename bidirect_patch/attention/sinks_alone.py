@@ -1,6 +1,6 @@
 """The second run of an attention module, on the sink tokens alone, where its kernel takes no mask (FlashAttention)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from .flash import SinkRows
 
 # Arguments that say what is real and where sequences begin. A row of sinks needs none of them.
 _DROPPED = {"attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-# Arguments that have a value for each position.
-_CUT = {"hidden_states", "position_ids", "position_embeddings", "cache_position", "rotary_pos_emb", "freqs_cis"}
 
 
 def run_alone(
@@ -35,7 +33,7 @@ def run_alone(
     batch, length = given[first].shape[:2]
     states = []
     for places in sinks:
-        cut = {name: _cut(name, value, places, batch, length, name == first) for name, value in given.items()}
+        cut = {name: _cut(name, value, places, batch, length) for name, value in given.items()}
         out = forward(**cut)
         states.append((out if isinstance(out, Tensor) else out[0])[:, -1])
     return torch.cat(states)
@@ -49,22 +47,33 @@ def put_in(output: Any, sinks: SinkRows, states: Tensor) -> Any:
     return whole if isinstance(output, Tensor) else (whole, *output[1:])
 
 
-def _cut(name: str, value: Any, places: Tensor, batch: int, length: int, is_input: bool) -> Any:
+def _cut(name: str, value: Any, places: Tensor, batch: int, length: int) -> Any:
     """One argument of the call for rows of sinks, at `places` (rows, tokens)."""
     if name in _DROPPED:
         return None
     if isinstance(value, (tuple, list)) and any(isinstance(each, Tensor) for each in value):
-        return type(value)(_cut(name, each, places, batch, length, is_input) for each in value)
-    if not isinstance(value, Tensor):
+        return type(value)(_cut(name, each, places, batch, length) for each in value)
+    if not isinstance(value, Tensor) or length not in value.shape:
         return value
-    if is_input or name in _CUT:
-        if value.dim() == 1 and value.shape[0] == length:  # cache_position
-            return value[: places.shape[1]]
-        for axis in range(value.dim() - 1):  # the first are the kinds of a multimodal position
-            if value.shape[axis] in (1, batch) and value.shape[axis + 1] == length:
-                whole = value.movedim((axis, axis + 1), (0, 1)).expand(batch, length, *value.shape[:axis], *value.shape[axis + 2 :])
-                return whole.flatten(0, 1)[places].movedim((0, 1), (axis, axis + 1))
+    if value.dim() == 1:  # cache_position
+        return value[: places.shape[1]]
+    for row, axis in _axes(value, batch, length):
+        whole = value.movedim((row, axis), (0, 1))
+        return whole.expand(batch, *whole.shape[1:]).flatten(0, 1)[places].movedim((0, 1), (row, axis))
     raise UnsupportedModelError(
         f"sink tokens on FlashAttention: an attention module was given {name} of shape {tuple(value.shape)}, which can't be cut "
         "to the sinks. Use attn_implementation='sdpa'"
     )
+
+
+def _axes(value: Tensor, batch: int, length: int) -> Iterator[tuple[int, int]]:
+    """The axes of the rows and of the positions of a tensor (..., 1 or batch, ..., length, ...), the likeliest first.
+
+    The rows are the last axis of their number before the positions (multimodal positions have one for kinds before them), or,
+    where all rows share the values, the first axis of one.
+    """
+    for axis in (i for i, size in enumerate(value.shape) if size == length):
+        of_batch = [i for i in range(axis) if value.shape[i] == batch > 1]
+        shared = [i for i in range(axis) if value.shape[i] == 1]
+        for row in (*of_batch[-1:], *shared[:1]):
+            yield row, axis

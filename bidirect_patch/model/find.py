@@ -274,11 +274,11 @@ def _describe(name: str, model: PreTrainedModel, attentions: list[tuple[str, nn.
             lists.update([holder])
             layer = f"{holder[0]}.{path[len(holder[0]) :].strip('.').split('.')[0]}"
         decoder.attentions.append(Attention(path, module, span_of(module, path, model.config, reads_kinds), layer))
-    for holder, entries in lists.items():
-        for index, layer in enumerate(entries):
-            others = [] if layer is None else _unsupported_parts(layer)
+    for where, entries in lists.items():
+        for index, entry in enumerate(entries):
+            others = [] if entry is None else _unsupported_parts(entry)
             if others:
-                decoder.unsupported_layers.append(f"{holder}.{index} {type(layer).__name__} with {', '.join(others)}")
+                decoder.unsupported_layers.append(f"{where}.{index} {type(entry).__name__} with {', '.join(others)}")
     return decoder
 
 

@@ -26,6 +26,7 @@ from .report import BIDIRECTIONAL, AttentionReport, attention_report
 
 MOST_SINKS = 3  # in a small model: more show nothing else
 
+
 class _Trial(NamedTuple):
     """What became of a small model: the layers that were right, and what was wrong, "" if nothing was."""
 
@@ -218,14 +219,16 @@ def _beyond_span(report: AttentionReport, found: list[Decoder]) -> str:
     for decoder in found:
         prefix = f"{decoder.name}." if decoder.name else ""
         for layer in report.layers:
-            spans = [a.span for a in decoder.attentions if f"{prefix}{a.path}".startswith(f"{layer.name}.")]
-            if layer.verdict != BIDIRECTIONAL:
+            spans = [a.span for a in decoder.attentions if f"{prefix}{a.path}.".startswith(f"{layer.name}.")]
+            if layer.verdict != BIDIRECTIONAL or not spans:
                 continue
-            limit = max((span.limit or report.length for span in spans), default=report.length)
+            limit = max(span.limit or report.length for span in spans)
             if limit < report.length and layer.forward != limit - 1:
                 return f"{layer.name} {layer.class_name} reaches {layer.forward} tokens ahead, not {limit - 1}"
-            sinks = max((span.sinks for span in spans), default=0)
-            if sinks and not torch.equal(layer.matrix[:, :sinks], _sees_sinks(spans, report.length)[:, :sinks]):
+            sinks = max(span.sinks for span in spans)
+            # A module may keep its window in a buffer, of which its span doesn't know (gpt_neo).
+            seen = _sees_sinks(spans, report.length).triu(-layer.backward)
+            if sinks and not torch.equal(layer.matrix[:, :sinks], seen[:, :sinks]):
                 return f"{layer.name} {layer.class_name} sees other sink tokens than its window reaches"
     return ""
 

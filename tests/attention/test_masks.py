@@ -1,8 +1,8 @@
 """Who sees whom: a table of small inputs, and every backend's mask against it.
 
 A matrix is written row by row: one row for each query, 1 where it sees the key. The rules: a real token sees the real tokens
-of its own sequence, within the window and the chunk of the layer; padding sees every real token of its row; in a row of
-padding alone everything sees everything.
+of its own sequence, within the window and the chunk of the layer; a sink token sees none after itself, and others see it unless
+the layer is sinkless; padding sees every real token of its row; in a row of padding alone everything sees everything.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from bidirect_patch.attention.flash import how_to_run, sequence_numbers
+from bidirect_patch.attention.flash import first_tokens, how_to_run, sequence_numbers
 from bidirect_patch.attention.padding_and_packing import read_sequences
 from bidirect_patch.attention.ready_mask import make_mask, pick
 from bidirect_patch.errors import AttentionMaskError
@@ -93,6 +93,66 @@ CASES = {
     "chunk-in-one-row-of-2": Case(
         ["1100 1100 0011 0011", "0111 0110 0110 0001"], mask=["1111", "0111"], span=Span(chunk=2)
     ),
+    # sink tokens: the first real ones of each sequence
+    "sink": Case(["1000 1111 1111 1111"], span=Span(sinks=1)),
+    "sinks": Case(["1000 1100 1111 1111"], span=Span(sinks=2)),
+    "sinks-alone": Case(["1000 1100 1110 1111"], span=Span(sinks=4)),
+    "sinks-beyond-the-text": Case(["1000 1100 1110 1111"], span=Span(sinks=9)),
+    "sink-in-a-text-of-one": Case(["1"], span=Span(sinks=1)),
+    "unseen-sink": Case(["1000 0111 0111 0111"], span=Span(sinks=1, sees_sinks=False)),
+    "unseen-sinks": Case(["1000 1100 0011 0011"], span=Span(sinks=2, sees_sinks=False)),
+    "unseen-sinks-alone": Case(["1000 1100 1110 1111"], span=Span(sinks=4, sees_sinks=False)),
+    "sink-and-padding-on-the-right": Case(["1000 1110 1110 1110"], mask=["1110"], span=Span(sinks=1)),
+    "sink-and-padding-on-the-left": Case(["0011 0011 0010 0011"], mask=["0011"], span=Span(sinks=1)),
+    "sinks-and-padding-everywhere": Case(
+        ["01011 01000 01011 01010 01011"], mask=["01011"], span=Span(sinks=2)
+    ),
+    "unseen-sinks-and-padding-everywhere": Case(
+        ["01011 01000 01011 01010 00001"], mask=["01011"], span=Span(sinks=2, sees_sinks=False)
+    ),
+    "sinks-and-all-padding": Case([ALL], mask=["0000"], span=Span(sinks=1)),
+    "unseen-sinks-and-one-token-more": Case(
+        ["0110 0100 0110 0110"], mask=["0110"], span=Span(sinks=2, sees_sinks=False)
+    ),
+    "sinks-in-a-batch-of-2": Case(
+        ["1000 1100 1110 1110", "0111 0100 0110 0111"], mask=["1110", "0111"], span=Span(sinks=2)
+    ),
+    "sinks-packed": Case(
+        ["100000 010000 011000 000100 000110 000111"], positions=["001012"], span=Span(sinks=2)
+    ),
+    "unseen-sinks-packed": Case(
+        ["100000 010000 011000 000100 000110 000001"], positions=["001012"], span=Span(sinks=2, sees_sinks=False)
+    ),
+    "sink-and-boundaries": Case(["10000 11100 11100 00010 00011"], boundaries=[0, 3, 5], span=Span(sinks=1)),
+    "sinks-packed-and-padded-on-the-right": Case(
+        ["100000 110000 001000 001100 111100 111100"], mask=["111100"], positions=["010100"], span=Span(sinks=1)
+    ),
+    "unseen-sinks-packed-and-padded-on-the-left": Case(
+        ["001111 001111 001000 000100 000010 000001"], mask=["001111"], positions=["110101"], span=Span(sinks=1, sees_sinks=False)
+    ),
+    "sinks-packed-with-padding-between": Case(
+        ["1000000 1100000 1101110 0001000 0001100 0001110 1101110"],
+        mask=["1101110"], positions=["0100120"], span=Span(sinks=2),
+    ),  # fmt: skip
+    "sink-and-window": Case(["10000 11100 01110 00111 00011"], span=Span(window=2, sinks=1)),
+    "sinks-and-window": Case(["10000 11000 11111 01111 00111"], span=Span(window=3, sinks=2)),
+    "sinks-beyond-the-window": Case(["10000 11000 01100 00111 00011"], span=Span(window=2, sinks=3)),
+    "unseen-sink-and-window": Case(["10000 01100 01110 00111 00011"], span=Span(window=2, sinks=1, sees_sinks=False)),
+    "unseen-sinks-and-window-and-padding-on-the-left": Case(
+        ["011111 010000 011000 000110 000111 000011"], mask=["011111"], span=Span(window=2, sinks=2, sees_sinks=False)
+    ),
+    "sink-and-window-and-packed": Case(
+        ["100000 111000 011000 000100 000111 000011"], positions=["012012"], span=Span(window=2, sinks=1)
+    ),
+    "sink-and-chunk": Case(["10000 11000 00110 00110 00001"], span=Span(chunk=2, sinks=1)),
+    "sinks-beyond-the-chunk": Case(["10000 11000 00100 00110 00001"], span=Span(chunk=2, sinks=3)),
+    "unseen-sinks-beyond-the-chunk": Case(["10000 11000 00100 00010 00001"], span=Span(chunk=2, sinks=3, sees_sinks=False)),
+    "sink-and-chunk-and-padding-on-the-left": Case(
+        ["011111 010000 011000 000110 000110 000001"], mask=["011111"], span=Span(chunk=2, sinks=1)
+    ),
+    "sinks-and-chunk-and-packed": Case(
+        ["100000 110000 001000 000100 000110 000001"], positions=["012012"], span=Span(chunk=2, sinks=2)
+    ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -121,11 +181,11 @@ def real_queries(case):
 
 @each_case
 def test_the_table_is_well_formed(case):
-    """Square matrices, symmetric between real tokens, where each real token sees itself."""
+    """Square matrices, symmetric between real tokens but for sinks, where each real token sees itself."""
     seen, real = matrices(case), real_queries(case)
     assert seen.shape[1] == seen.shape[2] and real.shape == seen.shape[:2]
     between = real[:, :, None] & real[:, None, :]
-    assert torch.equal(seen & between, (seen & between).mT)
+    assert case.span.sinks or torch.equal(seen & between, (seen & between).mT)
     assert seen.diagonal(dim1=1, dim2=2)[real].all()
 
 
@@ -174,7 +234,7 @@ def all_pairs(block_mask, shape):
 
 @each_case
 def test_flex_masks(case):
-    """For real queries; padding sees something, so that no softmax runs over nothing."""
+    """For real queries; padding sees something, but before sinks, where FlexAttention makes zeros of it."""
     from bidirect_patch.attention.flex import block_masks
 
     block_mask = block_masks(read(case), (case.span,))
@@ -183,7 +243,7 @@ def test_flex_masks(case):
     assert block_mask.shape[0] in (1, len(expected)) and block_mask.shape[-2:] == expected.shape[-2:]
     assert torch.equal(seen[real], expected[real])
     assert not seen[real.any(-1)].mT[~real[real.any(-1)]].any(), "padding is seen by nobody"
-    if case.span.window is None:
+    if case.span.window is None and not case.span.sinks:
         assert seen.any(-1).all(), "each query sees something"
 
 
@@ -207,6 +267,11 @@ def by_flash(case):
     if case.span.window is not None:
         index = torch.arange(length)
         seen &= (index[:, None] - index).abs() < case.span.window
+    # Then the sinks are run alone: each as the last token of a row, with the window that the module has.
+    for rows in first_tokens(batch, length, case.span.sinks, CPU) if numbers is None else run.sinks:
+        for row in rows.tolist():
+            keys = [at % length for at in row if case.span.window is None or row[-1] - at < case.span.window]
+            seen[row[-1] // length, row[-1] % length] = torch.isin(torch.arange(length), torch.tensor(keys))
     return seen
 
 

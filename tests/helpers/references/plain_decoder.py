@@ -7,29 +7,34 @@ import torch
 import torch.nn.functional as F
 
 
-def reach(real, position_ids=None, window=None, causal=False):
+def reach(real, position_ids=None, window=None, causal=False, sinks=0, sees_sinks=True, chunk=None):
     """Who may look at whom: bool (batch, query, key).
 
     `real` is (batch, seq), True for tokens and False for padding. With `position_ids`, a document starts at each real
-    token whose position doesn't follow from the one before it.
+    token whose position doesn't follow from the one before it. The first `sinks` tokens of a document look at none after
+    themselves, and the other tokens at them only if `sees_sinks`. A chunk is counted from the document's first token on.
     """
     batch, seq = real.shape
     allowed = torch.zeros(batch, seq, seq, dtype=torch.bool)
     for b in range(batch):
         document, before = -1, None
-        documents = []
+        documents, sink, chunks = [], [], []
         for i in range(seq):
             position = i if position_ids is None else int(position_ids[b, i])
             if real[b, i]:
                 if before is None or (position_ids is not None and position != before + 1):
-                    document += 1
-                before = position
+                    document, first, count = document + 1, i, 0
+                before, count = position, count + 1
             documents.append(document if real[b, i] else None)
+            sink.append(bool(real[b, i]) and count <= sinks)
+            chunks.append((i - first) // chunk if chunk and real[b, i] else None)
         for q in range(seq):
             for k in range(seq):
                 same = documents[q] is not None and documents[q] == documents[k]
-                near = window is None or abs(q - k) < window
-                allowed[b, q, k] = same and near and not (causal and k > q)
+                near = (window is None or abs(q - k) < window) and chunks[q] == chunks[k]
+                ahead = k > q and (causal or sink[q])
+                unseen = sink[k] and not sink[q] and not sees_sinks
+                allowed[b, q, k] = same and near and not ahead and not unseen
     return allowed
 
 
