@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import UnsupportedModelError
@@ -60,8 +61,7 @@ def sinks_on_disk(name_or_path: Any, **hub: Any) -> Sinks:
     """The sinks of which a checkpoint or adapter on disk says that it was trained with; see `says_bidirectional`."""
     hub = {name: value for name, value in hub.items() if name in (*HUB_OPTIONS, "local_files_only")}
     for file_name in ("adapter_config.json", "config.json"):
-        config = read_json(name_or_path, file_name, hub)
-        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        for part in _parts_of_json(read_json(name_or_path, file_name, hub)):
             if (sinks := sinks_in_config(part)) is not None:
                 return sinks
     return NO_SINKS
@@ -84,10 +84,17 @@ def is_bidirectional_now(model: Any, sinks: Sinks | None = None) -> bool:
 
 
 def _config_says_so(config: dict[str, Any]) -> bool:
-    inner = [config, *(value for value in config.values() if isinstance(value, dict))]
     classes = [str(v) for key in ("auto_mapping", "auto_map") for v in (config.get(key) or {}).values()]
     classes += map(str, config.get("architectures") or ())
-    return any(part.get("is_causal") is False for part in inner) or any(map(_LLM2VEC_CLASS.search, classes))
+    return any(part.get("is_causal") is False for part in _parts_of_json(config)) or any(map(_LLM2VEC_CLASS.search, classes))
+
+
+def _parts_of_json(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config and the configs in it, at any depth."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _parts_of_json(value)
 
 
 def read_json(name_or_path: Any, file_name: str, hub: dict[str, Any]) -> dict[str, Any]:

@@ -41,14 +41,15 @@ def save_causal(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 def saving_config(model: Any) -> Any:
     """A copy of `model.config` that says `is_causal: false` and the sinks of each decoder in `model` that is wholly bidirectional."""
     config = copy.deepcopy(model.config)
+    pairs = list(zip(parts(model.config), parts(config), strict=True))
     partial = [decoder.module for decoder in decoders(model) if decoder.unsupported_layers]
     for module in model.modules():
         if has_mixin(module, BidirectionalModel) and not any(module is p for p in partial):
-            inner = vars(model.config).items()  # of a composite config; older transformers give its models a copy
-            names = [n for n, value in inner if value is module.config]
-            names = names or [n for n, value in inner if type(value) is type(module.config)]
+            own = [saved for live, saved in pairs if live is module.config]
+            # Older transformers give the models inside a composite one a copy of their config.
+            own = own or [saved for live, saved in pairs if type(live) is type(module.config)]
             settings = settings_of(module, ModelSettings)
-            for part in [getattr(config, n) for n in names] or [config]:
+            for part in own or [config]:
                 part.is_causal = False
                 _write_sinks(part, NO_SINKS if settings is None else settings.sinks)
     if any(map(sinks_in_config, parts(config))):

@@ -13,9 +13,18 @@ def text_config(config: Any) -> Any:
 
 
 def parts(config: Any) -> Iterator[Any]:
-    """A config and the configs in it."""
-    yield config
-    yield from (value for value in vars(config).values() if hasattr(value, "to_dict"))
+    """A config and the configs in it, at any depth, each once."""
+    seen: dict[int, Any] = {}
+
+    def walk(each: Any) -> Iterator[Any]:
+        if id(each) not in seen:
+            seen[id(each)] = each
+            yield each
+            for value in vars(each).values():
+                if hasattr(value, "to_dict"):
+                    yield from walk(value)
+
+    yield from walk(config)
 
 
 def backend_of(config: Any) -> Backend:

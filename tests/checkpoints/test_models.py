@@ -111,6 +111,30 @@ def test_sharded_safetensors(tmp_path, auto):
     same(encode(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), encode(model))
 
 
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_a_config_that_is_nested_two_deep_is_flagged_where_its_decoder_reads_it(tmp_path, auto, sinks):
+    if not hasattr(transformers, "ColQwen2ForRetrieval"):
+        pytest.skip("this transformers has no ColQwen2")
+    special = dict(image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    text |= dict(vocab_size=96, bos_token_id=1, eos_token_id=2, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})
+    vision = dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=1)
+    vlm = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+    torch.manual_seed(0)
+    model = transformers.ColQwen2ForRetrieval(transformers.ColQwen2Config(vlm_config=vlm.to_dict(), embedding_dim=16)).eval()
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8, 9]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    enable_bidirectional(model, num_sink_tokens=sinks)
+    with torch.no_grad():
+        want = model(**batch)[0]
+    model.save_pretrained(tmp_path)
+    saved = config_of(tmp_path)
+    assert saved["vlm_config"]["text_config"]["is_causal"] is False
+    assert "is_causal" not in saved and "is_causal" not in saved["vlm_config"]
+    opened = transformers.ColQwen2ForRetrieval.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        same(opened(**batch)[0], want)
+
+
 def test_push_to_hub_pushes_the_flag(pushed):
     enable_bidirectional(tiny_model()).push_to_hub("somebody/encoder")
     assert json.loads(pushed["config.json"])["is_causal"] is False
