@@ -88,6 +88,13 @@ def test_each_model_gets_back_the_mode_it_was_found_in(tmp_path):
             enable_bidirectional(model)
             bidirectional_model(model)
 
+        def test_takes_sink_tokens(other, bidirectional_model):
+            assert bidirectional_model(other, num_sink_tokens=1, num_sinkless_layers=1) is other
+            assert not is_causal(other)
+            with torch.no_grad():
+                first, second = (other(torch.tensor([[1, 2, 3, last]])).last_hidden_state[:, 0] for last in (4, 9))
+            assert torch.equal(first, second)
+
         def test_stays_enabled(model, other):
             assert not is_causal(model) and is_causal(other)
 
@@ -98,7 +105,7 @@ def test_each_model_gets_back_the_mode_it_was_found_in(tmp_path):
             assert_bidirectional(other)
     """))
     out, err = finish(Fork("-m", "pytest", *ALONE, cwd=tmp_path, **NO_OTHERS), 200)
-    assert "= 2 failed, 5 passed in " in out, out + err
+    assert "= 2 failed, 6 passed in " in out, out + err
     assert "on purpose" in out
     failed = [line.split(" - ")[0] for line in out.splitlines() if line.startswith("FAILED ")]
     assert failed == ["FAILED test_user.py::test_fails", "FAILED test_user.py::test_assertion_fails"]

@@ -36,9 +36,9 @@ def run(argv: list[str]) -> int:
     settings = _parser().read(argv)
     check_sinks(settings)
     model = _load_weights(settings) if settings.weights else _make_small(settings)
+    sinks = _sinks(settings, model)
     if not settings.weights:
         print(f"A small random {type(model).__name__} stands for {settings.model}; --weights runs the real model.\n")
-    sinks = _sinks(settings, model)
     length = settings.length or min(LENGTH + sinks.num_sink_tokens, LONGEST)
     before = attention_report(model, length=length)
     print(f"as it is:\n{before}\n")
@@ -89,8 +89,11 @@ def _length(text: str) -> int:
 def _sinks(settings: argparse.Namespace, model: Any) -> Sinks:
     """The sinks that are asked for, else those that the model was saved with; as many sinkless layers as a small model has."""
     sinks = choose_sinks(settings, saved_sinks(model))
-    fewer = min(sinks.num_sinkless_layers, number_of_layers(model.config) or 0)
-    return sinks if settings.weights else sinks._replace(num_sinkless_layers=fewer)
+    layers = number_of_layers(model.config)
+    if settings.weights:
+        check_sinkless(sinks.num_sinkless_layers, layers)
+        return sinks
+    return sinks._replace(num_sinkless_layers=min(sinks.num_sinkless_layers, layers or 0))
 
 
 def _make_small(settings: argparse.Namespace) -> nn.Module:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from bidirect_patch import cli
+from bidirect_patch import cli, enable_bidirectional
 from bidirect_patch.cli import check
 from bidirect_patch.errors import StillCausalError
 from bidirect_patch.verify.report import attention_report
@@ -45,6 +45,25 @@ def test_weights(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("model.layers.2") == 2 and "stands for" not in out
     assert max(len(line) for line in out.splitlines() if line.startswith(("layer", "model.layers"))) <= 80
+
+
+def test_sinks(tmp_path, capsys):
+    """A last layer that doesn't see the sink looks back less far, which is no failure."""
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(tmp_path)
+    assert cli.main(["check", str(tmp_path), "--weights", "--num_sink_tokens", "2", "--num_sinkless_layers", "1"]) == 0
+    before, after = capsys.readouterr().out.split("bidirectional:\nlayer")
+    assert "-8 .. +0" in before and after.count("2 sink tokens") == 3 and "on sdpa: bidirectional" in after
+    assert after.count("which the others don't see") == 1 and "note:" not in after
+
+
+def test_sinks_on_a_small_model_and_of_a_folder(folder, tmp_path, capsys):
+    """The small model has two layers, of which no more than two can be sinkless."""
+    assert cli.main(["check", folder, "--num_sink_tokens=1", "--num_sinkless_layers=3"]) == 0
+    assert capsys.readouterr().out.count("which the others don't see") == 2
+    model = enable_bidirectional(tiny_model("llama"), num_sink_tokens=1)
+    model.save_pretrained(tmp_path / "saved")
+    assert cli.main(["check", str(tmp_path / "saved")]) == 0
+    assert capsys.readouterr().out.split("bidirectional:\nlayer")[1].count("1 sink token") == 2
 
 
 def test_a_model_without_attention_is_refused_by_name(tmp_path, capsys):
@@ -102,6 +121,10 @@ def test_a_value_keeps_its_hyphens(capsys):
         (["FOLDER", "--length", "many"], "from 3 to 128"),
         (["FOLDER", "--length", "300"], "from 3 to 128"),
         (["FOLDER", "--nonsense"], "--nonsense"),
+        (["FOLDER", "--num_sink_tokens", "one"], "--num_sink_tokens"),
+        (["FOLDER", "--num_sink_tokens", "-1"], "num_sink_tokens must be 0 or more; got -1"),
+        (["FOLDER", "--num_sinkless_layers", "1"], "num_sinkless_layers=1 without sink tokens"),
+        (["FOLDER", "--num_sink_tokens=1", "--num_sinkless_layers=33"], "at most 32, the number of layers; got 33"),
         (["FOLDER", "--attn-implementation", "nonsense"], "nonsense"),
         (["FOLDER", "--weights"], "no model could be read from"),
     ],

@@ -64,6 +64,9 @@ def test_mask_token_must_be_text(tokenizer, token):
         ({"return_flash_attn_kwargs": True}, "needs padding_free=True"),
         ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
         ({"seed": 1.5}, "got 1.5"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens must be an integer of at least 0; got -1"),
+        ({"num_sink_tokens": True}, "num_sink_tokens must be an integer of at least 0; got True"),
+        ({"num_sink_tokens": 1.0}, "got 1.0"),
         ({"pad_to_multiple_of": 10**18}, f"at most 16777216; got {10**18}"),
     ],
 )

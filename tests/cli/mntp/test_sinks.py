@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -11,8 +12,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
 from bidirect_patch.checkpoints.load import sinks_on_disk
+from bidirect_patch.cli.spearman import spearman
 from bidirect_patch.model.sinks import NO_SINKS, Sinks
 
+from ...helpers.explicit_masks import sink_masks, under
 from ...helpers.mntp_runs import error_line, refused, results, run, weights
 from ...helpers.seeing import reached
 from ...helpers.simcse_runs import write_pairs
@@ -70,7 +73,7 @@ def test_all_weights_open_with_the_sinks_of_the_folder_and_go_on(sinks, tmp_path
 
 
 def test_evaluation_scores_no_sink_and_sees_as_an_explicit_mask_says(settings):
-    """Against stock transformers under a 4D mask; each sequence is one sink token and a part of the text."""
+    """Against stock transformers under explicit masks; each sequence is one sink token and a part of the text."""
     from bidirect_patch.cli.mntp.collator import RepeatableCollator
 
     settings |= {"do_eval": True, "seed": 7, "num_sink_tokens": 1, "sink_token": "bos", "max_seq_length": 16}
@@ -83,15 +86,12 @@ def test_evaluation_scores_no_sink_and_sees_as_an_explicit_mask_says(settings):
     collator = RepeatableCollator(tokenizer, mlm_probability=0.2, seed=7, num_sink_tokens=1)
     model = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"], attn_implementation="eager").eval()
     causal, open_but_sink = [], []
-    allowed = torch.ones(16, 16, dtype=torch.bool)
-    allowed[0, 1:] = False
     for row in rows:
         batch = collator([row])
         labels = batch["labels"][0, 1:]
-        for losses, seen in ((causal, allowed.tril()), (open_but_sink, allowed)):
-            mask = torch.zeros(1, 1, 16, 16).masked_fill(~seen, torch.finfo(torch.float32).min)
-            with torch.no_grad():
-                logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits[0, :-1][labels != -100]
+        for losses, masks in ((causal, sink_masks(16, 2, sinks=16)), (open_but_sink, sink_masks(16, 2))):
+            with torch.no_grad(), under(model.model.layers, masks):
+                logits = model(input_ids=batch["input_ids"]).logits[0, :-1][labels != -100]
             losses.append(torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="none"))
     assert found["causal_masked_tokens"] == sum(map(len, causal))
     assert found["causal_loss"] == pytest.approx(torch.cat(causal).mean().item(), abs=1e-5)
@@ -119,8 +119,6 @@ def test_the_first_layers_are_kept(sinks, tmp_path):
 
 def test_eval_sts_pools_no_sink(settings, tmp_path):
     """Against a mean over the words, of the model under an explicit mask."""
-    from scipy.stats import spearmanr
-
     rows = write_pairs(tmp_path / "pairs.jsonl")
     for number, row in enumerate(rows):
         row["sentence1"] += " w7" * (1 + number % 5)  # else some cosines are 1 but for rounding
@@ -132,14 +130,11 @@ def test_eval_sts_pools_no_sink(settings, tmp_path):
 
     def embed(text):
         ids = torch.tensor([[BOS, *tokenizer(text)["input_ids"]]])
-        seen = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
-        seen[..., 0, 1:] = False
-        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-        with torch.no_grad():
-            return model(input_ids=ids, attention_mask=mask)[0][0, 1:].mean(0)
+        with torch.no_grad(), under(model.layers, sink_masks(ids.shape[1], 2)):
+            return model(input_ids=ids)[0][0, 1:].mean(0)
 
     cosines = [torch.cosine_similarity(embed(r["sentence1"]), embed(r["sentence2"]), 0).item() for r in rows]
-    expected = spearmanr(cosines, [row["score"] for row in rows]).statistic
+    expected = spearman(np.array(cosines), np.array([row["score"] for row in rows]))
     assert results(settings)["before_sts_spearman"] == pytest.approx(expected, abs=1e-3)
 
 

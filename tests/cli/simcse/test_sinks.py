@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, LlamaModel
@@ -13,8 +14,10 @@ from bidirect_patch import enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
 from bidirect_patch.checkpoints.load import sinks_on_disk
 from bidirect_patch.cli import main
+from bidirect_patch.cli.spearman import spearman
 from bidirect_patch.model.sinks import NO_SINKS, Sinks
 
+from ...helpers.explicit_masks import sink_masks, under
 from ...helpers.paths import ROOT
 from ...helpers.simcse_runs import run, write_pairs
 
@@ -44,27 +47,10 @@ def explicit(folder, sinkless=1, pooled=slice(1, None)):
     with opening_sinks():
         model = LlamaModel.from_pretrained(folder, attn_implementation="eager").eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    given = []
-    masks = []
-    for index, layer in enumerate(model.layers):
-
-        def put(module, args, kwargs, index=index):
-            kwargs["attention_mask"] = masks[index]
-            return args, kwargs
-
-        given.append(layer.register_forward_pre_hook(put, with_kwargs=True))
     found = []
     for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        length = ids.shape[1]
-        masks.clear()
-        for index in range(len(model.layers)):
-            seen = torch.ones(length, length, dtype=torch.bool)
-            seen[0, 1:] = False
-            if index >= len(model.layers) - sinkless:
-                seen[1:, 0] = False
-            masks.append(torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min))
-        with torch.no_grad():
+        with torch.no_grad(), under(model.layers, sink_masks(ids.shape[1], len(model.layers), sinkless=sinkless)):
             found.append(model(input_ids=ids)[0][0, pooled].mean(0))
     return torch.stack(found)
 
@@ -116,8 +102,6 @@ def test_a_process_that_imports_auto_opens_it_and_others_are_told_to(encoder):
 
 
 def test_evaluation_before_is_of_the_model_with_its_sinks(sinks, place, tmp_path):
-    from scipy.stats import spearmanr
-
     rows = write_pairs(tmp_path / "pairs.jsonl")
     assert run(sinks | {"validation_file": str(tmp_path / "pairs.jsonl"), "num_sinkless_layers": 0}) == 0
     found = json.loads(Path(sinks["output_dir"], "all_results.json").read_text())
@@ -129,7 +113,7 @@ def test_evaluation_before_is_of_the_model_with_its_sinks(sinks, place, tmp_path
             return base(input_ids=torch.tensor([[BOS, *tokenizer(text)["input_ids"]]]))[0][0, 1:].mean(0)
 
     cosines = [torch.cosine_similarity(embed(r["sentence1"]), embed(r["sentence2"]), 0).item() for r in rows]
-    expected = spearmanr([round(cosine, 5) for cosine in cosines], [row["score"] for row in rows]).statistic
+    expected = spearman(np.round(cosines, 5), np.array([row["score"] for row in rows]))
     assert found["before_spearman_cosine"] == pytest.approx(expected, abs=5e-3)
 
 
