@@ -49,13 +49,12 @@ class Bootstrap:
 
     Args:
         scores: What people say of each pair, (pairs,), float64.
-        draws: How many.
     """
 
-    def __init__(self, scores: np.ndarray, draws: int = DRAWS) -> None:
+    def __init__(self, scores: np.ndarray) -> None:
         self.scores = scores
         generator = np.random.default_rng(0)
-        self.draws = [generator.integers(len(scores), size=len(scores)) for _ in range(draws)]
+        self.draws = [generator.integers(len(scores), size=len(scores)) for _ in range(DRAWS)]
 
     def drawn(self, cosines: np.ndarray) -> np.ndarray:
         """The correlation with all pairs, and with each draw: (1 + draws,), float64."""

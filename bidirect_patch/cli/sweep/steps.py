@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ...errors import ConfigError
@@ -18,7 +19,7 @@ from .model import Source, load_model, load_tokenizer
 from .parts import take_apart
 from .settings import encoder_settings, lacking
 from .setups import CAUSAL
-from .table import best_of, in_words, is_sure, table
+from .table import best_of, drawn, in_words, is_sure, table
 from .texts import Pairs, token_ids, with_first_token
 
 FEWEST = 20  # pairs to choose on
@@ -81,6 +82,8 @@ def _measure(source: Source, files: Mapping[str, Pairs]) -> Measured:
     short = torch.tensor(token_ids(tokenizers[None], pairs.texts[:1], limit), device=next(model.parameters()).device)
     parts = take_apart(model, short)
     rows, notes = sweep(parts, _tokens(tokenizers, pairs, limit), tried, pairs)
+    if not any(np.isfinite(row.cosines).all() for row in rows if row.setup.attention.can_be_saved):
+        raise ConfigError("no setup gives embeddings that are numbers: give --torch_dtype float32, or look at the weights")
     measured = {dev: (rows, pairs)}
     for name, other in others:
         measured[name] = measure(parts, _tokens(tokenizers, other, limit), rows, other), other
@@ -99,13 +102,14 @@ def _tokens(tokenizers: Mapping[str | None, Any], pairs: Pairs, limit: int | Non
 
 def _show(measured: Measured, best: Row) -> None:
     (dev, (rows, pairs)), *others = measured.files.items()
+    values = {name: drawn(*each) for name, each in measured.files.items()}
     print("Spearman's correlation x 100; in brackets, the middle 95 % of other draws of the same pairs.")
     print(f"{dev}: {len(pairs.scores)} pairs, on which the setups were chosen, so that these numbers are a little high.")
     for name, (_, other) in others:
         print(f"{name}: {len(other.scores)} pairs, on which nothing was chosen.")
-    print("", table(measured.files, measured.layers), "", *measured.notes, sep="\n")
+    print("", table(rows, values, measured.layers), "", *measured.notes, sep="\n")
     print(f"Best: {best.setup.attention}; {in_words(best.setup, measured.layers)}.")
-    if best.setup.attention != CAUSAL and not is_sure(best, rows, pairs):
+    if best.setup.attention != CAUSAL and not is_sure(best, rows, values[dev]):
         print("It may be above the causal model by chance: more pairs would tell.")
 
 

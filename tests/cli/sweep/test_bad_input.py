@@ -66,3 +66,14 @@ def test_a_folder_that_is_not_empty(refused, place, tmp_path):
 def test_a_model_that_is_not_there(place, capsys):
     assert main(["sweep", str(place / "nothing"), "--eval_sts", str(place / "dev.csv")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("bidirect-patch: error: ")
+
+
+def test_weights_that_are_no_numbers(place, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(tmp_path)
+    assert main(["sweep", str(tmp_path), "--eval_sts", str(place / "dev.csv")]) == 2
+    assert "no setup gives embeddings that are numbers" in capsys.readouterr().err

@@ -4,11 +4,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import GPT2Config, GPT2Model
 
 from bidirect_patch import bidirectional, is_bidirectional
 
 from ...helpers.tiny_models import tiny_model
+from ...helpers.versions import TRANSFORMERS
 
 pytest.importorskip("datasets", reason="the command needs the extra [train]")
 
@@ -32,8 +34,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=["llama", "windows", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("eager", "gemma"))])
+@pytest.fixture(params=["llama", "windows", *(pytest.param(n, marks=pytest.mark.slow) for n in ("eager", "gemma", "gpt2"))])
 def model(request):
+    if request.param == "windows" and Version("4.40") > TRANSFORMERS:
+        pytest.skip(f"transformers {TRANSFORMERS}: a Mistral with windows is refused where its layers differ in sinks")
     return MODELS[request.param]()
 
 
@@ -69,7 +73,7 @@ def test_every_cut_model_with_a_sink(model):
     from bidirect_patch.cli.sweep.passes import Depth
     from bidirect_patch.cli.sweep.setups import SINK
 
-    depths = [Depth(blind, layers) for blind in (0, 1, 2) for layers in range(max(1, blind), 5)]
+    depths = [Depth(0, 3), Depth(0, 4), Depth(1, 1), Depth(1, 3), Depth(2, 2), Depth(2, 4)]
     for depth, state in found(model, SINK, depths).items():
         same(state, honest(model, depth, num_sink_tokens=1))
     for depth in (Depth(1, 1), Depth(2, 3)):  # one alone, of which only some layers are run

@@ -72,7 +72,10 @@ def test_each_row_is_what_an_honest_model_gives(place):
     assert checked == 5
 
 
-def test_what_is_printed(place, capsys):
+def test_what_is_printed(place, capsys, monkeypatch):
+    from bidirect_patch.cli.sweep import scores
+
+    monkeypatch.setattr(scores, "DRAWS", 50)
     pytest.importorskip("peft", reason="the training command needs the extra [train]")
     assert run(place, "--test-file", place / "test.jsonl") == 0
     out = capsys.readouterr().out
