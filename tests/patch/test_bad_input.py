@@ -8,9 +8,9 @@ from packaging.version import Version
 from torch import nn
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
-from bidirect_patch.errors import AttentionMaskError, BidirectPatchError, UnsupportedModelError
+from bidirect_patch.errors import ArgumentError, AttentionMaskError, BidirectPatchError, UnsupportedModelError
 
-from ..helpers.seeing import IDS, hidden, sees_all, sees_only_the_past
+from ..helpers.seeing import IDS, hidden, reached, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
 from ..helpers.tiny_models import tiny_config
 from ..helpers.versions import TRANSFORMERS
@@ -117,3 +117,33 @@ def test_a_window_and_padding_in_the_middle_are_refused_on_flash(make_model):
     mask[:, 3:5] = 0
     with pytest.raises(AttentionMaskError, match="middle of a row"):
         hidden(model, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "sinks",
+    [
+        *(dict(num_sink_tokens=bad) for bad in (True, 1.0, -1, "1", None, [1])),
+        *(dict(num_sink_tokens=1, num_sinkless_layers=bad) for bad in (False, 1.0, -1, "1", None, 3)),
+        dict(num_sinkless_layers=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("found", [None, dict(num_sink_tokens=2)], ids=["causal", "with-sinks"])
+def test_numbers_of_sinks_that_mean_nothing_are_refused(make_model, sinks, found):
+    model = make_model()
+    if found:
+        enable_bidirectional(model, **found)
+    seen = reached(model)
+    before = snapshot(model)
+    name = "num_sinkless_layers" if "num_sinkless_layers" in sinks else "num_sink_tokens"
+    for verb in (enable_bidirectional, lambda *args, **kwargs: bidirectional(*args, **kwargs).__enter__()):
+        with pytest.raises(ArgumentError, match=name) as caught:
+            verb(model, **sinks)
+        assert isinstance(caught.value, (TypeError, ValueError))
+    assert_same(before, snapshot(model))
+    assert torch.equal(reached(model), seen)
+
+
+def test_a_causal_block_takes_no_sinks(make_model):
+    with pytest.raises(ArgumentError, match="num_sink_tokens=1"):
+        bidirectional(make_model(), enabled=False, num_sink_tokens=1)

@@ -7,7 +7,7 @@ import torch.utils.checkpoint
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
 from bidirect_patch.errors import BidirectPatchError
 
-from ..helpers.seeing import IDS, hidden, sees_all, sees_only_the_past
+from ..helpers.seeing import IDS, hidden, reached, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
 
 
@@ -66,4 +66,43 @@ def test_toggled_inside_a_block_the_block_still_restores(make_model):
     with bidirectional(model, enabled=False):
         enable_bidirectional(model)
         assert sees_all(model)
+    assert sees_only_the_past(model)
+
+
+def moved_by_last(model):
+    """A digit per position: 1 where the last token moves what comes out."""
+    return "".join(str(int(moved)) for moved in reached(model)[:, -1])
+
+
+def test_blocks_bring_back_the_sinks_that_they_found(make_model):
+    model = make_model()
+    hidden(model)
+    before = snapshot(model)
+    enable_bidirectional(model, num_sink_tokens=2)
+    with pytest.raises(KeyError), bidirectional(model):
+        assert sees_all(model)
+        raise KeyError
+    assert moved_by_last(model) == "00111111"
+    with bidirectional(model, enabled=False):
+        assert sees_only_the_past(model)
+        with bidirectional(model, num_sink_tokens=1, num_sinkless_layers=2):
+            assert moved_by_last(model) == "01111111" and not reached(model)[1:, 0].any()
+            with bidirectional(model, num_sink_tokens=3):
+                assert moved_by_last(model) == "00011111"
+            assert moved_by_last(model) == "01111111" and not reached(model)[1:, 0].any()
+        assert sees_only_the_past(model)
+    assert moved_by_last(model) == "00111111" and reached(model)[:, 0].all()
+    with bidirectional(model, num_sink_tokens=1):
+        enable_bidirectional(model, num_sink_tokens=3)
+    assert moved_by_last(model) == "00111111"
+    disable_bidirectional(model)
+    with bidirectional(model, num_sink_tokens=2):
+        assert moved_by_last(model) == "00111111"
+    assert_same(before, snapshot(model))
+
+
+def test_a_decorated_function_has_its_sinks(make_model):
+    model = make_model()
+    encode = bidirectional(model, num_sink_tokens=1)(lambda: moved_by_last(model))
+    assert encode() == encode() == "01111111"
     assert sees_only_the_past(model)

@@ -2,14 +2,16 @@
 
 import copy
 import io
+import pickle
 
+import pytest
 import torch
 import torch.utils.checkpoint
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
 
 from ..helpers.processes import in_a_new_process
-from ..helpers.seeing import IDS, hidden, sees_all, sees_only_the_past
+from ..helpers.seeing import IDS, hidden, reached, sees_all, sees_only_the_past
 
 
 def test_a_deep_copy_is_a_model_of_its_own(make_model):
@@ -43,6 +45,20 @@ def test_torch_save_of_the_whole_model(make_model):
     assert sees_only_the_past(loaded)
     assert torch.equal(hidden(loaded), hidden(model))
     assert {n: type(m) for n, m in loaded.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies_keep_their_sinks(make_model, copied):
+    model = enable_bidirectional(make_model(), num_sink_tokens=2, num_sinkless_layers=2)
+    made = copied(model)  # before any forward: transformers 5 puts hooks on that pickle can't take
+    other = copied(enable_bidirectional(model, num_sink_tokens=1))
+    seen = torch.ones(8, 8, dtype=torch.bool)
+    seen[0, 1:] = False
+    assert torch.equal(reached(other), seen) and torch.equal(reached(model), seen)
+    seen[1, 2:] = seen[2:, :2] = False
+    assert torch.equal(reached(made), seen) and is_bidirectional(made)
+    disable_bidirectional(made)
+    assert sees_only_the_past(made) and is_bidirectional(other)
 
 
 def test_a_saved_model_opens_in_another_process(make_model, tmp_path):

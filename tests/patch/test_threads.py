@@ -13,21 +13,21 @@ from packaging.version import Version
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
 from bidirect_patch.errors import BidirectPatchError, ModeConflictError, OrderError
 
-from ..helpers.seeing import CLOSE, MASK, hidden, sees_all, sees_only_the_past
+from ..helpers.seeing import CLOSE, MASK, hidden, reached, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
 from ..helpers.versions import TRANSFORMERS
 
 
 class Thread(threading.Thread):
-    """Holds `with bidirectional(model, enabled)` open until told to leave."""
+    """Holds `with bidirectional(model, enabled, ...)` open until told to leave."""
 
-    def __init__(self, model, enabled):
+    def __init__(self, model, enabled, **sinks):
         super().__init__(daemon=True)
         self.entered, self.leave, self.error = threading.Event(), threading.Event(), None
 
         def run():
             try:
-                with bidirectional(model, enabled=enabled):
+                with bidirectional(model, enabled=enabled, **sinks):
                     self.entered.set()
                     self.leave.wait(20)
             except BaseException as error:
@@ -69,6 +69,37 @@ def test_threads_that_want_opposite_modes_get_an_error(make_model, theirs):
     with bidirectional(model, enabled=not theirs):
         assert sees_all(model) != theirs
     assert_same(before, snapshot(model))
+
+
+def moved_by_last(model):
+    """A digit per position: 1 where the last token moves what comes out."""
+    return "".join(str(int(moved)) for moved in reached(model)[:, -1])
+
+
+def test_threads_that_want_other_sinks_get_an_error(make_model):
+    model = enable_bidirectional(make_model(), num_sink_tokens=1)
+    with Thread(model, True, num_sink_tokens=2, num_sinkless_layers=1):
+        assert moved_by_last(model) == "00111111"
+        for other in (dict(num_sink_tokens=1), dict(num_sink_tokens=2), {}):
+            with pytest.raises(ModeConflictError, match="sink tokens"):
+                with bidirectional(model, **other):
+                    pytest.fail("entered")
+            with pytest.raises(ModeConflictError, match="2 sink tokens and 1 sinkless"):
+                enable_bidirectional(model, **other)
+        for other in (lambda: disable_bidirectional(model), lambda: bidirectional(model, enabled=False).__enter__()):
+            with pytest.raises(ModeConflictError):
+                other()
+        with bidirectional(model, num_sink_tokens=2, num_sinkless_layers=1):
+            assert moved_by_last(model) == "00111111"
+        assert moved_by_last(model) == "00111111"
+    assert moved_by_last(model) == "01111111"
+
+
+def test_sinks_set_for_good_outlive_the_blocks_of_others(make_model):
+    model = make_model()
+    with Thread(model, True, num_sink_tokens=2):
+        enable_bidirectional(model, num_sink_tokens=2)
+    assert moved_by_last(model) == "00111111"
 
 
 def test_the_last_thread_to_leave_restores(make_model):

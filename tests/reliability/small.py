@@ -13,6 +13,7 @@ ONES = torch.ones_like(IDS)
 PADDED = ONES.clone()
 PADDED[0, 7:] = 0
 CAUSAL, BOTH = "000000001", "111111111"
+ONE_SINK, TWO_SINKS = "011111111", "001111111"  # what the last token moves beside sink tokens
 SIZES = dict(
     vocab_size=60,
     hidden_size=32,

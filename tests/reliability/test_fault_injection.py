@@ -21,7 +21,7 @@ from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirect
 from bidirect_patch.attention import mask_origin
 from bidirect_patch.swap import modes
 
-from .small import BOTH, CAUSAL, assert_twins, causal_lm, leftovers, llama, moves
+from .small import BOTH, CAUSAL, ONE_SINK, TWO_SINKS, assert_twins, causal_lm, leftovers, llama, moves
 
 PACKAGE = str(Path(bidirect_patch.__file__).parent)
 pytestmark = pytest.mark.slow
@@ -124,6 +124,50 @@ def test_an_error_at_any_step_leaves_one_mode(name, error):
         assert moves(model) == CAUSAL and not leftovers(model), step
     assert hits >= len(steps) * 0.9, "the errors were raised"
     assert_twins(model, twin)
+
+
+def enter_and_leave_with_one_sink(model):
+    with bidirectional(model, num_sink_tokens=1):
+        pass
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    "operation, allowed",
+    [
+        (lambda model: enable_bidirectional(model, num_sink_tokens=1), {ONE_SINK, TWO_SINKS}),
+        (enable_bidirectional, {BOTH, TWO_SINKS}),
+        (disable_bidirectional, {CAUSAL, TWO_SINKS}),
+        (enter_and_leave_with_one_sink, {ONE_SINK, TWO_SINKS}),
+    ],
+    ids=["other sinks", "no sinks", "disable", "block"],
+)
+def test_an_error_while_sinks_change_leaves_the_old_or_the_new(operation, allowed, error):
+    model, twin = llama(), llama()
+    twin.load_state_dict(model.state_dict())
+
+    def found():
+        enable_bidirectional(model, num_sink_tokens=2, num_sinkless_layers=1)
+
+    found()
+    operation(model)  # what is done once per class is done
+    found()
+    counting = Injected()
+    assert counting.run(lambda: operation(model)) is None
+    every = range(1, counting.count + 1)
+    steps = every if counting.count <= STEPS else sorted(random.Random(0).sample(every, STEPS))
+    seen = set()
+    for step in steps:
+        found()
+        assert moves(model) == TWO_SINKS, step
+        Injected(step, error).run(lambda: operation(model))
+        seen.add(moves(model))
+        assert seen <= allowed and is_bidirectional(model) == (moves(model) != CAUSAL), step
+        nothing_is_left_under_way(model)
+    assert TWO_SINKS in seen
+    disable_bidirectional(model)
+    assert_twins(model, twin)
+    assert not leftovers(model)
 
 
 def nothing_is_left_under_way(model):

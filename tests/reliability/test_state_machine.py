@@ -1,7 +1,7 @@
 """Whatever a user does to a model, in whatever order: the mode asked for is the mode in force, and the way back is exact.
 
-A hypothesis state machine draws the orders. The mode is seen by changing a token and watching what moves. A twin of each
-model gets everything but the patch; at the end, the patch undone, the two are equal bit for bit.
+A hypothesis state machine draws the orders. The mode and its sink tokens are seen by changing a token and watching what moves.
+A twin of each model gets everything but the patch; at the end, the patch undone, the two are equal bit for bit.
 """
 
 import copy
@@ -29,6 +29,29 @@ from bidirect_patch.mntp.head import remove_mntp_head  # noqa: E402
 from .small import BOTH, CAUSAL, IDS, ONES, PADDED, assert_twins, causal_lm, moves  # noqa: E402
 
 which = st.integers(0, 1)
+NO_SINKS = (0, 0)
+some_sinks = st.sampled_from([NO_SINKS, NO_SINKS, (1, 0), (2, 2)])  # tokens, and sinkless layers: none or all of the two
+
+
+def enable_with(model, sinks):
+    return enable_bidirectional(model, num_sink_tokens=sinks[0], num_sinkless_layers=sinks[1])
+
+
+def bring_back(one):
+    """Bring a model to the mode that it should have."""
+    disable_bidirectional(one.model) if one.mode is False else enable_with(one.model, one.mode)
+
+
+def moved_by_last(mode, text=BOTH):
+    """What the last token of a text moves: `text` has a 1 for each of its tokens."""
+    if mode is False:
+        return CAUSAL
+    begin = text.index("1")
+    return text[:begin] + "0" * mode[0] + text[begin + mode[0] :]
+
+
+def moved_by_first(mode):
+    return BOTH if not mode or not mode[1] else "1" * mode[0] + "0" * (9 - mode[0])
 
 
 class Patched:
@@ -38,7 +61,7 @@ class Patched:
         torch.manual_seed(seed)
         self.model = causal_lm(tie_word_embeddings=False)
         self.twin = copy.deepcopy(self.model)
-        self.mode = False
+        self.mode = False  # causal, or the sinks of a bidirectional model
         self.blocks = []  # (block, mode found)
 
     @property
@@ -58,14 +81,15 @@ class Orders(RuleBasedStateMachine):
     @invariant()
     def the_mode_asked_for_is_in_force(self):
         for one in getattr(self, "all", ()):
-            assert is_bidirectional(one.model) == one.mode
-            assert moves(one.model) == (BOTH if one.mode else CAUSAL)
+            assert is_bidirectional(one.model) == (one.mode is not False)
+            assert moves(one.model) == moved_by_last(one.mode)
+            assert moves(one.model, at=0) == moved_by_first(one.mode)
 
-    @rule(i=which)
-    def enable(self, i):
+    @rule(i=which, sinks=some_sinks)
+    def enable(self, i, sinks):
         one = self.all[i]
-        assert enable_bidirectional(one.model) is one.model
-        one.mode = True
+        assert enable_with(one.model, sinks) is one.model
+        one.mode = sinks
 
     @rule(i=which)
     def disable(self, i):
@@ -73,14 +97,15 @@ class Orders(RuleBasedStateMachine):
         assert disable_bidirectional(one.model) is one.model
         one.mode = False
 
-    @rule(i=which, enabled=st.booleans())
-    def enter(self, i, enabled):
+    @rule(i=which, mode=st.one_of(st.just(False), some_sinks))
+    def enter(self, i, mode):
         one = self.all[i]
         if len(one.blocks) < 3:
-            block = bidirectional(one.model, enabled)
+            tokens, layers = mode or NO_SINKS
+            block = bidirectional(one.model, mode is not False, num_sink_tokens=tokens, num_sinkless_layers=layers)
             block.__enter__()
             one.blocks.append((block, one.mode))
-            one.mode = enabled
+            one.mode = mode
 
     @rule(i=which, error=st.sampled_from([None, ValueError, KeyboardInterrupt]))
     def leave(self, i, error):
@@ -106,17 +131,19 @@ class Orders(RuleBasedStateMachine):
             "packed": dict(position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])),
             "embeds": {},
         }[kind]
-        if kind in ("bool", "additive", "packed") and not one.mode:
+        if kind in ("bool", "additive", "packed") and one.mode is False:
             return  # stock transformers' own business, which differs by release
         if kind == "embeds":
             one.model(inputs_embeds=one.model.get_input_embeddings()(IDS))
             return
-        expected = {"right": "111111100", "left": "001111111", "packed": "000001111"}.get(kind, BOTH)
+        expected = {"right": BOTH, "left": "001111111", "packed": "000001111"}.get(kind, BOTH)
+        if kind not in ("bool", "additive"):  # these say who sees whom
+            expected = moved_by_last(one.mode, expected)
         at = 6 if kind == "right" else -1
         seen = moves(one.model, at, **given)
         real = [kind != "right" or p < 7 and True for p in range(9)]
         real = [r and (kind != "left" or p > 1) for p, r in enumerate(real)]
-        if one.mode:
+        if one.mode is not False:
             assert all(s == e for s, e, r in zip(seen, expected, real) if r), (kind, seen)
         else:
             assert all(s == str(int(p >= at % 9)) for p, (s, r) in enumerate(zip(seen, real)) if r), (kind, seen)
@@ -131,7 +158,7 @@ class Orders(RuleBasedStateMachine):
     @rule(i=which)
     def generate(self, i):
         one = self.all[i]
-        if one.mode:
+        if one.mode is not False:
             with pytest.raises(GenerateError):
                 one.model.generate(IDS, max_new_tokens=2)
         elif not one.model.training:
@@ -197,9 +224,9 @@ class Orders(RuleBasedStateMachine):
             return
         one.model.model.layers[layer] = pasted
         one.twin.model.layers[layer] = copy.deepcopy(other.twin.model.layers[layer]).to(one.model.dtype)
-        if one.mode != other.mode:
+        if (one.mode is False) != (other.mode is False):
             assert not is_bidirectional(one.model)
-        (enable_bidirectional if one.mode else disable_bidirectional)(one.model)
+        bring_back(one)
 
     @rule(i=which)
     def share(self, i):
@@ -215,7 +242,7 @@ class Orders(RuleBasedStateMachine):
         assert not is_bidirectional(one.model)
         one.model.model.layers[0] = mine
         for each in (one, other):
-            (enable_bidirectional if each.mode else disable_bidirectional)(each.model)
+            bring_back(each)
 
     @rule(i=which)
     def head(self, i):
@@ -223,7 +250,7 @@ class Orders(RuleBasedStateMachine):
         if one.blocks:
             return
         assert apply_mntp_head(one.model) is one.model
-        one.mode = True
+        one.mode = one.mode or NO_SINKS  # it keeps the sinks that it finds
         labels = IDS.clone()
         labels[0, :4] = -100
         hidden = IDS.clone()
@@ -241,11 +268,11 @@ class Orders(RuleBasedStateMachine):
         if one.blocks:
             return
         with_adapter = peft.get_peft_model(one.model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-        assert moves(with_adapter) == (BOTH if one.mode else CAUSAL)
+        assert moves(with_adapter) == moved_by_last(one.mode)
         enable_bidirectional(with_adapter)
         assert moves(with_adapter) == BOTH
-        base = with_adapter.unload()
-        (enable_bidirectional if one.mode else disable_bidirectional)(base)
+        base = one.model = with_adapter.unload()
+        bring_back(one)
         base.requires_grad_(True)
         for name in [n for n in vars(base) if "peft" in n]:
             delattr(base, name)
@@ -259,12 +286,12 @@ class Orders(RuleBasedStateMachine):
         accelerate.state.AcceleratorState._reset_state(True)
         accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
         prepared = accelerator.prepare_model(one.model, evaluation_mode=True)
-        assert moves(prepared) == (BOTH if one.mode else CAUSAL)
+        assert moves(prepared) == moved_by_last(one.mode)
         enable_bidirectional(prepared)
         assert moves(prepared) == BOTH
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         assert moves(one.model) == BOTH and is_bidirectional(one.model)
-        (enable_bidirectional if one.mode else disable_bidirectional)(one.model)
+        bring_back(one)
         accelerate.state.AcceleratorState._reset_state(True)
         vars(one.model).pop("forward", None)  # accelerate leaves the stock forward bound to the instance
         vars(one.model).pop("_is_accelerate_prepared", None)
@@ -275,7 +302,7 @@ class Orders(RuleBasedStateMachine):
         self.compiles -= 1
         torch._dynamo.reset()
         one = self.all[i]
-        assert moves(torch.compile(one.model, backend="eager")) == (BOTH if one.mode else CAUSAL)
+        assert moves(torch.compile(one.model, backend="eager")) == moved_by_last(one.mode)
         vars(one.model).pop("_is_torch_compile", None)  # transformers' own mark
 
     def teardown(self):

@@ -10,9 +10,9 @@ from packaging.version import Version
 from torch import nn
 
 from bidirect_patch import enable_bidirectional
-from bidirect_patch.errors import UnsupportedModelError
+from bidirect_patch.errors import ConfigError, StillCausalError, UnsupportedModelError
 from bidirect_patch.model.tiny import tiny_like
-from bidirect_patch.verify.report import attention_report
+from bidirect_patch.verify.report import assert_bidirectional, attention_report
 
 from ..helpers.tiny_models import FAMILIES, tiny_model
 from ..helpers.toy_layers import FULL, Layer, Toy
@@ -174,3 +174,87 @@ def test_two_reports_of_one_model_are_equal():
     model = tiny_model("llama")
     first, second = attention_report(model), attention_report(copy.deepcopy(model))
     assert str(first) == str(second)
+
+
+@pytest.mark.parametrize("sinks, sinkless", [(1, 0), (2, 1), (4, 2)])
+def test_sinks_are_seen_in_the_report(sinks, sinkless):
+    model = tiny_model("llama")
+    causal = attention_report(model, length=11)
+    enable_bidirectional(model, num_sink_tokens=sinks, num_sinkless_layers=sinkless)
+    report = attention_report(model, length=11)
+    assert report.is_bidirectional and report.unlike_mirror_of(causal) == []
+    assert [layer.num_sink_tokens for layer in report.layers] == [sinks] * 2
+    assert [layer.sees_sinks for layer in report.layers] == [i < 2 - sinkless for i in range(2)]
+    lines = [line for line in str(report).splitlines() if f"{sinks} sink token" in line]
+    assert len(lines) == 2 and sum("don't see" in line for line in lines) == sinkless
+    shown = [repr(layer.self_attn) for layer in model.model.layers]
+    assert all(f"{sinks} sink token" in text for text in shown) and sum("don't see" in text for text in shown) == sinkless
+    assert attention_report(model).length == 7 + sinks
+    with pytest.raises(ConfigError, match="sink tokens"):
+        attention_report(model, length=sinks + 2)
+    enable_bidirectional(model)
+    assert [layer.num_sink_tokens for layer in attention_report(model).layers] == [0, 0]
+    assert "sink" not in repr(model)
+
+
+def given_another_mask(model, right, wrong):
+    """`model`, whose attention modules are given the mask `wrong`, bool (query, key), where the patch gives them `right`."""
+
+    def replace(module, args, kwargs):
+        given = kwargs["attention_mask"]
+        if given.shape[-2:] == right.shape and torch.equal(given[0, 0] == 0, right):
+            hidden = torch.finfo(given.dtype).min
+            kwargs = {**kwargs, "attention_mask": given.masked_fill(~wrong, hidden).masked_fill(wrong, 0)}
+        return args, kwargs
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(replace, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrong", ["nothing", "a sink sees the text", "others don't see it", "too many", "too few", "too many asked"]
+)
+def test_other_sinks_than_those_asked_for_are_no_bidirectional_model(wrong):
+    """The masks are changed below the patch, so that its flags say that all is well."""
+    model = enable_bidirectional(tiny_model("llama", "eager"), num_sink_tokens=2)
+    right = torch.ones(9, 9, dtype=torch.bool)
+    right[:2] = right[:2].tril()
+    seen = right.clone()
+    if wrong == "a sink sees the text":
+        seen[1, 5] = True
+    elif wrong == "others don't see it":
+        seen[2:, :2] = False
+    elif wrong == "too many":
+        seen[2, 3:] = False
+    elif wrong == "too few":
+        seen[1, 2:] = True
+    elif wrong == "too many asked":
+        enable_bidirectional(model, num_sink_tokens=3)
+        right[2, 3:] = False
+    given_another_mask(model, right, seen)
+    if wrong == "nothing":
+        return assert_bidirectional(model, length=9)
+    with pytest.raises(StillCausalError):
+        assert_bidirectional(model, length=9)
+
+
+def test_a_sinkless_layer_that_sees_the_sinks_is_no_bidirectional_layer():
+    model = enable_bidirectional(tiny_model("llama", "eager"), num_sink_tokens=2, num_sinkless_layers=2)
+    right = torch.ones(9, 9, dtype=torch.bool)
+    right[:2] = right[:2].tril()
+    seen = right.clone()
+    right[2:, :2] = False
+    assert_bidirectional(model, length=9)
+    with pytest.raises(StillCausalError):
+        assert_bidirectional(given_another_mask(model, right, seen), length=9)
+
+
+def test_sinks_that_nobody_asked_for_are_no_bidirectional_model():
+    model = enable_bidirectional(tiny_model("llama", "eager"))
+    right = torch.ones(9, 9, dtype=torch.bool)
+    seen = right.clone()
+    seen[:1] = seen[:1].tril()
+    assert_bidirectional(model, length=9)
+    with pytest.raises(StillCausalError):
+        assert_bidirectional(given_another_mask(model, right, seen), length=9)
