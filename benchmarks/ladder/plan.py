@@ -93,8 +93,8 @@ _EITHER = {"lr_scheduler_type": "linear", "report_to": "none", "save_strategy": 
 
 CPU = Scale(
     layers=6,
-    mntp={"preset": "small"} | _EITHER,
-    simcse={"preset": "small"} | _EITHER,
+    mntp={"preset": "small", "num_sink_tokens": 0} | _EITHER,
+    simcse={"preset": "small", "num_sink_tokens": 0} | _EITHER,
     simcse_steps=60,
     more_simcse_steps=60,
 )

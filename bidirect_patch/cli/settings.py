@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 from transformers import HfArgumentParser
 
 from ..errors import ConfigError
+from ..model.sinks import Sinks
 from . import Parser, one_line, underscored
 from .output_folder import check_output_dir as check_output_dir
 from .ranges import BELOW_ONE, COUNT, RANK, check_range, check_text, check_training_numbers
@@ -114,7 +115,8 @@ def parse_settings(
     aside = {name for flag in given for name in (replaces or {}).get(flag, ())}
     settings = {name: value for name, value in settings.items() if name not in aside} | given
     preset = settings.get("preset")
-    settings = {**presets.get(preset, {}), **settings} if isinstance(preset, str) else settings
+    if isinstance(preset, str):
+        settings = {**_left_by(settings, presets.get(preset, {})), **settings}
     types = {f.name: f.type for kind in kinds for f in fields(kind) if f.init}
     settings = translate_settings(settings, set(types))
     _check_names(settings, types)
@@ -222,6 +224,12 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
             earlier = settings[name] if isinstance(settings[name], list) else [settings[name]]
             settings[name] = [*earlier, word]
     return settings
+
+
+def _left_by(settings: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a preset has a meaning beside the settings: a causal model, or one without sink tokens, has no sinks of either kind."""
+    has_no_sinks = str(settings.get("num_sink_tokens")) == "0" or str(settings.get("bidirectional")).lower() == "false"
+    return {name: value for name, value in preset.items() if not (has_no_sinks and name in Sinks._fields)}
 
 
 def _check_names(settings: dict[str, Any], types: dict[str, Any]) -> None:

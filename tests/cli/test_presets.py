@@ -57,6 +57,15 @@ def test_a_flag_and_a_file_win_over_it(command, tmp_path):
     assert found["max_steps"] == settings_of(command).PRESETS["small"]["max_steps"]
 
 
+@pytest.mark.parametrize("flag", ["--num_sink_tokens 0", "--no_bidirectional", "--bidirectional false"])
+def test_its_sinks_go_where_they_have_no_meaning(command, tmp_path, flag):
+    if command == "mntp" and "bidirectional" in flag:
+        pytest.skip("mntp trains no causal model")
+    found = parsed(command, tmp_path, "--preset", "small", *flag.split())
+    assert not found["num_sink_tokens"] and not found["num_sinkless_layers"] and found["lora_r"] == 16
+    assert parsed(command, tmp_path, "--preset", "small", "--num_sink_tokens", "2")["num_sinkless_layers"] == 1
+
+
 @pytest.mark.parametrize("given", ["large", "", "['small']"])
 def test_an_unknown_preset_is_an_error_that_names_those_there_are(command, tmp_path, given):
     with pytest.raises(ConfigError, match="small"):

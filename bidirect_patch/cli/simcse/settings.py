@@ -126,6 +126,8 @@ examples (MODEL is a folder or a name on the hub):
 
 PRESETS = {
     "small": {
+        "num_sink_tokens": 1,
+        "num_sinkless_layers": 1,
         "lora_r": 16,
         "lora_dropout": 0.0,
         "max_seq_length": 32,
