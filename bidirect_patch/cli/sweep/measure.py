@@ -15,7 +15,7 @@ from .scores import cosines
 from .setups import BLIND, CAUSAL, OPEN, SINK, Attention, Setup
 from .texts import Pairs
 
-SCREENING = 100  # pairs on which the first token is chosen
+SCREENING = 64  # pairs on which the first token is chosen
 
 # The tokens of the texts by what stands before each text.
 Tokens = Mapping[str | None, Sequence[Sequence[int]]]
