@@ -1,4 +1,4 @@
-"""Draw how an attention head of a real model loses its sink where every token is opened, and keeps it where the first one is a sink.
+"""Draw how an attention head of a real model loses its sink once every token is opened, and keeps it with a sink token.
 
 The head is the one whose weight on the first token falls most when every token is opened, among all heads of all layers. All
 three panels show that head, with the first token that the model gets in front of its texts. Writes figures/attention_head.svg:

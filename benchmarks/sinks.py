@@ -2,7 +2,7 @@
 
     python -m benchmarks.sinks [--rounds 9] [--quick]
 
-Layers of SmolLM2-135M's shape, the last of them sinkless. FlexAttention has no backward on a CPU, so there the forward alone is run.
+Layers of SmolLM2-135M's shape, the last of them sinkless. FlexAttention has no backward on a CPU: its forward alone is run.
 """
 
 import contextlib

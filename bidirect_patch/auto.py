@@ -2,8 +2,8 @@
 
 After the import, on every transformers, `from_pretrained` of a checkpoint whose config says `is_causal: false`, or that LLM2Vec
 saved, returns an enabled model, and an adapter that was trained bidirectionally enables the model that it is loaded onto,
-through PEFT or through transformers, with the sink tokens that it was saved with. Without the import there is only a warning, once
-this package is in use, and an error for a folder with sink tokens.
+through PEFT or through transformers, with the sink tokens that it was saved with. Without the import there is only a warning,
+once this package is in use, and an error for a folder with sink tokens.
 """
 
 from typing import Any

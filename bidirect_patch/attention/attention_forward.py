@@ -20,7 +20,7 @@ from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
 from .padding_and_packing import Sequences
 from .ready_mask import pick
-from .sinks_alone import put_in, run_alone
+from .sinks_alone import cut_to_sinks, put_in
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class BidirectionalAttention(Swapped):
             args, kwargs, sinks = call.arguments(self, settings, args, kwargs)
             if not sinks:
                 return inner(self, *args, **kwargs)
-            states = run_alone(lambda *a, **k: inner(self, *a, **k), call.names, args, kwargs, sinks)
-            return put_in(inner(self, *args, **kwargs), sinks, states)
+            alone = [inner(self, **cut) for cut in cut_to_sinks(call.names, args, kwargs, sinks)]
+            return put_in(inner(self, *args, **kwargs), sinks, alone)
 
         set_forward(cls, forward, below)
         if hasattr(original, "_upad_input"):  # FlashAttention before 4.43: the only place that sets cu_seqlens

@@ -1,6 +1,6 @@
 """The second run of an attention module, on the sink tokens alone, where its kernel takes no mask (FlashAttention)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,13 @@ from .flash import SinkRows
 _DROPPED = {"attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
-def run_alone(
-    forward: Callable[..., Any], names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], sinks: SinkRows
-) -> Tensor:
-    """What attention gives the sinks: (all sinks, width), in the order of `sinks`.
+def cut_to_sinks(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], sinks: SinkRows
+) -> Iterator[dict[str, Any]]:
+    """The arguments with which a module's own forward runs on the sinks alone: one call for each of `sinks`.
 
     Args:
-        forward: the module's own.
-        names: of its positional arguments.
+        names: of the forward's positional arguments.
         args: of the call, as the whole batch gets them.
         kwargs: of the call.
         sinks: see `SinkRows`.
@@ -29,22 +28,29 @@ def run_alone(
         UnsupportedModelError: an argument of which it isn't known how to cut it to the sinks.
     """
     given = {**dict(zip(names, args)), **kwargs}
-    first = names[0]
-    batch, length = given[first].shape[:2]
-    states = []
+    batch, length = given[names[0]].shape[:2]
     for places in sinks:
-        cut = {name: _cut(name, value, places, batch, length) for name, value in given.items()}
-        out = forward(**cut)
-        states.append((out if isinstance(out, Tensor) else out[0])[:, -1])
-    return torch.cat(states)
+        yield {name: _cut(name, value, places, batch, length) for name, value in given.items()}
 
 
-def put_in(output: Any, sinks: SinkRows, states: Tensor) -> Any:
-    """A module's output, a tensor (batch, length, width) or a tuple that begins with one, with these states at the sinks."""
-    whole = output if isinstance(output, Tensor) else output[0]
+def put_in(output: Any, sinks: SinkRows, alone: Sequence[Any]) -> Any:
+    """A module's output, a tensor (batch, length, width) or a tuple that begins with one, with the sinks' states out of `alone`.
+
+    Args:
+        output: of the whole batch.
+        sinks: see `SinkRows`.
+        alone: what the module gives for each of `sinks`, in the same form.
+    """
+    whole = _states(output)
     places = torch.cat([rows[:, -1] for rows in sinks])
+    states = torch.cat([_states(each)[:, -1] for each in alone])
     whole = whole.flatten(0, 1).index_copy(0, places, states).view(whole.shape)
     return whole if isinstance(output, Tensor) else (whole, *output[1:])
+
+
+def _states(output: Any) -> Tensor:
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
 
 
 def _cut(name: str, value: Any, places: Tensor, batch: int, length: int) -> Any:

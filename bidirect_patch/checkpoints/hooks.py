@@ -19,7 +19,14 @@ from ..verify.state import sinks_in
 from . import policy
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
 from .guard import read_adapter_config
-from .load import HUB_OPTIONS, holds_decoder, is_bidirectional_now, loaded_bidirectional, says_bidirectional, sinks_on_disk
+from .load import (
+    HUB_OPTIONS,
+    holds_decoder,
+    is_bidirectional_now,
+    loaded_bidirectional,
+    says_bidirectional,
+    sinks_on_disk,
+)
 from .save import save_causal, save_model
 
 _put: list[tuple[Any, str, Any]] = []  # class, method, what the class itself had there

@@ -76,7 +76,7 @@ def holds_decoder(model: Any) -> bool:
 
 
 def is_bidirectional_now(model: Any, sinks: Sinks | None = None) -> bool:
-    """Whether every decoder in `model` attends in both directions, with these sinks if any are given; False where there is none."""
+    """Whether every decoder in `model` attends in both directions, and with `sinks` if given; False where there is none."""
     if not holds_decoder(model):
         return False
     found = decoders(model)

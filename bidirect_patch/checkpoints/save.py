@@ -1,7 +1,7 @@
 """What a bidirectional model leaves on disk: `"is_causal": false` in config.json, under the stock architecture name.
 
-Stock transformers from 5.2 on reads that flag, and so do others (vLLM). Sink tokens stand beside it, which none of them knows: see
-`guard`. Nothing on the live model or its config changes: a shallow copy is saved.
+Stock transformers from 5.2 on reads that flag, and so do others (vLLM). Sink tokens stand beside it, which none of them knows:
+see `guard`. Nothing on the live model or its config changes: a shallow copy is saved.
 """
 
 import copy
@@ -39,7 +39,7 @@ def save_causal(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 
 def saving_config(model: Any) -> Any:
-    """A copy of `model.config` that says `is_causal: false` and the sinks of each decoder in `model` that is wholly bidirectional."""
+    """A copy of `model.config` that says `is_causal: false`, and the sinks, of each wholly bidirectional decoder in `model`."""
     config = copy.deepcopy(model.config)
     pairs = list(zip(parts(model.config), parts(config), strict=True))
     partial = [decoder.module for decoder in decoders(model) if decoder.unsupported_layers]

@@ -227,7 +227,7 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
 
 
 def _left_by(settings: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a preset has a meaning beside the settings: a causal model, or one without sink tokens, has no sinks of either kind."""
+    """What of a preset has a meaning beside the settings: a causal model has no sinks, nor has one that is to have none."""
     has_no_sinks = str(settings.get("num_sink_tokens")) == "0" or str(settings.get("bidirectional")).lower() == "false"
     return {name: value for name, value in preset.items() if not (has_no_sinks and name in Sinks._fields)}
 

@@ -86,7 +86,8 @@ def check(decoder: nn.Module, mode: Mode, current: Mode) -> None:
     if conflict != mode:
         raise ModeConflictError(
             f"this thread or task wants {type(decoder).__name__} {_in_words(mode, conflict)} while another uses it "
-            f"{_in_words(conflict, mode)}: one model object has one mode at a time. Give each its own copy (copy.deepcopy), or wait"
+            f"{_in_words(conflict, mode)}: one model object has one mode at a time. Give each its own copy (copy.deepcopy), or "
+            "wait"
         )
 
 
