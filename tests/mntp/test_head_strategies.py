@@ -162,7 +162,7 @@ def test_a_head_that_is_no_plain_linear_layer_is_called(kind, monkeypatch):
 
 
 def test_errors_come_before_the_attention_is_changed(monkeypatch):
-    monkeypatch.setattr(mntp_head, "enable_bidirectional", lambda model: pytest.fail("the attention was changed first"))
+    monkeypatch.setattr(mntp_head, "enable_with_sinks_found", lambda model: pytest.fail("the attention was changed first"))
     model = tiny_model()
     found = model.forward
     model.forward = lambda *args, **kwargs: found(*args, **kwargs)
