@@ -85,8 +85,12 @@ class MNTPArguments:
             "limit of tokenizer or model."
         },
     )
-    eval_sts_pooling: PoolingMode = field(
-        default="mean", metadata={"help": "How the token vectors of a sentence become one for eval_sts."}
+    eval_sts_pooling: PoolingMode | None = field(
+        default=None,
+        metadata={"help": "How the token vectors of a sentence become one for eval_sts. Default: pooling_mode, else mean."},
+    )
+    pooling_mode: PoolingMode | None = field(
+        default=None, metadata={"help": "A setting of simcse, so that one file serves both commands; see eval_sts_pooling."}
     )
     eval_baselines: bool = field(
         default=True,

@@ -84,7 +84,7 @@ def _make_trainer(settings: Settings) -> tuple[MNTPTrainer, PreTrainedModel]:
     tokenizer, sink_token = with_sink_token(load_tokenizer(settings.model), settings.model.sink_token, sinks.num_sink_tokens)
     sentence_pairs = None
     if pairs:
-        pooling = settings.mntp.eval_sts_pooling
+        pooling = settings.mntp.eval_sts_pooling or settings.mntp.pooling_mode or "mean"
         sentence_pairs = SentencePairs(pairs, tokenizer, limit, pooling, sinks.num_sink_tokens)
     length = settings.data.max_seq_length = _fitting_length(sequence_length(tokenizer, settings.data), limit)
     if length <= sinks.num_sink_tokens:

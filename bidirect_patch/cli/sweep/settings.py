@@ -5,12 +5,12 @@ from typing import Any
 from .model import Source
 from .setups import Setup
 
-# What `mntp` has no setting for, with the value that both commands take it for.
+# What both commands take a setting for by default. `mntp` has no `bidirectional`: it trains no causal model.
 _DEFAULTS = {"bidirectional": True, "pooling_mode": "mean"}
 
 
 def encoder_settings(source: Source, setup: Setup) -> dict[str, Any]:
-    """The settings by which `simcse` loads a model so. `mntp` takes them too, but for a pooling other than the mean.
+    """The settings by which `simcse` loads a model so. `mntp` takes them too, but for a causal model.
 
     Args:
         source: Where the model comes from.
