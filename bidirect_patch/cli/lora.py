@@ -1,13 +1,17 @@
 """The LoRA adapter that both trainers train. This module needs PEFT."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights
 
 from ..checkpoints.loading import without_peft_warning
+from ..errors import ConfigError
+from ..model.find import decoders
 from .settings import CommonModelArguments
 
 WHOLE_MODULES = "modules_to_save"  # PEFT's name for what it trains and saves as a whole
@@ -39,6 +43,32 @@ def with_lora(model: Any, settings: CommonModelArguments, new_rows: Sequence[int
     if WHOLE_MODULES in rows:
         _keep_other_rows(wrapped, new_rows)
     return wrapped
+
+
+def check_depth(model: Any, adapter: str) -> None:
+    """Check that an adapter was trained on as many layers as a model has.
+
+    PEFT puts an adapter of the first layers on a whole model and leaves the others as they are.
+
+    Args:
+        model: A backbone without adapters.
+        adapter: The adapter's folder or hub name.
+
+    Raises:
+        ConfigError: It was trained on the first layers alone.
+    """
+    config: Any = PeftConfig.from_pretrained(adapter)
+    if getattr(config, "layers_to_transform", None) is not None:  # it is of some layers by its own word
+        return
+    names = load_peft_weights(adapter, device="cpu")
+    for prefix in {layer.rpartition(".")[0] for layer in (a.layer for a in decoders(model)[0].attentions)}:
+        found = [int(n) for name in names for n in re.findall(rf"(?:^|\.){re.escape(prefix)}\.(\d+)\.", name)]
+        there = len(model.get_submodule(decoders(model)[0].name or "").get_submodule(prefix))
+        if found and max(found) + 1 < there:
+            raise ConfigError(
+                f"the adapter {adapter} was trained on the first {max(found) + 1} layers, and the model has {there}: give "
+                f"layers={max(found) + 1}"
+            )
 
 
 def trains_rows(adapter: PeftModel) -> bool:

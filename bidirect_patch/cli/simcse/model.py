@@ -19,7 +19,7 @@ from ...model.sinks import NO_SINKS, Sinks
 from ...patch import disable_bidirectional, enable_bidirectional
 from ..layers import check_layers, keep_layers, number_of_layers
 from ..loading import loading
-from ..lora import with_lora
+from ..lora import check_depth, with_lora
 from ..sink_token import with_sink_token
 from ..sinks import check_sinkless, choose_sinks
 from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
@@ -70,6 +70,7 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
         sinks = _choose_sinks(settings, model)
         enable_bidirectional(model, **sinks._asdict())  # an adapter that was trained on such a model is loaded onto one
         if settings.peft_model_name_or_path:
+            check_depth(model, settings.peft_model_name_or_path)
             with without_peft_warning():
                 model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
     if not settings.bidirectional:

@@ -77,7 +77,9 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("pooling, by", [("mean", None), ("weighted_mean", "eval_sts_pooling"), ("weighted_mean", "pooling_mode")])
+@pytest.mark.parametrize(
+    "pooling, by", [("mean", None), ("weighted_mean", "eval_sts_pooling"), ("weighted_mean", "pooling_mode")]
+)
 def test_before_training_the_causal_and_the_bidirectional_model(evaluated, rows, capsys, pooling, by):
     evaluated |= {"eval_strategy": "no"} | ({by: pooling} if by else {})
     assert run(evaluated) == 0

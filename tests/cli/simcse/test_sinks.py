@@ -150,6 +150,20 @@ def test_the_first_layers_are_kept_with_the_norm_after_them(sinks):
     torch.testing.assert_close(embeddings[0], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_an_adapter_of_the_first_layers_is_not_put_on_the_whole_model(sinks, tmp_path, capsys):
+    from bidirect_patch.cli.layers import keep_layers
+
+    base = LlamaModel.from_pretrained(sinks["model_name_or_path"])
+    keep_layers(base, 1)
+    adapter = peft.get_peft_model(enable_bidirectional(base), peft.LoraConfig(target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "cut")
+    sinks |= {"peft_model_name_or_path": str(tmp_path / "cut")}
+    assert run(sinks) == 2
+    said = capsys.readouterr().err
+    assert "was trained on the first 1 layers, and the model has 2: give layers=1" in said
+    assert run(sinks | {"layers": 1}) == 0
+
+
 def test_an_end_token_and_a_sink(sinks, ids_read):
     assert run(sinks | {"pooling_mode": "eos_token", "max_seq_length": 8}) == 0
     assert {ids[0] for ids in ids_read} == {BOS} and {ids[-1] for ids in ids_read} == {EOS}
