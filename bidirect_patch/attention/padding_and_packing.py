@@ -83,7 +83,8 @@ def starts(positions: Tensor, real: Tensor | None = None) -> Tensor:
 
 def run_starts(numbers: Tensor) -> Tensor:
     """bool (batch, length): where a run of equal numbers begins; True in the first column."""
-    return torch.cat([torch.ones_like(numbers[:, :1], dtype=torch.bool), numbers[:, 1:] != numbers[:, :-1]], 1)
+    is_first = torch.arange(numbers.shape[1], device=numbers.device) == 0
+    return is_first | (numbers != numbers.roll(1, -1))  # no slices: torch.export would refuse a length of 2
 
 
 def places(marked: Tensor, begins: Tensor) -> Tensor:
