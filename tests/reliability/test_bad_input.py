@@ -368,7 +368,6 @@ OTHERS = [
     Row("report-length-str", lambda x: attention_report(x.stock, length="7"), ConfigError, "'7'"),
     Row("report-length-float", lambda x: attention_report(x.stock, length=7.0), ConfigError, "7.0"),
     Row("report-length-true", lambda x: attention_report(x.stock, length=True), ConfigError, "True"),
-    Row("report-length-none", lambda x: attention_report(x.stock, length=None), ConfigError, "None"),
     Row("assert-length-1", lambda x: assert_bidirectional(x.lm, length=1), ConfigError, "integer"),
     Row("assert-length-list", lambda x: assert_bidirectional(x.lm, length=[7]), ConfigError, "[7]"),
     Row("assert-causal", lambda x: assert_bidirectional(x.stock), StillCausalError, "2 causal"),
