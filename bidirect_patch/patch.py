@@ -14,7 +14,7 @@ from .attention.model_forward import CausalBlock
 from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
 from .checkpoints import hooks
 from .errors import ArgumentError, OrderError, UnsupportedModelError
-from .model.find import Decoder, decoders, says_bidirectional, with_sinks
+from .model.find import Decoder, decoders, says_bidirectional, with_sinks, with_sinks_as_far_as_layers_go
 from .model.sinks import NO_SINKS, Sinks, read_sinks
 from .model.walk import modules_of
 from .swap import modes
@@ -381,7 +381,7 @@ def _bring_back(model: nn.Module, decoder: Decoder, before: Found, found: list[D
     if before.state is State.BIDIRECTIONAL:
         # As it was found, and as it is now: a layer may have been taken out, put in or wrapped within the block.
         for each in (decoder, *(now for now in decoders(model) if now.module is decoder.module)):
-            each = with_sinks(each, before.sinks)
+            each = with_sinks_as_far_as_layers_go(each, before.sinks)
             _enable(model, [each], found, True, [each] if before.is_unverified else [])
     elif before.state is State.CAUSAL_BLOCK:
         commit(_to_causal_block(model, decoder, found))

@@ -127,6 +127,12 @@ def decoders(model: Any) -> list[Decoder]:
     return found
 
 
+def with_sinks_as_far_as_layers_go(decoder: Decoder, sinks: Sinks) -> Decoder:
+    """`with_sinks`, for sinks that a decoder had before layers were taken out of it."""
+    layers = len({attention.layer for attention in decoder.attentions})
+    return with_sinks(decoder, sinks._replace(num_sinkless_layers=min(sinks.num_sinkless_layers, layers)))
+
+
 def with_sinks(decoder: Decoder, sinks: Sinks) -> Decoder:
     """`decoder` with these sinks in the spans of its attention modules.
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from ..attention.attention_forward import BidirectionalAttention
 from ..attention.model_forward import BidirectionalModel, ModelSettings
-from ..model.find import Decoder, with_sinks
+from ..model.find import Decoder, with_sinks_as_far_as_layers_go
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap.classes import Swapped, has_mixin
@@ -34,7 +34,7 @@ def sinks_in(model: nn.Module) -> Sinks:
 
 def as_patched(decoder: Decoder) -> Decoder:
     """A patched decoder with the sinks that it has."""
-    return with_sinks(decoder, sinks_of(decoder))
+    return with_sinks_as_far_as_layers_go(decoder, sinks_of(decoder))
 
 
 def has_any_patch(decoder: Decoder) -> bool:

@@ -9,6 +9,7 @@ from bidirect_patch.errors import BidirectPatchError
 
 from ..helpers.seeing import IDS, hidden, reached, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
+from ..helpers.tiny_models import tiny_model
 
 
 def test_an_exception_inside_the_block_changes_nothing(make_model):
@@ -106,3 +107,16 @@ def test_a_decorated_function_has_its_sinks(make_model):
     encode = bidirectional(model, num_sink_tokens=1)(lambda: moved_by_last(model))
     assert encode() == encode() == "01111111"
     assert sees_only_the_past(model)
+
+
+def test_a_block_ends_where_fewer_layers_are_left_than_were_sinkless():
+    model = tiny_model(head=False)
+    enable_bidirectional(model, num_sink_tokens=1, num_sinkless_layers=len(model.layers))
+    twin = tiny_model(head=False)
+    del twin.layers[-1]
+    with bidirectional(model, enabled=False):
+        del model.layers[-1]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    enable_bidirectional(twin, num_sink_tokens=1, num_sinkless_layers=len(twin.layers))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids)[0], twin(input_ids=ids)[0])
