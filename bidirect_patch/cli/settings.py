@@ -31,13 +31,13 @@ class CommonModelArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or hub name of a causal model."})
     gguf_file: str | None = field(default=None, metadata={"help": "Load this GGUF file of the model's folder."})
     torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="float32", metadata={"help": "The type that the weights are loaded in."}
+        default="float32", metadata={"help": "The type of the weights."}
     )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2 or another name that transformers knows."}
     )
     layers: int | None = field(
-        default=None, metadata={"help": "Keep the first N layers; the last ones of a language model are seldom the best."}
+        default=None, metadata={"help": "Keep the first N layers alone."}
     )
     num_sink_tokens: int | None = field(
         default=None,
@@ -53,11 +53,11 @@ class CommonModelArguments:
             "itself, else bos, else eos; without: nothing more."
         },
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapter; 0 trains all weights instead."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA; 0 trains all weights."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
     preset: Literal["small"] | None = field(
         default=None,
-        metadata={"help": "small: other defaults, for some 100M parameters and minutes of a CPU. The README lists them."},
+        metadata={"help": "small: other defaults, for some 100M parameters and minutes of a CPU: see bidirect_patch/cli/README.md."},
     )
 
 

@@ -73,7 +73,7 @@ def _next_step(model: ModelArguments, folder: str, new_rows: bool, of_base: list
     flags = shlex.join([*base, *adapter, *of_base, "--do_train", "--dataset_file_path", "TEXTS", "--output_dir", "ENCODER"])
     written = f"the adapter of {model.model_name_or_path} to {folder}" if adapter else f"the model to {folder}"
     if adapter and (new_rows or model.tokenizer_name or model.model_revision != "main"):
-        return written, "open it with its own tokenizer and revision: see Train, MNTP in the README"
+        return written, "open it with its own tokenizer and revision: see MNTP in bidirect_patch/cli/README.md"
     return written, f"bidirect-patch simcse {flags}"
 
 

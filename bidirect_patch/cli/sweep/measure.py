@@ -16,6 +16,7 @@ from .setups import BLIND, CAUSAL, OPEN, SINK, Attention, Setup
 from .texts import Pairs
 
 SCREENING = 64  # pairs on which the first token is chosen
+MARGIN = 0.1  # a depth that is so far below the best one on these pairs is not measured on all pairs
 
 # The tokens of the texts by what stands before each text.
 Tokens = Mapping[str | None, Sequence[Sequence[int]]]
@@ -53,7 +54,8 @@ def sweep(
 ) -> tuple[list[Row], list[str]]:
     """Measure every setup.
 
-    Where a family has several first tokens to try, one is chosen by the best setup of each on a part of the pairs.
+    Where a family has several first tokens to try, one is chosen by the best setup of each on a part of the pairs; with this
+    one, the depths that were far from the best there are left out.
 
     Args:
         parts: The model.
@@ -130,17 +132,32 @@ def _choose_first_token(
 ) -> Embeddings:
     """The embeddings with the best of several first tokens, of a part of the texts if there are many."""
     screened = pairs.some(SCREENING)
-    best, best_value = None, -np.inf
+    best: Embeddings | None = None
+    best_values: dict[Depth, float] = {}
     for token in first:
         embeddings = Embeddings(parts, family, tokens[token], token, _depths(parts, family))
         if len(first) == 1:
             return embeddings
         _encode(embeddings, pairs.texts_of(screened), f"{family}, {token or 'no token'} first")
-        value = max(value for value, *_ in _values(embeddings, pairs, screened))
-        if best is None or value > best_value:
-            best, best_value = embeddings, value
+        values = _best_by_depth(embeddings, pairs, screened)
+        if best is None or max(values.values()) > max(best_values.values()):
+            best, best_values = embeddings, values
     assert best is not None  # there is a token
+    best.depths = _promising(best_values)
     return best
+
+
+def _best_by_depth(embeddings: Embeddings, pairs: Pairs, chosen: np.ndarray) -> dict[Depth, float]:
+    best: dict[Depth, float] = {}
+    for value, depth, *_ in _values(embeddings, pairs, chosen):
+        best[depth] = max(value, best.get(depth, value))
+    return best
+
+
+def _promising(values: Mapping[Depth, float]) -> list[Depth]:
+    """The depths that are near the best one with as many blind layers."""
+    best = {blind: max(value for depth, value in values.items() if depth.blind == blind) for blind in {d.blind for d in values}}
+    return [depth for depth, value in values.items() if value >= best[depth.blind] - MARGIN]
 
 
 def _encode(embeddings: Embeddings, texts: np.ndarray, what: str) -> None:

@@ -15,6 +15,7 @@ from ..sink_token import prepend_sink_token
 
 LONGEST = 1024  # tokens of a text
 BATCH_TOKENS = 2048
+SHORTEST = 0.8  # of the longest text of its batch: the rest would be padding
 
 
 class Pairs(NamedTuple):
@@ -91,9 +92,9 @@ def batches(ids: Sequence[Sequence[int]], chosen: Sequence[int]) -> Iterator[tup
     order = sorted(chosen, key=lambda i: -len(ids[i]))
     start = 0
     while start < len(order):
-        count = max(1, BATCH_TOKENS // len(ids[order[start]]))
-        batch = order[start : start + count]
-        start += count
+        longest = len(ids[order[start]])
+        batch = [i for i in order[start : start + max(1, BATCH_TOKENS // longest)] if len(ids[i]) >= SHORTEST * longest]
+        start += len(batch)
         rows = [torch.tensor(ids[i]) for i in batch]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         yield batch, pad_sequence(rows, batch_first=True), mask

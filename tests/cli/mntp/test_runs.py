@@ -280,5 +280,5 @@ def test_what_it_says_to_do_next_can_be_done(place, settings, tmp_path, capsys):
 def test_no_next_command_is_given_where_the_adapter_does_not_fit_the_base_as_it_is(settings, capsys):
     assert run(settings, "--do_train", "--max_steps", "1", "--mask_token_type", "mask") == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "Next: open it with its own tokenizer and revision: see Train, MNTP in the README"
+        "Next: open it with its own tokenizer and revision: see MNTP in bidirect_patch/cli/README.md"
     )

@@ -15,7 +15,7 @@ pytest.importorskip("peft", reason="the training command needs the extra [train]
 
 
 def embeddings_of(settings):
-    """The embedding of every token in a saved adapter on its base, as README says to open it."""
+    """The embedding of every token in a saved adapter on its base, as bidirect_patch/cli/README.md says to open it."""
     from peft import PeftModel
 
     tokenizer = AutoTokenizer.from_pretrained(settings["output_dir"])

@@ -216,3 +216,26 @@ def test_a_first_token_is_chosen_on_a_part_of_many_pairs(tmp_path, place, monkey
         assert 0 < screened < sum(chosen) == len(pairs.texts)
         assert sorted(counts) == sorted([chosen, *([[screened]] * (len(counts) - 1))])
     assert len(rows) == 6
+
+
+def test_depths_that_are_far_from_the_best_are_left_out():
+    """Each attention has its own best; one that is just near enough stays."""
+    from bidirect_patch.cli.sweep.measure import MARGIN, _promising
+    from bidirect_patch.cli.sweep.passes import Depth
+
+    near, far = 0.8 - MARGIN + 1e-6, 0.8 - MARGIN - 1e-6
+    values = {Depth(0, 1): far, Depth(0, 2): 0.8, Depth(0, 3): near, Depth(1, 2): 0.2, Depth(1, 3): 0.2 + MARGIN / 2, Depth(2, 3): -1.0}
+    assert _promising(values) == [Depth(0, 2), Depth(0, 3), Depth(1, 2), Depth(1, 3), Depth(2, 3)]
+
+
+def test_a_batch_holds_texts_of_about_one_length():
+    """Each text once, whatever its length, and little padding in any batch."""
+    from bidirect_patch.cli.sweep.texts import BATCH_TOKENS, SHORTEST, batches
+
+    ids = [[1] * length for length in (3, 50, 4, 3000, 48, 41, 39, 1, *[20] * 200)]
+    seen = []
+    for batch, rows, mask in batches(ids, range(len(ids))):
+        seen += batch
+        assert rows.shape == mask.shape and mask.sum(1).tolist() == [len(ids[i]) for i in batch]
+        assert len(batch) == 1 or (mask.sum(1).min() >= SHORTEST * rows.shape[1] and rows.numel() <= BATCH_TOKENS)
+    assert sorted(seen) == list(range(len(ids)))
