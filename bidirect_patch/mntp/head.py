@@ -39,7 +39,8 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
 
     With `labels`, (batch, length), int64, -100 where nothing is scored, the model returns the loss of `LlamaForCausalLM`:
     the output at position i - 1 predicts the label at i. Its gradients can be taken once. Where nothing is scored, loss and
-    gradients are 0, and `Trainer` counts that 0 in its mean over batches. `num_items_in_batch` and `ignore_index` are those of
+    gradients are 0 in training. In evaluation the loss is NaN there, as the stock one is: newer Trainers leave it out of the
+    mean over batches, and with older ones (5.2 and before) the mean is NaN. `num_items_in_batch` and `ignore_index` are those of
     transformers. A `model.loss_function` or a forward of your own may read any logits: it is kept, at the stock cost.
     `outputs.logits` is None in training and what `eval_logits` says in evaluation; `skip_logits=True` or `False` in a call
     overrides that, as in Liger-Kernel. Without labels it is the stock logits.

@@ -71,7 +71,7 @@ def at_once(model: Any, inner: Forward, scored: Scored, kwargs: dict[str, Any]) 
     targets = scored.targets.to(logits.device)
     if scored.sink is not None:
         scored.sink.add(slice(None), logits.detach(), targets)
-    return _per_item(F.cross_entropy(logits.float(), targets, reduction="sum"), items, targets), out
+    return _per_item(F.cross_entropy(logits.float(), targets, reduction="sum"), items, targets, model.training), out
 
 
 def with_routers(model: Any, inner: Forward, scored: Scored, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -82,7 +82,7 @@ def with_routers(model: Any, inner: Forward, scored: Scored, kwargs: dict[str, A
     if scored.sink is not None:
         scored.sink.add(slice(None), out.logits[0, :-1].detach(), scored.targets)
     items = kwargs.get("num_items_in_batch")
-    if scored.targets.numel() == 0 and (items is None or items == 0):  # a mean over nothing would be NaN
+    if model.training and scored.targets.numel() == 0 and (items is None or items == 0):  # a mean over nothing would be NaN
         return out.logits.float().sum() * 0.0, out
     return out.loss, out
 
@@ -116,7 +116,7 @@ def chunked(model: Any, inner: Forward, scored: Scored, kwargs: dict[str, Any]) 
             return inner(ready, **without_num_items).logits[0]
 
         loss = linear_loss.total(hidden, lm_head.weight, lm_head.bias, targets, finish, scored.sink)
-    return _per_item(loss, kwargs.get("num_items_in_batch"), targets), out
+    return _per_item(loss, kwargs.get("num_items_in_batch"), targets, model.training), out
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,17 @@ def _rows_view(model: Any, rows: Tensor) -> Any:
     return view(model, {slot: StandIn(lm_head, some)})
 
 
-def _per_item(total: Tensor, items: Any, targets: Tensor) -> Tensor:
-    """A sum over `targets`, divided as the stock loss divides it; 0 where nothing is scored, here or in the whole step."""
+def _per_item(total: Tensor, items: Any, targets: Tensor, is_training: bool) -> Tensor:
+    """A sum over `targets`, divided as the stock loss divides it.
+
+    Where nothing is scored, here or in the whole step, it is 0 in training, and NaN in evaluation: a 0 would lower the mean over
+    batches.
+    """
     if isinstance(items, Tensor):
-        return total / torch.where(items == 0, 1, items).to(total.device)
-    return total / (max(targets.numel(), 1) if items is None else items or 1)
+        return total / (torch.where(items == 0, 1, items) if is_training else items).to(total.device)
+    if items is None:
+        return total / (max(targets.numel(), 1) if is_training else targets.numel())
+    return total / (items or 1 if is_training else items)
 
 
 def _has_own_loss(model: Any) -> bool:

@@ -189,6 +189,19 @@ def test_nothing_scored_is_zero_beside_routers(items):
     assert loss.item() == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("items", [None] + [0, torch.tensor(0)] * LOSS_KWARGS, ids=str)
+@pytest.mark.parametrize("kind", ["chunked", "at once", "routers"])
+def test_nothing_scored_is_no_number_in_evaluation(kind, items):
+    """A 0 would lower the mean over batches; the mean over no token is no number. A part of a step still adds 0."""
+    model = apply_mntp_head(with_routers() if kind == "routers" else tiny_model()).eval()
+    if kind == "at once":
+        model.lm_head.register_forward_hook(lambda *a: None)
+    with torch.no_grad():
+        assert model(**nothing_scored(), **({} if items is None else {"num_items_in_batch": items})).loss.isnan()
+        if items is not None:
+            assert model(**nothing_scored(), num_items_in_batch=torch.tensor(3) if isinstance(items, torch.Tensor) else 3).loss.isfinite()
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16(autocast, chunks):
     model = tiny_model().train()

@@ -99,6 +99,19 @@ def test_a_trainer_gets_over_a_step_with_nothing_scored(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
 
 
+def test_batches_with_nothing_scored_do_not_lower_the_loss_of_an_evaluation(tmp_path, monkeypatch):
+    """As Trainer says of the stock loss: the mean over what is scored, or no number on releases that take those batches in."""
+    made = Data.__getitem__
+
+    def mostly_empty(self, i):
+        return made(self, i) if i == 3 else {k: v[0] for k, v in nothing_scored().items()}
+
+    monkeypatch.setattr(Data, "__getitem__", mostly_empty)
+    losses = [trainer(m, tmp_path, per_device_eval_batch_size=1).evaluate()["eval_loss"] for m in pair(tiny_model())]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, nan_ok=True)
+    assert losses[1] > 1 or np.isnan(losses[1])
+
+
 @pytest.mark.parametrize("form", ["full", "argmax", "scores"])
 def test_metrics_of_every_form(form):
     model = apply_mntp_head(tiny_model(), eval_logits=form)
