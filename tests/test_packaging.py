@@ -67,7 +67,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     there = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
     assert shipped == {name for name in there if "__pycache__" not in name}
-    assert "bidirect_patch/py.typed" in shipped
+    assert {"bidirect_patch/py.typed", "bidirect_patch/cli/README.md"} <= shipped
     assert "Apache License" in info(wheel, "licenses/LICENSE")
 
 

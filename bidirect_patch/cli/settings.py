@@ -57,7 +57,10 @@ class CommonModelArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
     preset: Literal["small"] | None = field(
         default=None,
-        metadata={"help": "small: other defaults, for some 100M parameters and minutes of a CPU: see bidirect_patch/cli/README.md."},
+        metadata={
+            "help": "small: other defaults, for some 100M parameters and minutes of a CPU. "
+            "See bidirect_patch/cli/README.md."
+        },
     )
 
 

@@ -73,6 +73,7 @@ def test_an_unknown_preset_is_an_error_that_names_those_there_are(command, tmp_p
 
 
 def test_the_guide_lists_what_it_stands_for(command):
-    lines = re.findall(rf"^\| `{command}` \| (.*) \|$", (ROOT / "bidirect_patch/cli/README.md").read_text(), re.MULTILINE)
+    guide = (ROOT / "bidirect_patch" / "cli" / "README.md").read_text()
+    lines = re.findall(rf"^\| `{command}` \| (.*) \|$", guide, re.MULTILINE)
     listed = dict(re.findall(r"`(\w+) ([^`]+)`", lines[-1]))
     assert listed == {name: str(value).lower() for name, value in settings_of(command).PRESETS["small"].items()}

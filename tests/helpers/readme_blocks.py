@@ -1,4 +1,4 @@
-"""Run the Python blocks of a README from top to bottom in one process, and compare what they print with the block after each.
+"""Run the Python blocks of a guide from top to bottom in one process, and compare what they print with the block after each.
 
 python tests/helpers/readme_blocks.py README.md [FOLDER OTHER]
 
@@ -38,7 +38,7 @@ def run(path, after_the_first=lambda: None):
         if shown is not None:
             compared += 1
             if not same(shown, printed.getvalue(), doctest.ELLIPSIS):
-                raise SystemExit(f"line {line} prints:\n{printed.getvalue()}\nand the README shows:\n{shown}")
+                raise SystemExit(f"{path}, line {line} prints:\n{printed.getvalue()}\nand shows:\n{shown}")
     return compared
 
 

@@ -1,4 +1,7 @@
-"""The README's recipes that write an encoder to a file: torch.export, ONNX, TorchScript. The files run without this package."""
+"""The recipes of bidirect_patch/checkpoints/README.md that write an encoder to a file: torch.export, ONNX, TorchScript.
+
+The files run without this package.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The README's recipe for a Trainer of one's own: evaluation scores the same tokens each time, and counts them right."""
+"""The recipe for a Trainer of one's own, of bidirect_patch/README.md.
+
+Evaluation scores the same tokens each time, and counts them right.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The README's word-level probe: a linear layer on frozen token states, where a word's tag depends on the word after it."""
+"""The word-level probe of bidirect_patch/encoder/README.md.
+
+It is a linear layer on frozen token states, where a word's tag depends on the word after it.
+"""
 
 import random
 
