@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         models = {name: make_model(layers, backend, sinks) for name, sinks in (("without", 0), ("with", 1))}
         for shape, (batch, length) in shapes.items():
             for kind in ("no padding", "padded", "padding-free"):
+                torch.compiler.reset()  # one length at a time: FlexAttention's code for several doesn't always compile on a CPU
                 inputs, backward = make_inputs(batch, length, kind), backend != "flex_attention"
                 steps = {name: make_step(model, inputs, backward) for name, model in models.items()}
                 times = paired_times(steps, given.rounds)

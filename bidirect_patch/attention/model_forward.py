@@ -9,7 +9,7 @@ from torch.jit._trace import is_tracing
 
 from ..errors import ArgumentError, AttentionMaskError, CacheError
 from ..model.config import backend_of, text_config
-from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names
+from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names, takes_any_keyword
 from ..model.sinks import Sinks
 from ..model.walk import modules_of
 from ..model.windows import Span
@@ -38,6 +38,7 @@ class ModelSettings:
     handling: MaskHandling
     has_outer_maker: bool  # whether a model around it makes its mask
     sinks: Sinks
+    config_is_causal: bool  # whether its config says so, which reaches the forward as a keyword
 
 
 class BidirectionalModel(Swapped):
@@ -49,12 +50,14 @@ class BidirectionalModel(Swapped):
     def build(cls, below: type, original: type) -> None:
         """See `Swapped.build`."""
         names, mask_name = parameter_names(original), mask_parameter(original)
+        takes_is_causal = _takes_is_causal(original)
 
         def arguments(model: Any, settings: ModelSettings, kwargs: dict[str, Any], called_by_outer: bool) -> dict[str, Any]:
             _check_cache(kwargs)
             if "use_cache" in names:
                 kwargs["use_cache"] = False
-            kwargs.pop("is_causal", None)  # transformers 5.2 and newer put it above the modules' own flag
+            if takes_is_causal:  # transformers puts it above the modules' own flag
+                _check_not_causal(original, kwargs.pop("is_causal", None), settings)
             inputs = given_input(kwargs)
             _check_input(inputs, kwargs)
             if isinstance(inputs, Tensor) and mask_name is not None:  # else the model reports missing input itself
@@ -112,7 +115,14 @@ class CausalBlock(Swapped):
     def build(cls, below: type, original: type) -> None:
         """See `Swapped.build`."""
 
+        takes_is_causal = _takes_is_causal(original)
+
         def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            if takes_is_causal and kwargs.get("is_causal") is False:
+                raise ArgumentError(
+                    f"is_causal=False was given to {original.__name__} in a causal block: leave it out, and end the block, "
+                    "`with bidirectional(model, enabled=False):`, before the model is called bidirectionally"
+                )
             if is_graph_captured() and not is_tracing():  # the caller of a graph isn't known; a trace has one
                 return inner(self, *args, **kwargs)
             check_caller(self)
@@ -153,6 +163,20 @@ def named_arguments(cls: type, names: tuple[str, ...], args: tuple[Any, ...], kw
         if name in kwargs:
             raise ArgumentError(f"{cls.__name__}.forward got two values for the argument {name!r}: give it once")
     return {**by_place, **kwargs}
+
+
+def _takes_is_causal(cls: type) -> bool:
+    """Whether `is_causal` may be a keyword of a call, which is handed on to the attention functions."""
+    return takes_any_keyword(cls) or "is_causal" in parameter_names(cls)
+
+
+def _check_not_causal(cls: type, is_causal: Any, settings: ModelSettings) -> None:
+    """Raise ArgumentError if a call asks for causal attention by keyword."""
+    if is_causal and not settings.config_is_causal:
+        raise ArgumentError(
+            f"is_causal={is_causal!r} was given to {cls.__name__} while it is bidirectional: leave it out, or call the model "
+            "inside `with bidirectional(model, enabled=False):`"
+        )
 
 
 def _check_cache(kwargs: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tu
             if flags or buffers:
                 yield part, Plan(BidirectionalPart, None, flags, buffers)
     for module in decoder.mask_makers:
-        settings = ModelSettings(spans, handling, module is not decoder.outermost, decoder.sinks)
+        says_causal = getattr(before_patch(module, "config"), "is_causal", None) is True
+        settings = ModelSettings(spans, handling, module is not decoder.outermost, decoder.sinks, says_causal)
         yield module, Plan(BidirectionalModel, settings, dict.fromkeys(causal_flags(module), False), _mirrored(module))
 
 

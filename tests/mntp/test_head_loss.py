@@ -199,7 +199,8 @@ def test_nothing_scored_is_no_number_in_evaluation(kind, items):
     with torch.no_grad():
         assert model(**nothing_scored(), **({} if items is None else {"num_items_in_batch": items})).loss.isnan()
         if items is not None:
-            assert model(**nothing_scored(), num_items_in_batch=torch.tensor(3) if isinstance(items, torch.Tensor) else 3).loss.isfinite()
+            some = torch.tensor(3) if isinstance(items, torch.Tensor) else 3
+            assert model(**nothing_scored(), num_items_in_batch=some).loss.isfinite()
 
 
 @pytest.mark.parametrize("autocast", [True, False])

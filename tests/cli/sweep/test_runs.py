@@ -224,7 +224,8 @@ def test_depths_that_are_far_from_the_best_are_left_out():
     from bidirect_patch.cli.sweep.passes import Depth
 
     near, far = 0.8 - MARGIN + 1e-6, 0.8 - MARGIN - 1e-6
-    values = {Depth(0, 1): far, Depth(0, 2): 0.8, Depth(0, 3): near, Depth(1, 2): 0.2, Depth(1, 3): 0.2 + MARGIN / 2, Depth(2, 3): -1.0}
+    values = {Depth(0, 1): far, Depth(0, 2): 0.8, Depth(0, 3): near}
+    values |= {Depth(1, 2): 0.2, Depth(1, 3): 0.2 + MARGIN / 2, Depth(2, 3): -1.0}
     assert _promising(values) == [Depth(0, 2), Depth(0, 3), Depth(1, 2), Depth(1, 3), Depth(2, 3)]
 
 
