@@ -11,6 +11,7 @@ import wrapt
 
 from ..attention.model_forward import check_not_in_others_block, holds_bidirectional, is_in_causal_block
 from ..errors import GenerateError
+from ..model.config import parts
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import modes
@@ -25,9 +26,10 @@ from .load import (
     is_bidirectional_now,
     loaded_bidirectional,
     says_bidirectional,
+    sinks_in_config,
     sinks_on_disk,
 )
-from .save import save_causal, save_model
+from .save import save_causal, save_model, save_without_sinks
 
 _put: list[tuple[Any, str, Any]] = []  # class, method, what the class itself had there
 
@@ -126,6 +128,8 @@ def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     says_both_ways = getattr(model.config, "is_causal", True) is False and holds_decoder(model)
     if is_in_causal_block(model) or (says_both_ways and not is_bidirectional_now(model)):
         return save_causal(wrapped, model, args, kwargs)
+    if any(map(sinks_in_config, parts(model.config))):  # made from such a config, and never patched
+        return save_without_sinks(wrapped, model, args, kwargs)
     return wrapped(*args, **kwargs)
 
 

@@ -30,12 +30,14 @@ def save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 def save_causal(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """`save_pretrained` of a model that is causal, whatever its config says outside of a causal block: the flag is left out."""
-    config = copy.deepcopy(model.config)
-    for part in parts(config):
-        if part is config:
-            vars(part).pop("is_causal", None)
-        _write_sinks(part, NO_SINKS)
+    config = _config_without_sinks(model)
+    vars(config).pop("is_causal", None)
     return wrapped.__func__(_saved(model, config), *args, **kwargs)
+
+
+def save_without_sinks(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    """`save_pretrained` of a model that has no sinks, though the config that it was made from says so."""
+    return wrapped.__func__(_saved(model, _config_without_sinks(model)), *args, **kwargs)
 
 
 def saving_config(model: Any) -> Any:
@@ -54,6 +56,13 @@ def saving_config(model: Any) -> Any:
                 _write_sinks(part, NO_SINKS if settings is None else settings.sinks)
     if any(map(sinks_in_config, parts(config))):
         guard_config(config)
+    return config
+
+
+def _config_without_sinks(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    for part in parts(config):
+        _write_sinks(part, NO_SINKS)
     return config
 
 

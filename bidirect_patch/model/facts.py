@@ -8,7 +8,7 @@ import dis
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, wraps
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
@@ -49,8 +49,31 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def per_class(function: Function) -> Function:
-    """Keep what a function finds out about a class."""
-    return lru_cache(maxsize=None)(function)  # type: ignore[return-value]  # it is called in the same way
+    """Keep what a function finds out about a class, as long as the class has the same forward and `__init__`."""
+
+    @lru_cache(maxsize=None)
+    def find(cls: type, *code: Any) -> Any:
+        return function(cls)
+
+    @wraps(function)
+    def found(cls: Any) -> Any:
+        return find(cls, getattr(cls, "forward", None), cls.__init__)
+
+    return found  # type: ignore[return-value]  # it is called in the same way
+
+
+def per_methods(function: Function) -> Function:
+    """Keep what a function finds out about a class, as long as the class has the same methods."""
+
+    @lru_cache(maxsize=None)
+    def find(cls: type, *code: Any) -> Any:
+        return function(cls)
+
+    @wraps(function)
+    def found(cls: type) -> Any:
+        return find(cls, *_methods(cls))
+
+    return found  # type: ignore[return-value]  # it is called in the same way
 
 
 def forwards(cls: type) -> Iterator[Any]:
@@ -104,7 +127,7 @@ def is_recurrent(cls: type) -> bool:
     return RECURRENT.search(cls.__name__) is not None and "norm" not in cls.__name__.lower()
 
 
-@per_class
+@per_methods
 def builds_causal_mask(cls: type) -> bool:
     """Whether any method of the class makes a causal mask."""
     return any(_names_any(f, CAUSAL_MASK, TRIANGLE) for f in _methods(cls))
@@ -148,7 +171,7 @@ def forward_builds_mask(cls: type) -> bool:
     return any(_names_any(f, CAUSAL_MASK) for f in forwards(cls))
 
 
-@per_class
+@per_methods
 def extends_mask(cls: type) -> bool:
     """Whether the class makes its mask by `get_extended_attention_mask`, causal only where the config says is_decoder."""
     return any(_names_any(f, EXTENDED_MASK) for f in _methods(cls))

@@ -18,17 +18,20 @@ class Sinks(NamedTuple):
 
 
 NO_SINKS = Sinks()
+_MOST = 2**31 - 1  # places in a sequence are counted in int32 where FlashAttention runs
 
 
 def read_sinks(num_sink_tokens: object, num_sinkless_layers: object) -> Sinks:
     """The two numbers, checked.
 
     Raises:
-        ArgumentError: one is no int of 0 or more, or there are sinkless layers without sink tokens.
+        ArgumentError: one is no int from 0 to 2147483647, or there are sinkless layers without sink tokens.
     """
     for name, value in (("num_sink_tokens", num_sink_tokens), ("num_sinkless_layers", num_sinkless_layers)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ArgumentError(f"{name} must be an int of 0 or more, got {value!r}")
+        if value > _MOST:
+            raise ArgumentError(f"{name} must be {_MOST} at most, got {value}")
     sinks = Sinks(num_sink_tokens, num_sinkless_layers)  # type: ignore[arg-type]  # checked
     if sinks.num_sinkless_layers and not sinks.num_sink_tokens:
         raise ArgumentError(

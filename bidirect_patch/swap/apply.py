@@ -82,6 +82,8 @@ def _change(module: nn.Module, plans: tuple[Plan, ...]) -> Change:
     mixins = [plan.mixin for plan in plans]
     if set(mixins) == {plan.mixin for plan in record.plans}:  # nothing but settings: another tool's class on top may stay
         cls = type(module)
+        if "_mixins" in cls.__dict__:
+            cls = subclass(cls._original, mixins)  # type: ignore[attr-defined]  # another one if its forward has changed
         forward = Rebound({n: module.__dict__[n] for n in FORWARDS if n in record.names and n in module.__dict__})
     else:
         if record.plans:

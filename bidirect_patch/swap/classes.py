@@ -63,21 +63,25 @@ def _rebuild(original: type, mixins: tuple[type[Swapped], ...], *args: Any) -> A
     return cls.__new__(cls, *args)
 
 
-_subclasses: dict[tuple[type, tuple[type[Swapped], ...]], type] = {}
+_subclasses: dict[tuple[Any, ...], type] = {}
 
 
 def subclass(original: type, mixins: Sequence[type[Swapped]]) -> type:
-    """The one dynamic subclass of `original` with `mixins`; `original` itself if there are none."""
+    """The one dynamic subclass of `original` with `mixins`; `original` itself if there are none.
+
+    A new one is made once somebody has given `original` another forward, since the mixins read how it is called.
+    """
     ordered = tuple(sorted(mixins, key=lambda mixin: (mixin.rank, mixin.__name__)))
     if not ordered:
         return original
-    if (original, ordered) not in _subclasses:
+    key = original, ordered, getattr(original, "forward", None)
+    if key not in _subclasses:
         below = subclass(original, ordered[:-1])
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         cls = type(original.__name__, (ordered[-1], below), {**names, "_original": original, "_mixins": ordered})
         cls.build(below, original)  # type: ignore[attr-defined]  # a Swapped
-        _subclasses.setdefault((original, ordered), cls)
-    return _subclasses[original, ordered]
+        _subclasses.setdefault(key, cls)
+    return _subclasses[key]
 
 
 def set_forward(cls: Any, forward: Callable[..., Any], below: type) -> None:

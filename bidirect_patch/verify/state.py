@@ -10,7 +10,7 @@ from ..model.walk import modules_of
 from ..swap.classes import Swapped, has_mixin
 from ..swap.instance_forward import calls_the_patch
 from ..swap.plan import record_of, settings_of
-from .verify import is_natively_bidirectional
+from .verify import is_natively_bidirectional, is_still_verified
 
 
 def is_patched(decoder: Decoder) -> bool:
@@ -50,7 +50,12 @@ def decoder_modules(decoder: Decoder) -> list[nn.Module]:
 
 def attends_both_ways(decoder: Decoder) -> bool:
     """Whether every layer of the decoder attends in both directions, by the patch or by its config."""
-    return not decoder.unsupported_layers and (is_patched(decoder) or _is_native(decoder))
+    return not decoder.unsupported_layers and (is_verified_patch(decoder) or _is_native(decoder))
+
+
+def is_verified_patch(decoder: Decoder) -> bool:
+    """`is_patched`, by code that nobody has changed since it was verified."""
+    return is_patched(decoder) and is_still_verified(as_patched(decoder))
 
 
 def _is_native(decoder: Decoder) -> bool:

@@ -4,7 +4,7 @@ A small random model of the same class is patched as the real one will be, and `
 So a transformers in which the patch has no effect is found before the first real batch, and is an error.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -13,10 +13,12 @@ from ..attention.handling import MaskHandling, possible_handlings
 from ..attention.padding_and_packing import Sequences
 from ..attention.plan import bidirectional_plans
 from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, UnsupportedModelError
+from ..model.code import Code
 from ..model.config import backend_of, text_config
 from ..model.find import Decoder, decoders, says_bidirectional, with_sinks
 from ..model.sinks import Sinks
 from ..model.tiny import tiny_like
+from ..model.walk import modules_of
 from ..model.windows import Span
 from ..model.wrappers import pretrained
 from ..swap.apply import apply
@@ -35,8 +37,9 @@ class _Trial(NamedTuple):
     problem: str
 
 
-_trials: dict[tuple[object, ...], _Trial] = {}  # the best one, by class and backend
-_native: dict[tuple[object, ...], bool] = {}
+# The best trial, and whether a config has its effect, by class and backend; each with the code that was seen at work.
+_trials: dict[tuple[object, ...], tuple[_Trial, Code]] = {}
+_native: dict[tuple[object, ...], tuple[bool, Code]] = {}
 
 
 def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = False) -> MaskHandling | None:
@@ -52,7 +55,8 @@ def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = Fal
             none of its layers can be seen.
     """
     key = _key(decoder)
-    if key not in _trials:
+    trial = _found(_trials, key)
+    if trial is None:
         if decoder.is_on_meta and possible_handlings(decoder)[0].kind == "ready" and not even_on_meta:
             return None
         trial = _trial(decoder)
@@ -60,8 +64,7 @@ def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = Fal
             if not on_trust:
                 _check_seen(decoder)
             return None
-        _trials[key] = trial
-    trial = _trials[key]
+        _trials[key] = trial, _code(decoder)
     if not decoder.unsupported_layers:
         _check(decoder, trial.problem)
     return trial.handling
@@ -90,14 +93,41 @@ def is_natively_bidirectional(decoder: Decoder) -> bool:
     config = text_config(decoder.module.config)
     flags = getattr(config, "is_causal", None), str(getattr(config, "use_bidirectional_attention", None))
     key = (original(type(decoder.outermost)), _kernel(config), decoder.spans, flags)
-    if key not in _native:
+    native = _found(_native, key)
+    if native is None:
         try:
             layers = attention_report(tiny_like(decoder.outermost)).layers
         except BidirectPatchError:
             return False
         # Natively, packed sequences see each other; that alone doesn't make a layer causal.
-        _native[key] = all(n.verdict in ("bidirectional", "no attention") and n.padding_ok is not False for n in layers)
-    return _native[key]
+        native = all(n.verdict in ("bidirectional", "no attention") and n.padding_ok is not False for n in layers)
+        _native[key] = native, _code(decoder)
+    return native
+
+
+def is_still_verified(decoder: Decoder) -> bool:
+    """Whether nobody has changed the code since a patched decoder was verified; True if that was not done in this process."""
+    key = _key(decoder)
+    if key not in _trials:
+        return True
+    trial = _found(_trials, key)
+    return trial is not None and not (trial.problem and not decoder.unsupported_layers)
+
+
+Found = TypeVar("Found")
+
+
+def _found(kept: dict[tuple[object, ...], tuple[Found, Code]], key: tuple[object, ...]) -> Found | None:
+    """What was found out before; None if nothing was, or if the code has changed since."""
+    found, code = kept.get(key, (None, None))
+    return found if code is not None and code.is_same() else None
+
+
+def _code(decoder: Decoder) -> Code:
+    """The code that decides what a decoder's attention does."""
+    makers = [original(type(module)) for module in decoder.mask_makers]
+    parts = {original(type(part)) for attention in decoder.attentions for part in modules_of(attention.module)}
+    return Code([*makers, *_classes(decoder), *parts], _kernel(text_config(decoder.module.config)))
 
 
 def _trial(decoder: Decoder) -> _Trial | None:

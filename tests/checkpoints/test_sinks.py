@@ -104,6 +104,18 @@ def test_numbers_that_are_gone_leave_nothing_on_disk(tmp_path, how):
     assert not any("sink" in name for name in config)
 
 
+def test_a_model_that_was_made_from_such_a_config_is_saved_without_sinks(tmp_path, auto):
+    """It never had any: as it gives now, it has to give when it is opened again, with this package or without."""
+    saved(tmp_path / "with")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "with")
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config).eval()
+    want = encode(made)
+    made.save_pretrained(tmp_path / "without")
+    assert saved_sinks(made) == Sinks(1, 1) and sinks_on_disk(tmp_path / "without") == NO_SINKS
+    same(encode(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "without").eval()), want)
+
+
 def test_saving_changes_nothing(tmp_path):
     model = enable_bidirectional(tiny_model(), **WITH_SINKS)
     before, config, attributes = encode(model), model.config.to_dict(), set(vars(model))

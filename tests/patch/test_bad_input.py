@@ -122,7 +122,7 @@ def test_a_window_and_padding_in_the_middle_are_refused_on_flash(make_model):
 @pytest.mark.parametrize(
     "sinks",
     [
-        *(dict(num_sink_tokens=bad) for bad in (True, 1.0, -1, "1", None, [1])),
+        *(dict(num_sink_tokens=bad) for bad in (True, 1.0, -1, "1", None, [1], 2**31, 10**30)),
         *(dict(num_sink_tokens=1, num_sinkless_layers=bad) for bad in (False, 1.0, -1, "1", None, 3)),
         dict(num_sinkless_layers=1),
     ],
