@@ -23,7 +23,15 @@ from .swap.classes import Swapped, has_mixin, is_sharded
 from .swap.instance_forward import calls_the_patch, name_and_place
 from .swap.plan import Plan, before_patch, plans_of, record_of
 from .verify.late import Unverified, is_unverified, unverified_plan, verify_now
-from .verify.state import as_patched, attends_both_ways, decoder_modules, has_any_patch, is_patched, is_verified_patch, sinks_of
+from .verify.state import (
+    as_patched,
+    attends_both_ways,
+    decoder_modules,
+    has_any_patch,
+    is_patched,
+    is_verified_patch,
+    sinks_of,
+)
 from .verify.verify import is_natively_bidirectional, verify
 
 Model = TypeVar("Model", bound=nn.Module)

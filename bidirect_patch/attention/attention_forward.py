@@ -18,7 +18,8 @@ from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run, seq
 from .handling import MaskHandling
 from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
-from .padding_and_packing import Sequences
+from .mixed import check_model_above
+from .padding_and_packing import Sequences, is_graph_captured
 from .ready_mask import pick
 from .sinks_alone import cut_to_sinks, put_in
 
@@ -40,6 +41,8 @@ class AttentionSettings:
 class BidirectionalAttention(Swapped):
     """An attention module, while it is bidirectional."""
 
+    opens = True
+
     @classmethod
     def build(cls, below: type, original: type) -> None:
         """See `Swapped.build`."""
@@ -49,6 +52,8 @@ class BidirectionalAttention(Swapped):
             settings = settings_of(self, AttentionSettings)
             if settings is None:  # another thread changed the mode meanwhile
                 return inner(self, *args, **kwargs)
+            if not mask_origin.mask_is_ours() and not is_graph_captured():
+                check_model_above(self)
             args, kwargs, sinks = call.arguments(self, settings, args, kwargs)
             if not sinks:
                 return inner(self, *args, **kwargs)

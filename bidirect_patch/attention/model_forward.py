@@ -19,6 +19,7 @@ from ..swap.plan import settings_of
 from . import mask_origin
 from .causal_masks import warn_if_causal
 from .handling import MaskHandling
+from .mixed import Place, check_layers
 from .padding_and_packing import (
     is_graph_captured,
     read_boundaries,
@@ -38,12 +39,14 @@ class ModelSettings:
     handling: MaskHandling
     has_outer_maker: bool  # whether a model around it makes its mask
     sinks: Sinks
+    places: tuple[Place, ...]  # of the attention modules in its layers; none for a model around the decoder
     config_is_causal: bool  # whether its config says so, which reaches the forward as a keyword
 
 
 class BidirectionalModel(Swapped):
     """A model that makes the mask, while it is bidirectional."""
 
+    opens = True
     note = "bidirectional"
 
     @classmethod
@@ -84,6 +87,7 @@ class BidirectionalModel(Swapped):
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
+                check_layers(self, settings.places)
                 called_by_outer = mask_origin.mask_is_ours()  # a patched forward is under way already
                 with mask_origin.patched_forward():
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))

@@ -17,6 +17,7 @@ from ..swap.plan import Plan, before_patch, own_before_patch
 from .attention_forward import AttentionSettings, BidirectionalAttention, BidirectionalPart
 from .handling import MaskHandling
 from .mirror import mirrored_buffer
+from .mixed import places
 from .model_forward import BidirectionalModel, CausalBlock, ModelSettings
 from .versions import FLASH_WINDOW_IS_INCLUSIVE, MAX_WINDOW_LAYERS_FOR_WINDOW, SEE_ALL_WITHOUT_MASK
 
@@ -38,7 +39,8 @@ def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tu
                 yield part, Plan(BidirectionalPart, None, flags, buffers)
     for module in decoder.mask_makers:
         says_causal = getattr(before_patch(module, "config"), "is_causal", None) is True
-        settings = ModelSettings(spans, handling, module is not decoder.outermost, decoder.sinks, says_causal)
+        where = places(decoder) if module is decoder.module else ()
+        settings = ModelSettings(spans, handling, module is not decoder.outermost, decoder.sinks, where, says_causal)
         yield module, Plan(BidirectionalModel, settings, dict.fromkeys(causal_flags(module), False), _mirrored(module))
 
 

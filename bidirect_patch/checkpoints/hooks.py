@@ -16,7 +16,7 @@ from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import modes
 from ..verify.late import verify_kernel
-from ..verify.state import sinks_in
+from ..verify.state import check_not_mixed, sinks_in
 from . import policy
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
 from .guard import read_adapter_config
@@ -85,6 +85,7 @@ def _install_peft(module: Any) -> None:
 
 
 def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    check_not_mixed(model)
     if holds_bidirectional(model):
         raise GenerateError(
             f"{type(model).__name__}.{wrapped.__name__} was called while attention is bidirectional, where left-to-right "
@@ -123,6 +124,7 @@ def _set_attention(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     check_not_in_others_block(model)
+    check_not_mixed(model)
     if holds_bidirectional(model):
         return save_model(wrapped, model, args, kwargs)
     says_both_ways = getattr(model.config, "is_causal", True) is False and holds_decoder(model)
@@ -135,6 +137,7 @@ def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     check_not_in_others_block(model)
+    check_not_mixed(model)
     with marked(sinks_in(model) if holds_bidirectional(model) or is_bidirectional_now(model) else None):
         return wrapped(*args, **kwargs)
 

@@ -95,15 +95,14 @@ def _with_closures(function: Any) -> Iterator[FunctionType]:
         if isinstance(function, FunctionType) and function not in seen:
             seen.add(function)
             yield function
-            waiting += [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
+            waiting += map(_content, function.__closure__ or ())
 
 
-def _is_full(cell: Any) -> bool:
+def _content(cell: Any) -> Any:
     try:
-        cell.cell_contents
+        return cell.cell_contents
     except ValueError:  # not set yet
-        return False
-    return True
+        return None
 
 
 def _names(code: CodeType) -> Iterator[str]:

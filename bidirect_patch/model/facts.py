@@ -8,7 +8,7 @@ import dis
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
@@ -51,7 +51,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def per_class(function: Function) -> Function:
     """Keep what a function finds out about a class, as long as the class has the same forward and `__init__`."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def find(cls: type, *code: Any) -> Any:
         return function(cls)
 
@@ -65,7 +65,7 @@ def per_class(function: Function) -> Function:
 def per_methods(function: Function) -> Function:
     """Keep what a function finds out about a class, as long as the class has the same methods."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def find(cls: type, *code: Any) -> Any:
         return function(cls)
 

@@ -23,6 +23,7 @@ class Swapped:
     """Base of all mixins. A mixin is a plain class; its methods may call `super()`."""
 
     rank = 0  # of two mixins on one instance, the one of higher rank is called first
+    opens = False  # whether a module with this mixin attends in both directions, or makes a mask for that
     note = ""  # what repr(model) says about a module with this mixin, where `note_of` doesn't say more
 
     _original: type

@@ -3,8 +3,9 @@
 from torch import nn
 
 from ..attention.attention_forward import BidirectionalAttention
+from ..attention.mixed import check_decoder
 from ..attention.model_forward import BidirectionalModel, ModelSettings
-from ..model.find import Decoder, with_sinks_as_far_as_layers_go
+from ..model.find import Decoder, decoders, with_sinks_as_far_as_layers_go
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap.classes import Swapped, has_mixin
@@ -40,6 +41,13 @@ def as_patched(decoder: Decoder) -> Decoder:
 def has_any_patch(decoder: Decoder) -> bool:
     """Whether any module of the decoder has a part of the patch."""
     return any(record_of(module) is not None for module in decoder_modules(decoder))
+
+
+def check_not_mixed(model: nn.Module) -> None:
+    """Raise OrderError if some attention modules of a decoder in `model` are bidirectional and others are not."""
+    if any(record_of(module) is not None for module in modules_of(model)):
+        for decoder in decoders(model):
+            check_decoder(decoder)
 
 
 def decoder_modules(decoder: Decoder) -> list[nn.Module]:
