@@ -12,6 +12,7 @@ from .attention.handling import possible_handlings
 from .attention.labels import unwatch_labels, watch_labels
 from .attention.model_forward import CausalBlock
 from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
+from .attention.recompute import forget_checkpoints
 from .checkpoints import hooks
 from .errors import ArgumentError, OrderError, UnsupportedModelError
 from .model.find import Decoder, decoders, says_bidirectional, with_sinks, with_sinks_as_far_as_layers_go
@@ -356,6 +357,8 @@ def _is_as_wanted(decoder: Decoder) -> bool:
 def _take_off(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> None:
     """Undo the patch of the decoders in `going`."""
     apply(remove=_patch_of(model, going, found))
+    for decoder in going:
+        forget_checkpoints(decoder.module)
     unwatch_labels(model)
 
 

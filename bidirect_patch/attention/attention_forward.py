@@ -12,6 +12,7 @@ from ..model.facts import CROSS_ATTENTION, bias_parameter, mask_parameter, param
 from ..model.windows import Span
 from ..swap.classes import Swapped, set_forward
 from ..swap.plan import settings_of
+from ..swap.view import unpatched
 from . import mask_origin
 from .dense import dense_mask
 from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run, sequence_numbers
@@ -52,6 +53,8 @@ class BidirectionalAttention(Swapped):
             settings = settings_of(self, AttentionSettings)
             if settings is None:  # another thread changed the mode meanwhile
                 return inner(self, *args, **kwargs)
+            if mask_origin.mode() == "causal" and not is_graph_captured():  # a causal forward's backward pass runs it again
+                return unpatched(self).forward(*args, **kwargs)
             if not mask_origin.mask_is_ours() and not is_graph_captured():
                 check_model_above(self)
             args, kwargs, sinks = call.arguments(self, settings, args, kwargs)

@@ -8,11 +8,14 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 from weakref import WeakSet
 
 import torch
 
 from .padding_and_packing import is_graph_captured
+
+Mode = Literal["bidirectional", "causal"]
 
 
 class _Recorded:
@@ -30,10 +33,11 @@ class _Forward:
 
 
 class _ThisThread(threading.local):
-    """The patched forwards that are under way in this thread."""
+    """The patched forwards that are under way in this thread, and how the forward or the layer attends that runs now."""
 
     def __init__(self) -> None:
         self.forwards: WeakSet[_Forward] = WeakSet()
+        self.mode: Mode | None = None
 
 
 _recorded, _this_thread, _all_threads, _lock = _Recorded(), _ThisThread(), WeakSet[_Forward](), threading.RLock()
@@ -67,6 +71,21 @@ def patched_forward() -> Iterator[None]:
         with _lock:
             _all_threads.discard(forward)
             _recorded.entered = bool(_all_threads)
+
+
+@contextmanager
+def attending(mode: Mode) -> Iterator[None]:
+    """Around a forward of a model or layer that attends so: of one that the patch is on, or was on in its forward."""
+    before, _this_thread.mode = _this_thread.mode, mode
+    try:
+        yield
+    finally:
+        _this_thread.mode = before
+
+
+def mode() -> Mode | None:
+    """How the forward attends that runs now in this thread; None outside of `attending`."""
+    return _this_thread.mode
 
 
 def enter_recorded() -> bool:

@@ -28,6 +28,7 @@ from .padding_and_packing import (
     values_are_unknown,
 )
 from .ready_mask import is_users_own, make_mask, users_mask
+from .recompute import note_checkpoints
 from .versions import READY_MASKS_ARE_INVERTED
 
 
@@ -88,8 +89,10 @@ class BidirectionalModel(Swapped):
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
                 check_layers(self, settings.places)
+                if self.training:
+                    note_checkpoints(self)
                 called_by_outer = mask_origin.mask_is_ours()  # a patched forward is under way already
-                with mask_origin.patched_forward():
+                with mask_origin.patched_forward(), mask_origin.attending("bidirectional"):
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))
 
         set_forward(cls, forward, below)
@@ -130,7 +133,9 @@ class CausalBlock(Swapped):
             if is_graph_captured() and not is_tracing():  # the caller of a graph isn't known; a trace has one
                 return inner(self, *args, **kwargs)
             check_caller(self)
-            with running(self):
+            if self.training:
+                note_checkpoints(self)
+            with running(self), mask_origin.attending("causal"):
                 return inner(self, *args, **kwargs)
 
         set_forward(cls, forward, below)
@@ -270,8 +275,9 @@ def _mask(
         return _KEEP
     if handling.kind == "own":
         raise AttentionMaskError(
-            f"packed sequences (position_ids that start again) can't be told apart by {type(model).__name__}, whose own mask "
-            "code takes nothing but a 2D mask: pass one sequence per row, with padding"
+            f"packed sequences (position_ids that start again) can't be told apart by {type(model).__name__}"
+            f"{' with sinkless layers' * (settings.sinks.num_sinkless_layers > 0)}, whose own mask code takes nothing but a 2D mask: "
+            "pass one sequence per row, with padding"
         )
     return make_mask(sequences, settings.spans, backend_of(config), dtype, handling.inverted)
 

@@ -70,6 +70,15 @@ def own_before_patch(module: nn.Module, name: str) -> Any:
     return record.attributes.get(name)
 
 
+def attributes_before_patch(module: nn.Module) -> dict[str, Any]:
+    """All of the module's own attributes as they are without the patch."""
+    record = record_of(module)
+    if record is None:
+        return module.__dict__
+    kept = {name: value for name, value in module.__dict__.items() if name != RECORD and name not in record.names}
+    return {**kept, **record.attributes}
+
+
 def buffers_before_patch(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers as they are without the patch."""
     record = record_of(module)
