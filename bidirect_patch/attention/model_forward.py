@@ -276,8 +276,8 @@ def _mask(
     if handling.kind == "own":
         raise AttentionMaskError(
             f"packed sequences (position_ids that start again) can't be told apart by {type(model).__name__}"
-            f"{' with sinkless layers' * (settings.sinks.num_sinkless_layers > 0)}, whose own mask code takes nothing but a 2D mask: "
-            "pass one sequence per row, with padding"
+            f"{' with sinkless layers' * (settings.sinks.num_sinkless_layers > 0)}, whose own mask code takes nothing but a 2D "
+            "mask: pass one sequence per row, with padding"
         )
     return make_mask(sequences, settings.spans, backend_of(config), dtype, handling.inverted)
 
