@@ -51,6 +51,9 @@ BY_NAME = {
 # Callables that a lower folder is handed or keeps. By them, code of an upper folder could run below.
 LOWER = ("swap", "model", "attention", "verify", "checkpoints")
 CALLABLES = {
+    "attention.recompute._Checkpoint.__call__.function",  # a layer's own forward, as transformers checkpoints it
+    "attention.recompute._Checkpoint.__init__.checkpoint",  # transformers' checkpointing function
+    "attention.recompute._Layer.__init__.function",  # as the first
     "model.facts.Function",  # any function about a class: `per_class` keeps what it returns
     "model.shrink.Limit",
     "model.shrink.Ratio",

@@ -64,6 +64,7 @@ def test_the_loss_is_the_shifted_cross_entropy(model_type, monkeypatch):
         assert torch.stack([(found[name] - wanted[name]).norm() for name in wanted]).norm() <= 1e-5 * norm
 
         model.zero_grad()
-        nothing = model(**inputs, labels=torch.full_like(labels, -100)).loss
+        nothing = model.train()(**inputs, labels=torch.full_like(labels, -100)).loss
         nothing.backward()
         assert nothing == 0 and not gradients(model)
+        model.eval()
