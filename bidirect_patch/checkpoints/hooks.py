@@ -9,6 +9,7 @@ from typing import Any
 
 import wrapt
 
+from ..attention.mixed import is_open
 from ..attention.model_forward import check_not_in_others_block, holds_bidirectional, is_in_causal_block
 from ..errors import GenerateError
 from ..model.config import parts
@@ -46,8 +47,9 @@ def install() -> None:
 
 
 def _install() -> None:
-    from transformers import GenerationMixin, PreTrainedModel
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
+    put(PretrainedConfig, "save_pretrained", _save_config)
     put(GenerationMixin, "generate", _generate)
     for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
         if hasattr(GenerationMixin, name):
@@ -132,6 +134,20 @@ def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
         return save_causal(wrapped, model, args, kwargs)
     if any(map(sinks_in_config, parts(model.config))):  # made from such a config, and never patched
         return save_without_sinks(wrapped, model, args, kwargs)
+    return wrapped(*args, **kwargs)
+
+
+def _save_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> Any:
+    """A config by itself doesn't know its model: `save_pretrained` of the model writes the flag into a copy of it."""
+    own = list(map(id, parts(config)))
+    for decoder in modes.decoders():
+        if is_open(decoder) and id(decoder.config) in own and getattr(decoder.config, "is_causal", True) is not False:
+            warnings.warn(
+                f"the config of a bidirectional {type(decoder).__name__} was saved by itself, without \"is_causal\": false: what "
+                "is opened from there is causal. Call save_pretrained of the model",
+                stacklevel=3,
+            )
+            break
     return wrapped(*args, **kwargs)
 
 

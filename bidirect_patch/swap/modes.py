@@ -67,6 +67,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def decoders() -> list[Any]:
+    """Every decoder whose mode was ever asked for or changed, and that is still there."""
+    with lock:
+        return list(_states)
+
+
 def state_of(decoder: nn.Module) -> State:
     """The state of a decoder, without blocks that are gone. Call it with `lock` held."""
     state = _states.setdefault(decoder, State())

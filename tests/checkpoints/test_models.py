@@ -37,6 +37,20 @@ def test_what_is_saved_says_so_and_saving_changes_nothing(tmp_path):
     assert torch.equal(encode(model), before)
 
 
+def test_a_config_that_is_saved_by_itself_warns_while_its_model_is_bidirectional(tmp_path, recwarn):
+    """It would open causal: the flag is written with the model."""
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    enable_bidirectional(model).save_pretrained(tmp_path)
+    tiny_config("llama").save_pretrained(tmp_path)
+    copy.deepcopy(model.config).save_pretrained(tmp_path)
+    assert not [w for w in recwarn if "saved by itself" in str(w.message)]
+    with pytest.warns(UserWarning, match="LlamaModel was saved by itself.*save_pretrained of the model"):
+        model.config.save_pretrained(tmp_path)
+    disable_bidirectional(model).config.save_pretrained(tmp_path)
+    assert not [w for w in recwarn if "saved by itself" in str(w.message)]
+
+
 def test_a_failing_save_leaves_the_model_as_it_was(tmp_path):
     model = enable_bidirectional(tiny_model())
     config_object, attributes = model.config, set(vars(model))
