@@ -63,8 +63,5 @@ def test_the_loss_is_the_shifted_cross_entropy(model_type, monkeypatch):
         norm = torch.stack([g.norm() for g in wanted.values()]).norm()
         assert torch.stack([(found[name] - wanted[name]).norm() for name in wanted]).norm() <= 1e-5 * norm
 
-        model.zero_grad()
-        nothing = model.train()(**inputs, labels=torch.full_like(labels, -100)).loss
-        nothing.backward()
-        assert nothing == 0 and not gradients(model)
-        model.eval()
+        with torch.no_grad():
+            assert model(**inputs, labels=torch.full_like(labels, -100)).loss.isnan()
