@@ -1,4 +1,4 @@
-"""Whether an attention module runs inside the patched forward of its model, which made the mask.
+"""Whether an attention module runs inside the patched forward of its model, which made the mask; and how that forward attends.
 
 This is not always so: `f = model.forward`, taken before the patch, stays the stock forward and makes a causal mask. Then the
 attention module mirrors the mask that it is given.
