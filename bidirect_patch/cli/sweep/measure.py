@@ -134,16 +134,18 @@ def _choose_first_token(
     screened = pairs.some(SCREENING)
     best: Embeddings | None = None
     best_values: dict[Depth, float] = {}
+    depths = _depths(parts, family)
     for token in first:
-        embeddings = Embeddings(parts, family, tokens[token], token, _depths(parts, family))
+        embeddings = Embeddings(parts, family, tokens[token], token, depths)
         if len(first) == 1:
             return embeddings
         _encode(embeddings, pairs.texts_of(screened), f"{family}, {token or 'no token'} first")
         values = _best_by_depth(embeddings, pairs, screened)
         if best is None or max(values.values()) > max(best_values.values()):
             best, best_values = embeddings, values
+            depths = _promising(values)  # what is far from the best with this token is not tried with the others
     assert best is not None  # there is a token
-    best.depths = _promising(best_values)
+    best.depths = depths
     return best
 
 
