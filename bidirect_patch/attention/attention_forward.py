@@ -53,10 +53,11 @@ class BidirectionalAttention(Swapped):
             settings = settings_of(self, AttentionSettings)
             if settings is None:  # another thread changed the mode meanwhile
                 return inner(self, *args, **kwargs)
-            if mask_origin.mode() == "causal" and not is_graph_captured():  # a causal forward's backward pass runs it again
-                return unpatched(self).forward(*args, **kwargs)
-            if not mask_origin.mask_is_ours() and not is_graph_captured():
-                check_model_above(self)
+            if not is_graph_captured():
+                if mask_origin.mode() == "causal":  # a causal forward's backward pass runs it again
+                    return unpatched(self).forward(*args, **kwargs)
+                if not mask_origin.mask_is_ours():
+                    check_model_above(self)
             args, kwargs, sinks = call.arguments(self, settings, args, kwargs)
             if not sinks:
                 return inner(self, *args, **kwargs)

@@ -43,7 +43,7 @@ def check_layers(model: nn.Module, where: Iterable[Place]) -> None:
         for name, layer in ({} if layers is None else layers._modules).items():
             module = None if layer is None else _submodule(layer, place.attention)
             if module is not None and not is_open(module) and is_attention(module):
-                _refuse(model, [f"{place.layers}.{name}.{place.attention}"], "isn't bidirectional, and the model is")
+                _refuse(model, [f"{place.layers}.{name}.{place.attention}"])
 
 
 def check_model_above(module: nn.Module) -> None:
@@ -57,27 +57,24 @@ def check_model_above(module: nn.Module) -> None:
         if isinstance(model, PreTrainedModel):
             if is_open(model) or not builds_causal_mask(original(type(model))):
                 return
-            inside = [name for name, each in model.named_modules() if is_attention(each) and is_open(each)]
             if any(each is module for each in modules_of(model)):
-                _refuse(model, inside, "is bidirectional, and the model isn't")
+                _refuse(model, [name for name, each in model.named_modules() if is_attention(each) and is_open(each)])
             return
         frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
 
 
 def check_decoder(decoder: Decoder) -> None:
     """Raise OrderError if some attention modules of a decoder are bidirectional and others are not, or the model is not."""
-    opened = [each.path for each in decoder.attentions if is_open(each.module)]
-    others = [each.path for each in decoder.attentions if not is_open(each.module)]
-    if is_open(decoder.module):
-        if others:
-            _refuse(decoder.module, others, "isn't bidirectional, and the model is")
-    elif opened:
-        _refuse(decoder.module, opened, "is bidirectional, and the model isn't")
+    model = decoder.module
+    if different := [each.path for each in decoder.attentions if is_open(each.module) != is_open(model)]:
+        _refuse(model, different)
 
 
-def _refuse(model: nn.Module, names: Iterable[str], how: str) -> None:
+def _refuse(model: nn.Module, different: Iterable[str]) -> None:
+    """Raise for attention modules that attend otherwise than their model."""
+    how = "isn't bidirectional, and the model is" if is_open(model) else "is bidirectional, and the model isn't"
     raise OrderError(
-        f"{original(type(model)).__name__}: {', '.join(names)} {how}, since a layer was put in or taken out, or belongs to "
+        f"{original(type(model)).__name__}: {', '.join(different)} {how}, since a layer was put in or taken out, or belongs to "
         "another model too: call enable_bidirectional(model) or disable_bidirectional(model) again"
     )
 

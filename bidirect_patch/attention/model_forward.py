@@ -89,8 +89,7 @@ class BidirectionalModel(Swapped):
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
                 check_layers(self, settings.places)
-                if self.training:
-                    note_checkpoints(self)
+                note_checkpoints(self)
                 called_by_outer = mask_origin.mask_is_ours()  # a patched forward is under way already
                 with mask_origin.patched_forward(), mask_origin.attending("bidirectional"):
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))
@@ -133,8 +132,7 @@ class CausalBlock(Swapped):
             if is_graph_captured() and not is_tracing():  # the caller of a graph isn't known; a trace has one
                 return inner(self, *args, **kwargs)
             check_caller(self)
-            if self.training:
-                note_checkpoints(self)
+            note_checkpoints(self)
             with running(self), mask_origin.attending("causal"):
                 return inner(self, *args, **kwargs)
 

@@ -52,8 +52,8 @@ class _Layer:
 
 
 def note_checkpoints(model: nn.Module) -> None:
-    """Before a forward of a model in training: let its layers' backward pass attend as this forward does."""
-    if not torch.is_grad_enabled():
+    """Before a forward: in training, let the backward pass of its layers attend as this forward does."""
+    if not (model.training and torch.is_grad_enabled()):
         return
     for module in modules_of(model):
         checkpoint = module.__dict__.get(_NAME)

@@ -2,12 +2,14 @@
 
 import dis
 from collections.abc import Iterable, Iterator, Mapping
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+
+from .facts import names_in
 
 _MISSING = object()
 
@@ -55,7 +57,7 @@ class Code:
     def _named_in(self, function: FunctionType) -> Iterator[tuple[Any, str]]:
         if _package(function) not in self._packages:
             return
-        for name in _names(function.__code__):
+        for name in names_in(function.__code__):
             value = function.__globals__.get(name)
             if isinstance(value, Mapping) and self._kernel in value:
                 yield value, self._kernel
@@ -104,9 +106,3 @@ def _content(cell: Any) -> Any:
     except ValueError:  # not set yet
         return None
 
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)

@@ -210,11 +210,12 @@ def _methods(cls: type) -> Iterator[Any]:
 
 def _names_any(function: Any, *patterns: re.Pattern[str]) -> bool:
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is not None and any(p.search(n) for n in _names_in(code) for p in patterns)
+    return code is not None and any(p.search(n) for n in names_in(code) for p in patterns)
 
 
-def _names_in(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
+    """What a code object names: variables of its module and attributes, also in the functions inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names_in(constant)
+            yield from names_in(constant)

@@ -26,6 +26,8 @@ from ..swap.classes import is_sharded, original
 from .probe import decoder_layers, run_as_it_is
 from .report import BIDIRECTIONAL, AttentionReport, attention_report
 
+Kept = TypeVar("Kept")
+
 MOST_SINKS = 3  # in a small model: more show nothing else
 
 
@@ -114,10 +116,7 @@ def is_still_verified(decoder: Decoder) -> bool:
     return trial is not None and not (trial.problem and not decoder.unsupported_layers)
 
 
-Found = TypeVar("Found")
-
-
-def _found(kept: dict[tuple[object, ...], tuple[Found, Code]], key: tuple[object, ...]) -> Found | None:
+def _found(kept: dict[tuple[object, ...], tuple[Kept, Code]], key: tuple[object, ...]) -> Kept | None:
     """What was found out before; None if nothing was, or if the code has changed since."""
     found, code = kept.get(key, (None, None))
     return found if code is not None and code.is_same() else None

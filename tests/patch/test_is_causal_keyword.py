@@ -1,5 +1,7 @@
 """`is_causal` in a call is never swallowed: an error, or the model's own TypeError where it knows no such keyword."""
 
+from functools import partial
+
 import pytest
 import torch
 from packaging.version import Version
@@ -8,10 +10,12 @@ from transformers import OPTConfig, OPTForCausalLM
 from bidirect_patch import bidirectional, enable_bidirectional
 from bidirect_patch.errors import ArgumentError
 
+from ..helpers.seeing import moved_by_last
 from ..helpers.tiny_models import tiny_model
 from ..helpers.versions import TRANSFORMERS
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
+moved = partial(moved_by_last, ids=IDS)
 
 
 def opt():
@@ -31,15 +35,6 @@ MODELS = {
     "windows": lambda: tiny_model("mistral", sliding_window=3),
     "opt": opt,
 }
-
-
-def moved(model, **kwargs):
-    """Which positions a change of the last token moves."""
-    other = IDS.clone()
-    other[0, -1] = 40
-    with torch.no_grad():
-        one, two = (model(input_ids=ids, **kwargs)[0] for ids in (IDS, other))
-    return (one - two)[0].abs().amax(-1) > 1e-6
 
 
 def knows_keyword(model):

@@ -1,6 +1,7 @@
 """A model of which some layers are bidirectional and others are not is an error, until it is enabled or disabled again."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,17 +9,11 @@ import torch
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import OrderError
 
+from ..helpers.seeing import moved_by_last
 from ..helpers.tiny_models import tiny_model
 
 IDS = torch.arange(5, 14)[None]
-
-
-def moved(model):
-    """Which positions a change of the last token moves."""
-    other = IDS.clone()
-    other[0, -1] = 40
-    with torch.no_grad():
-        return (model(input_ids=IDS)[0] - model(input_ids=other)[0])[0].abs().amax(-1) > 1e-6
+moved = partial(moved_by_last, ids=IDS)
 
 
 def put_back():

@@ -1,7 +1,7 @@
 """Code that somebody changes after a class was verified: what was found out about it before is not believed any more."""
 
 import sys
-from functools import wraps
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -11,18 +11,12 @@ from bidirect_patch.errors import UnsupportedModelError
 from bidirect_patch.model.facts import builds_causal_mask, parameter_names
 from bidirect_patch.swap.classes import original
 
+from ..helpers.seeing import moved_by_last
 from ..helpers.tiny_models import tiny_model
 
 IDS = torch.arange(5, 14)[None]
+moved = partial(moved_by_last, ids=IDS)
 KINDS = ["attention", "layer", "kernel", "mask"]
-
-
-def moved(model):
-    """Which positions a change of the last token moves."""
-    other = IDS.clone()
-    other[0, -1] = 40
-    with torch.no_grad():
-        return (model(input_ids=IDS)[0] - model(input_ids=other)[0])[0].abs().amax(-1) > 1e-6
 
 
 def causal_mask(length):
