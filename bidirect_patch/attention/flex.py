@@ -8,39 +8,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..model.windows import Span
-from .padding_and_packing import Sequences, in_window, run_starts
+from .padding_and_packing import Sequences, run_starts
+
+_BLOCK = 128  # queries and keys of a block, as in torch's create_block_mask
 
 
 class SpanBlockMasks(BlockMask):
-    """A BlockMask that carries those of a decoder's other spans, since a BlockMask has no channels."""
+    """The BlockMask of a decoder's first span, which carries those of its other spans: a BlockMask has no channels."""
 
-    by_span: list[BlockMask]
+    others: list[BlockMask]
 
 
 def block_masks(sequences: Sequences, spans: tuple[Span, ...]) -> BlockMask:
     """The BlockMask of the only span, or a `SpanBlockMasks`."""
-    masks = [_block_mask(sequences, span) for span in spans]
-    if len(masks) == 1:
-        return masks[0]
-    first = _block_mask(sequences, spans[0])
-    first.__class__ = SpanBlockMasks
-    first.by_span = masks
+    first: Any
+    first, *others = [_block_mask(sequences, span) for span in spans]
+    if others:
+        first.__class__ = SpanBlockMasks
+        first.others = others
     return first
 
 
-def _block_mask(sequences: Sequences, span: Span) -> Any:
+def _block_mask(sequences: Sequences, span: Span) -> BlockMask:
+    """The BlockMask of one span, from the queries that see each key: no (query, key) table is made for it."""
     first, last = _seen_by(sequences, span)
+    length, size = sequences.length, _BLOCK
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = (first[b, k] <= q) & (q < last[b, k])
-        return seen if span.window is None else seen & in_window(q, k, span.window)
+        return (first[b, k] <= q) & (q < last[b, k])
 
-    return create_block_mask(
-        visible, sequences.batch, None, sequences.length, sequences.length, device=sequences.device
-    )
+    # (batch, 1, query block, key block, key of the block); a key past the end is seen by nobody.
+    past = -length % size
+    shape = (sequences.batch, 1, 1, (length + past) // size, size)
+    firsts, lasts = (torch.nn.functional.pad(each, (0, past)).view(shape) for each in (first, last))
+    begin = (torch.arange(shape[3], device=sequences.device) * size)[:, None, None]
+    some = ((firsts < begin + size) & (begin < lasts) & (firsts < lasts)).any(-1)
+    every = ((firsts <= begin) & (begin + size <= lasts)).all(-1)
+    mask = BlockMask.from_kv_blocks(*_counted(some & ~every), *_counted(every), BLOCK_SIZE=size, mask_mod=visible)
+    mask.seq_lengths = (length, length)
+    return mask
+
+
+def _counted(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block has, int32 (..., query block), and their numbers, first, int32 (..., key block)."""
+    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def _seen_by(sequences: Sequences, span: Span) -> tuple[Tensor, Tensor]:
@@ -57,6 +72,8 @@ def _seen_by(sequences: Sequences, span: Span) -> tuple[Tensor, Tensor]:
     first = torch.where(begins, index, 0).cummax(-1).values
     after = torch.where(begins, index, length).flip(-1).cummin(-1).values.flip(-1)  # the next beginning, from here on
     last = torch.cat([after[:, 1:], torch.full_like(after[:, :1], length)], 1)
+    if span.window is not None:
+        first, last = torch.maximum(first, index - span.window + 1), torch.minimum(last, index + span.window)
     if span.sinks:
         first, last = _past_sinks(sequences, span, first, last)
     if sequences.real is None:

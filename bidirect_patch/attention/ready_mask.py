@@ -60,7 +60,7 @@ def pick(mask: Any, span: int, spans: int, may_omit: bool) -> Any:
         may_omit: whether None means "sees everything" to the module, so that the fastest kernel can be taken.
     """
     if not isinstance(mask, Tensor):
-        return getattr(mask, "by_span", [mask] * spans)[span]
+        return [mask, *getattr(mask, "others", [mask] * (spans - 1))][span]
     if mask.dim() != 4:
         return mask
     channels = mask

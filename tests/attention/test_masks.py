@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from bidirect_patch.attention.flash import first_tokens, how_to_run, sequence_numbers
-from bidirect_patch.attention.padding_and_packing import read_sequences
+from bidirect_patch.attention.padding_and_packing import Sequences, read_sequences
 from bidirect_patch.attention.ready_mask import make_mask, pick
 from bidirect_patch.errors import AttentionMaskError
 from bidirect_patch.model.windows import Span
@@ -245,6 +246,32 @@ def test_flex_masks(case):
     assert not seen[real.any(-1)].mT[~real[real.any(-1)]].any(), "padding is seen by nobody"
     if case.span.window is None and not case.span.sinks:
         assert seen.any(-1).all(), "each query sees something"
+
+
+BLOCK_SPANS = (Span(), Span(window=100), Span(chunk=150), Span(sinks=2), Span(window=140, sinks=3), Span(sinks=1, sees_sinks=False))
+
+
+@pytest.mark.parametrize("span", BLOCK_SPANS, ids=str)
+@pytest.mark.parametrize("kind", ["unpadded", "padded left", "padded right", "packed"])
+def test_flex_blocks_are_those_of_the_table(kind, span):
+    """Which blocks are run, and which without the mask's function, beside torch's own `create_block_mask` on a whole table."""
+    from bidirect_patch.attention.flex import block_masks
+
+    real, number = None, None
+    if kind.startswith("padded"):
+        real = torch.arange(300).expand(2, -1) < torch.tensor([[290], [150]])
+        real = real.flip(-1) if kind == "padded left" else real
+    if kind == "packed":
+        number = torch.searchsorted(torch.tensor([[5, 140, 256], [128, 130, 299]]), torch.arange(300).expand(2, -1).contiguous())
+    ours = block_masks(Sequences(2, 300, CPU, real, number), (span,))
+    table = all_pairs(ours, (2, 300, 300))
+    theirs = create_block_mask(lambda b, h, q, k: table[b, q, k], 2, None, 300, 300, device="cpu")
+    assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = (getattr(theirs, f"{name}_{what}") for what in ("num_blocks", "indices"))
+        assert torch.equal(getattr(ours, f"{name}_num_blocks"), counts), name
+        used = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(getattr(ours, f"{name}_indices")[used], indices[used]), name
 
 
 def by_flash(case):
