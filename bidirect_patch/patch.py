@@ -14,6 +14,7 @@ from .attention.model_forward import CausalBlock
 from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
 from .attention.recompute import forget_checkpoints
 from .checkpoints import hooks
+from .checkpoints.pickled import Pickled, pickled_plan
 from .errors import ArgumentError, OrderError, UnsupportedModelError
 from .model.find import Decoder, decoders, says_bidirectional, with_sinks, with_sinks_as_far_as_layers_go
 from .model.sinks import NO_SINKS, Sinks, read_sinks
@@ -188,6 +189,9 @@ def is_bidirectional(model: nn.Module) -> bool:
     return all(map(attends_both_ways, found))
 
 
+_MIXINS = {*MIXINS, Unverified, Pickled}  # what the patch puts on modules
+
+
 class State(Enum):
     """What a decoder is, as far as the patch goes."""
 
@@ -334,6 +338,7 @@ def _enable(
     add: list[tuple[nn.Module, Plan]] = []
     for decoder, handling in zip(changing, handlings):
         add += bidirectional_plans(decoder, handling or possible_handlings(decoder)[0])
+        add.append(pickled_plan(decoder.module))
         if decoder in unverified or (handling is None and not allow_partial):
             add.append(unverified_plan(decoder))
     mixins = _patch_of(model, changing, found)
@@ -369,13 +374,12 @@ def _patch_of(model: nn.Module, going: list[Decoder], found: list[Decoder]) -> l
     if not staying:
         modules |= {id(module): module for module in modules_of(model)}
     kept = {id(module) for decoder in staying for module in decoder_modules(decoder)}
-    ours = {*MIXINS, Unverified}
     return [
         (module, plan.mixin)
         for key, module in modules.items()
         if key not in kept and (record := record_of(module)) is not None
         for plan in record.plans
-        if plan.mixin in ours
+        if plan.mixin in _MIXINS
     ]
 
 
@@ -383,7 +387,7 @@ def _to_causal_block(model: nn.Module, decoder: Decoder, found: list[Decoder]) -
     """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
     if _state(decoder) is State.CAUSAL_BLOCK or not (has_any_patch(decoder) or is_natively_bidirectional(decoder)):
         return []
-    plans = list(causal_block_plans(model, decoder))
+    plans = [*causal_block_plans(model, decoder), pickled_plan(decoder.module)]
     return prepare(plans, _patch_of(model, [decoder], found))
 
 

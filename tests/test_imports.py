@@ -45,7 +45,6 @@ BY_NAME = {
     ("bidirect_patch", "__getattr__"),  # names that load on first use
     ("bidirect_patch.cli", "_dispatch"),  # the command that was asked for
     ("bidirect_patch.encoder.reopening", "_class_of"),  # a class that a modules.json names
-    ("bidirect_patch.swap.classes", "_rebuild"),  # unpickling may be the first use of the package
 }
 
 # Callables that a lower folder is handed or keeps. By them, code of an upper folder could run below.

@@ -8,7 +8,6 @@ torch.compile and pickle always see the same class. torch's own `parametrize` an
 import copyreg
 import inspect
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from types import FunctionType
 from typing import Any
 from weakref import WeakSet
@@ -53,13 +52,12 @@ class Swapped:
         # stored; the rest of what the original class stores is kept.
         reduced = list(super().__reduce_ex__(max(int(protocol), 2)))
         if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]  # typeshed lacks it
-            reduced[0], reduced[1] = _rebuild, (self._original, self._mixins, *reduced[1][1:])
+            reduced[0], reduced[1] = rebuild, (self._original, self._mixins, *reduced[1][1:])
         return tuple(reduced)
 
 
-def _rebuild(original: type, mixins: tuple[type[Swapped], ...], *args: Any) -> Any:
-    # In a fresh process, unpickling may be the first use of this package: generate and save need its hooks.
-    import_module("bidirect_patch.checkpoints.hooks").install()
+def rebuild(original: type, mixins: tuple[type[Swapped], ...], *args: Any) -> Any:
+    """An empty instance of a dynamic class, out of what a pickle keeps."""
     cls = subclass(original, mixins)
     return cls.__new__(cls, *args)
 
@@ -80,7 +78,7 @@ def subclass(original: type, mixins: Sequence[type[Swapped]]) -> type:
         below = subclass(original, ordered[:-1])
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         cls = type(original.__name__, (ordered[-1], below), {**names, "_original": original, "_mixins": ordered})
-        cls.build(below, original)  # type: ignore[attr-defined]  # a Swapped
+        ordered[-1].build.__func__(cls, below, original)  # type: ignore[attr-defined]  # its own: `below` has been built
         _subclasses.setdefault(key, cls)
     return _subclasses[key]
 

@@ -167,6 +167,15 @@ def test_two_mixins_go_on_and_off_in_any_order(module, put, off):
     assert_same(before, state(module))
 
 
+class Zilent(Swapped):
+    """A mixin without a forward, put on top of one that has one."""
+
+
+def test_a_mixin_without_a_forward_does_not_repeat_the_one_below(module):
+    apply([(module, times()), (module, Plan(Zilent))])
+    assert torch.equal(module(X), STOCK * 2)
+
+
 @pytest.mark.parametrize("first", [Times, Plus])
 def test_two_mixins_may_set_the_same_attribute_and_buffer(module, first):
     before = state(module)
