@@ -17,7 +17,7 @@ FACE = "bidirect_patch"
 PACKAGE = ROOT / FACE
 
 # What each folder, or module beside the folders, may import. "face" is `bidirect_patch/__init__.py`.
-BELOW_PATCH = {"errors", "swap", "model", "attention", "verify", "checkpoints"}
+BELOW = {"errors", "swap", "model", "attention", "verify", "checkpoints"}
 ALLOWED = {
     "errors": set(),
     "swap": {"errors"},
@@ -25,14 +25,16 @@ ALLOWED = {
     "attention": {"errors", "swap", "model"},
     "verify": {"errors", "swap", "model", "attention"},
     "checkpoints": {"errors", "swap", "model", "attention", "verify"},
-    "patch": BELOW_PATCH,
-    "auto": BELOW_PATCH | {"patch"},
-    "mntp": BELOW_PATCH - {"checkpoints"} | {"patch"},
+    "transition": BELOW,
+    "block": BELOW | {"transition"},
+    "patch": BELOW | {"transition", "block"},
+    "auto": BELOW | {"patch"},
+    "mntp": BELOW - {"checkpoints"} | {"patch"},
     "head": {"mntp"},
     "encoder": {"errors"},
-    "llm2vec": BELOW_PATCH | {"patch"},
+    "llm2vec": BELOW | {"patch"},
     "architectures": {"errors"},
-    "cli": BELOW_PATCH | {"face", "patch", "auto", "mntp", "head", "encoder", "architectures"},
+    "cli": BELOW | {"face", "patch", "auto", "mntp", "head", "encoder", "architectures"},
     "face": set(),
     "pytest_plugin": {"face"},
     "__main__": {"cli"},

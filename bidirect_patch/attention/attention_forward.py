@@ -10,17 +10,19 @@ from ..errors import AttentionMaskError, OrderError
 from ..model.config import backend_of
 from ..model.facts import CROSS_ATTENTION, bias_parameter, mask_parameter, parameter_names, takes_any_keyword
 from ..model.windows import Span
+from ..swap import in_use
 from ..swap.classes import Swapped, set_forward
+from ..swap.modes import Mode
 from ..swap.plan import settings_of
+from ..swap.recording import is_graph_captured
 from ..swap.view import unpatched
-from . import mask_origin
 from .dense import dense_mask
 from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run, sequence_numbers
 from .handling import MaskHandling
 from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
 from .mixed import check_model_above
-from .padding_and_packing import Sequences, is_graph_captured
+from .padding_and_packing import Sequences
 from .ready_mask import pick
 from .sinks_alone import cut_to_sinks, put_in
 
@@ -54,9 +56,9 @@ class BidirectionalAttention(Swapped):
             if settings is None:  # another thread changed the mode meanwhile
                 return inner(self, *args, **kwargs)
             if not is_graph_captured():
-                if mask_origin.mode() == "causal":  # a causal forward's backward pass runs it again
+                if in_use.mode_now() is Mode.CAUSAL_BLOCK:  # a causal forward's backward pass runs it again
                     return unpatched(self).forward(*args, **kwargs)
-                if not mask_origin.mask_is_ours():
+                if not in_use.mask_is_ours():
                     check_model_above(self)
             args, kwargs, sinks = call.arguments(self, settings, args, kwargs)
             if not sinks:
@@ -151,7 +153,7 @@ class _Call:
                 "transformers counts differently there: disable_bidirectional, change it, enable_bidirectional"
             )
         span = settings.span
-        if span.sinks and not mask_origin.mask_is_ours():
+        if span.sinks and not in_use.mask_is_ours():
             raise OrderError(
                 "a forward that was taken before the model was made bidirectional, or a layer by itself, was called with sink "
                 "tokens on FlashAttention, where only the model's own forward tells which tokens are sinks: call the model"
@@ -203,7 +205,7 @@ def _own_mask(settings: AttentionSettings, mask: Any, backend: str) -> Any:
     """The module's mask out of what its model handed on."""
     if settings.handling.kind != "ready":
         return mirrored_mask(mask, settings.handling.inverted, settings.span)
-    if not mask_origin.mask_is_ours():
+    if not in_use.mask_is_ours():
         return mirrored_mask(pick(mask, settings.index, settings.spans, False), span=settings.span)
     return pick(mask, settings.index, settings.spans, backend in settings.omits_mask_on)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CausalMaskWarning
-from .padding_and_packing import values_are_unknown
+from ..swap.recording import values_are_unknown
 
 _judged: "WeakSet[nn.Module]" = WeakSet()
 

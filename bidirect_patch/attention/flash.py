@@ -17,7 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import AttentionMaskError
 from ..model.windows import Span
-from .padding_and_packing import Sequences, is_graph_captured, places, run_starts
+from ..swap.recording import is_graph_captured
+from .padding_and_packing import Sequences, places, run_starts
 
 
 def sequence_numbers(sequences: Sequences, spans: tuple[Span, ...]) -> Tensor | None:

@@ -11,8 +11,8 @@ from ..errors import LabelLeakWarning
 from ..model.facts import parameter_names
 from ..model.walk import modules_of
 from ..swap.classes import has_mixin, original
+from ..swap.recording import values_are_unknown
 from .model_forward import BidirectionalModel, CausalBlock, holds_bidirectional
-from .padding_and_packing import values_are_unknown
 
 IGNORED = -100
 _ENOUGH = 4  # scored tokens to judge by; fewer could all be visible by chance, since MNTP leaves one in ten unchanged

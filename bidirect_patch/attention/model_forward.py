@@ -13,20 +13,15 @@ from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward,
 from ..model.sinks import Sinks
 from ..model.walk import modules_of
 from ..model.windows import Span
+from ..swap import in_use
 from ..swap.classes import Swapped, has_mixin, original, set_forward
-from ..swap.modes import check_caller, running
+from ..swap.modes import Mode
 from ..swap.plan import settings_of
-from . import mask_origin
+from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .handling import MaskHandling
 from .mixed import Place, check_layers
-from .padding_and_packing import (
-    is_graph_captured,
-    read_boundaries,
-    read_positions,
-    read_sequences,
-    values_are_unknown,
-)
+from .padding_and_packing import read_boundaries, read_positions, read_sequences
 from .ready_mask import is_users_own, make_mask, users_mask
 from .recompute import note_checkpoints
 from .versions import READY_MASKS_ARE_INVERTED
@@ -78,20 +73,20 @@ class BidirectionalModel(Swapped):
             if is_graph_captured():  # a lock has no meaning in a graph
                 settings = settings_of(self, ModelSettings)
                 assert settings is not None  # the class is this one
-                kwargs = arguments(self, settings, kwargs, mask_origin.mask_is_ours())
-                before = mask_origin.enter_recorded()
+                kwargs = arguments(self, settings, kwargs, in_use.mask_is_ours())
+                before = in_use.enter_recorded()
                 try:
                     return inner(self, **kwargs)
                 finally:
-                    mask_origin.leave_recorded(before)
-            with running(self):
+                    in_use.leave_recorded(before)
+            with in_use.running(self) as this_forward:
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
                 check_layers(self, settings.places)
                 note_checkpoints(self)
-                called_by_outer = mask_origin.mask_is_ours()  # a patched forward is under way already
-                with mask_origin.patched_forward(), mask_origin.attending("bidirectional"):
+                called_by_outer = in_use.mask_is_ours()  # a patched forward is under way already
+                with in_use.patched(this_forward):
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))
 
         set_forward(cls, forward, below)
@@ -131,21 +126,21 @@ class CausalBlock(Swapped):
                 )
             if is_graph_captured() and not is_tracing():  # the caller of a graph isn't known; a trace has one
                 return inner(self, *args, **kwargs)
-            check_caller(self)
+            in_use.check_caller(self)
             note_checkpoints(self)
-            with running(self), mask_origin.attending("causal"):
+            with in_use.running(self), in_use.attending(Mode.CAUSAL_BLOCK):
                 return inner(self, *args, **kwargs)
 
         set_forward(cls, forward, below)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and copy: refused to who is in no such block, since the copy would be causal for good."""
-        check_caller(self, "copied")  # type: ignore[arg-type]  # a module
+        in_use.check_caller(self, "copied")  # type: ignore[arg-type]  # a module
         return super().__reduce_ex__(protocol)
 
 
 def is_in_causal_block(model: nn.Module) -> bool:
-    """Whether a decoder in `model` is in a causal block, of whomever."""
+    """Whether a decoder in `model` is in a causal block, opened by any thread."""
     return any(has_mixin(module, CausalBlock) for module in modules_of(model))
 
 
@@ -153,7 +148,7 @@ def check_not_in_others_block(model: nn.Module) -> None:
     """Raise ModeConflictError if only others hold a decoder of `model` in a causal block, where it would be saved as causal."""
     for module in modules_of(model):
         if has_mixin(module, CausalBlock):
-            check_caller(module, "saved")
+            in_use.check_caller(module, "saved")
 
 
 def named_arguments(cls: type, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -321,7 +316,7 @@ def _step_aside(cls: Any, original: Any) -> None:
 
     def _update_causal_mask(self: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
         settings = settings_of(self, ModelSettings)
-        is_ready = settings is not None and settings.handling.kind == "ready" and mask_origin.mask_is_ours()
+        is_ready = settings is not None and settings.handling.kind == "ready" and in_use.mask_is_ours()
         if settings is not None and (is_ready or getattr(attention_mask, "ndim", 2) == 4):
             return attention_mask
         return original._update_causal_mask(self, attention_mask, *args, **kwargs)

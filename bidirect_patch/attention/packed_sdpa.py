@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..model.windows import Span
-from .padding_and_packing import Sequences, is_graph_captured
+from ..swap.recording import is_graph_captured
+from .padding_and_packing import Sequences
 
 # What one more call of SDPA costs, in pairs of positions: forward and backward on a CPU, heads of 64, as measured.
 PAIRS_PER_CALL = 2048

@@ -20,10 +20,11 @@ from torch import Tensor
 from ..errors import AttentionMaskError
 from ..model.config import Backend
 from ..model.windows import Span
+from ..swap.recording import values_are_unknown
 from . import packed_sdpa
 from .dense import additive, dense_mask, hides_nothing
 from .flash import sequence_numbers
-from .padding_and_packing import Sequences, check_readable, values_are_unknown
+from .padding_and_packing import Sequences, check_readable
 from .versions import FLEX_TAKES_BLOCK_MASK, HAS_MASKING_UTILS, READY_MASKS_ARE_INVERTED
 
 

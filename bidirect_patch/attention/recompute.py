@@ -12,9 +12,10 @@ from torch import nn
 
 from ..errors import OrderError
 from ..model.walk import modules_of
-from . import mask_origin
+from ..swap import in_use
+from ..swap.modes import Mode
+from ..swap.recording import is_graph_captured
 from .mixed import is_open
-from .padding_and_packing import is_graph_captured
 
 _NAME = "_gradient_checkpointing_func"  # on each module that transformers checkpoints, or on the model that holds them
 
@@ -26,20 +27,20 @@ class _Checkpoint:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        mode = None if is_graph_captured() else mask_origin.mode()
+        mode = None if is_graph_captured() else in_use.mode_now()
         return self.checkpoint(function if mode is None else _Layer(function, mode), *args, **kwargs)
 
 
 class _Layer:
     """A call of a layer, which attends in its backward pass as it did in its forward."""
 
-    def __init__(self, function: Callable[..., Any], mode: mask_origin.Mode) -> None:
+    def __init__(self, function: Callable[..., Any], mode: Mode) -> None:
         self.function, self.mode = function, mode
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.mode == "bidirectional":
+        if self.mode is Mode.BIDIRECTIONAL:
             self._check_open()
-        with mask_origin.attending(self.mode):
+        with in_use.attending(self.mode):
             return self.function(*args, **kwargs)
 
     def _check_open(self) -> None:

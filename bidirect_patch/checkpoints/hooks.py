@@ -15,9 +15,9 @@ from ..errors import GenerateError
 from ..model.config import parts
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
-from ..swap import modes
+from ..swap import in_use
 from ..verify.late import verify_kernel
-from ..verify.state import check_not_mixed, sinks_in
+from ..verify.mode import check_not_mixed, sinks_in
 from . import policy
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
 from .guard import read_adapter_config
@@ -37,7 +37,7 @@ _put: list[tuple[Any, str, Any]] = []  # class, method, what the class itself ha
 
 def install() -> None:
     """Put every hook in place, once. Those on PEFT wait until PEFT is imported."""
-    with modes.lock:
+    with in_use.lock:
         if not _put:
             try:
                 _install()
@@ -140,7 +140,7 @@ def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 def _save_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> Any:
     """A config by itself doesn't know its model: `save_pretrained` of the model writes the flag into a copy of it."""
     own = list(map(id, parts(config)))
-    for decoder in modes.decoders():
+    for decoder in in_use.decoders():
         if is_open(decoder) and id(decoder.config) in own and getattr(decoder.config, "is_causal", True) is not False:
             warnings.warn(
                 f"the config of a bidirectional {type(decoder).__name__} was saved by itself, without \"is_causal\": false: what "

@@ -10,7 +10,7 @@ from ..errors import UnsupportedModelError
 from ..model.config import parts
 from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks, read_sinks
-from ..verify.state import attends_both_ways, sinks_of
+from ..verify.mode import attends_both_ways, sinks_of
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder")
 # The classes that LLM2Vec's adapters and full models name, and no flag. A miss: what LLM2Vec wrote opens causal. A wrong match:

@@ -16,7 +16,7 @@ from ..model.sinks import NO_SINKS, Sinks
 from ..swap.classes import has_mixin
 from ..swap.plan import settings_of
 from ..swap.view import view
-from ..verify.state import sinks_in
+from ..verify.mode import sinks_in
 from .adapters import marked
 from .guard import guard_config
 from .load import sinks_in_config

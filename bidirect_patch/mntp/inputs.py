@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.model_forward import BidirectionalModel
-from ..attention.padding_and_packing import is_graph_captured, read_sequences
+from ..attention.padding_and_packing import read_sequences
 from ..errors import AttentionMaskError, HeadError
 from ..model.facts import given_input, parameter_names
 from ..swap.classes import has_mixin, original
+from ..swap.recording import is_graph_captured
 
 
 def checked_labels(labels: Any, kwargs: dict[str, Any]) -> Tensor:

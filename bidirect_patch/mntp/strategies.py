@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.padding_and_packing import is_graph_captured
 from ..errors import HeadError
 from ..model.config import text_config
 from ..swap.classes import original
+from ..swap.recording import is_graph_captured
 from ..swap.view import view
 from . import loss as linear_loss
 from .causal_lm import decoder_slot, head_slot

@@ -71,6 +71,11 @@ class Decoder:
         return self.builders[0] if self.builders else self.module
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """Every module that the patch may change for it."""
+        return [*self.mask_makers, *(part for attention in self.attentions for part in modules_of(attention.module))]
+
+    @property
     def is_on_meta(self) -> bool:
         """Whether its weights have no values yet."""
         return all(parameter.is_meta for parameter in parameters_of(self.module))
@@ -88,18 +93,33 @@ class Refusal(NamedTuple):
         return self.kind in ("encoder-decoder", "no attention", "shared keys")
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What one walk through a model has found."""
+
+    model: nn.Module
+    named: list[tuple[str, nn.Module]]  # every module in it, once, with its name
+    decoders: list[Decoder]
+
+
 def decoders(model: Any) -> list[Decoder]:
-    """Every decoder in `model`.
+    """Every decoder in `model`; see `survey`."""
+    return survey(model).decoders
+
+
+def survey(model: Any) -> Survey:
+    """Look at a model once.
 
     Raises:
-        UnsupportedModelError: there is none; the message names what there is.
+        UnsupportedModelError: there is no decoder in it; the message names what there is.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"expected a torch.nn.Module that holds a transformers decoder, got {type(model).__name__}: load the model first "
             "(AutoModelForCausalLM.from_pretrained, for example) and pass the object"
         )
-    models = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    named = list(model.named_modules())
+    models = [(name, module) for name, module in named if isinstance(module, PreTrainedModel)]
     found: list[Decoder] = []
     refusals: list[tuple[str, Refusal]] = []
     for name, module in models:
@@ -124,7 +144,7 @@ def decoders(model: Any) -> list[Decoder]:
             and forward_builds_mask(original(type(module)))
             and mask_parameter(original(type(module))) is not None
         ]
-    return found
+    return Survey(model, named, found)
 
 
 def with_sinks_as_far_as_layers_go(decoder: Decoder, sinks: Sinks) -> Decoder:

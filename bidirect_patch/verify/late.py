@@ -1,33 +1,29 @@
 """Verification at the first forward, of what could not run when it was patched: weights on meta, a kernel of another device."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..attention.padding_and_packing import is_graph_captured
 from ..attention.plan import bidirectional_plans
 from ..errors import UnsupportedModelError
 from ..model.find import Decoder, decoders
-from ..swap import modes
+from ..swap import in_use
 from ..swap.apply import apply
 from ..swap.classes import Swapped, set_forward
+from ..swap.modes import Mode
 from ..swap.plan import Plan, settings_of
-from .state import as_patched, is_patched
+from ..swap.recording import is_graph_captured
+from .mode import as_patched, is_patched
 from .verify import verify, verify_itself
 
-_under_way: set[int] = set()  # ids of models that are being verified now; only the thread that holds `modes.lock` uses it
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Whether a patched model was seen to be bidirectional."""
-
-    is_done: bool
+_under_way: set[int] = set()  # ids of models that are being verified now; only the thread that holds `in_use.lock` uses it
 
 
 class Unverified(Swapped):
-    """A patched model that could not run when it was patched: it verifies itself before its first forward."""
+    """A patched model that could not run when it was patched: it verifies itself before its first forward.
+
+    Its settings are a `Mode`: UNVERIFIED, and BIDIRECTIONAL from then on.
+    """
 
     rank = 5
 
@@ -36,10 +32,9 @@ class Unverified(Swapped):
         """See `Swapped.build`."""
 
         def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-            settings = settings_of(self, Verification)
-            if settings is None or settings.is_done or is_graph_captured():
+            if settings_of(self, Mode) is not Mode.UNVERIFIED or is_graph_captured():
                 return inner(self, *args, **kwargs)
-            with modes.lock:  # other threads wait here, so that none uses an unverified output
+            with in_use.lock:  # other threads wait here, so that none uses an unverified output
                 is_seen = id(self) in _under_way or verify_now(self)
             result = inner(self, *args, **kwargs)
             if not is_seen:  # not before: where the model doesn't run either, its own error says more
@@ -54,7 +49,7 @@ class Unverified(Swapped):
 
 def unverified_plan(decoder: Decoder) -> tuple[nn.Module, Plan]:
     """The plan that has a decoder verified at its first forward."""
-    return decoder.outermost, Plan(Unverified, Verification(False))
+    return decoder.outermost, Plan(Unverified, Mode.UNVERIFIED)
 
 
 def verify_kernel(model: nn.Module) -> None:
@@ -63,16 +58,10 @@ def verify_kernel(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: with this function, a layer was seen to stay causal.
     """
-    with modes.lock:
+    with in_use.lock:
         patched = [as_patched(decoder) for decoder in decoders(model) if is_patched(decoder)]
         seen = [(decoder, verify(decoder, on_trust=True)) for decoder in patched]
         apply([plan for decoder, how in seen if how is not None for plan in bidirectional_plans(decoder, how)])
-
-
-def is_unverified(decoder: Decoder) -> bool:
-    """Whether a patched decoder still has to be verified."""
-    settings = settings_of(decoder.outermost, Verification)
-    return settings is not None and not settings.is_done
 
 
 def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
@@ -81,8 +70,7 @@ def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
     Raises:
         UnsupportedModelError: a layer was seen to stay causal.
     """
-    settings = settings_of(model, Verification)
-    if settings is None or settings.is_done:  # another thread did so meanwhile
+    if settings_of(model, Mode) is not Mode.UNVERIFIED:  # another thread did so meanwhile
         return True
     _under_way.add(id(model))
     try:
@@ -94,7 +82,7 @@ def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
             else:
                 apply(bidirectional_plans(decoder, handling))
         if is_seen:
-            apply([(model, Plan(Unverified, Verification(True)))])
+            apply([(model, Plan(Unverified, Mode.BIDIRECTIONAL))])
         return is_seen
     finally:
         _under_way.discard(id(model))

@@ -248,7 +248,14 @@ def test_flex_masks(case):
         assert seen.any(-1).all(), "each query sees something"
 
 
-BLOCK_SPANS = (Span(), Span(window=100), Span(chunk=150), Span(sinks=2), Span(window=140, sinks=3), Span(sinks=1, sees_sinks=False))
+BLOCK_SPANS = (
+    Span(),
+    Span(window=100),
+    Span(chunk=150),
+    Span(sinks=2),
+    Span(window=140, sinks=3),
+    Span(sinks=1, sees_sinks=False),
+)
 
 
 @pytest.mark.parametrize("span", BLOCK_SPANS, ids=str)

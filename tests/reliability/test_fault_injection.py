@@ -18,8 +18,7 @@ import torch
 
 import bidirect_patch
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
-from bidirect_patch.attention import mask_origin
-from bidirect_patch.swap import modes
+from bidirect_patch.swap import in_use
 
 from .small import BOTH, CAUSAL, ONE_SINK, TWO_SINKS, assert_twins, causal_lm, leftovers, llama, moves
 
@@ -32,7 +31,7 @@ STEPS = int(os.environ.get("BIDIRECT_PATCH_STEPS", 60))  # of each operation, dr
 def is_no_step(frame):
     """Whether Python handles no signal on this line, as a trace function would: one that takes or frees a lock, or a `try:`."""
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split("#")[0].strip()
-    return line in ("try:", "with lock:", "with _lock:", "with modes.lock:")
+    return line in ("try:", "with lock:", "with in_use.lock:")
 
 
 class Injected:
@@ -172,11 +171,11 @@ def test_an_error_while_sinks_change_leaves_the_old_or_the_new(operation, allowe
 
 def nothing_is_left_under_way(model):
     """No block or forward of this thread is left that would keep another thread out or have a causal mask taken for ours."""
-    state = modes.state_of(model.model if hasattr(model, "model") else model)
-    assert not state.holds and not list(state.running)
-    assert not mask_origin.mask_is_ours() and not mask_origin._recorded.entered
+    state = in_use.state_of(model.model if hasattr(model, "model") else model)
+    assert not state.holds and not list(state.forwards)
+    assert not in_use.mask_is_ours() and not in_use._recorded.entered
     free = []
-    thread = threading.Thread(target=lambda: free.append(modes.lock.acquire(timeout=10) and not modes.lock.release()))
+    thread = threading.Thread(target=lambda: free.append(in_use.lock.acquire(timeout=10) and not in_use.lock.release()))
     thread.start()
     thread.join()
     assert free == [True]

@@ -9,7 +9,7 @@ from peft.utils import load_peft_weights
 from transformers import EvalPrediction
 
 from ...mntp.collator import MNTPCollator
-from ...verify.state import sinks_in
+from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights, resuming
 from ..lora import WHOLE_MODULES
 from ..output_folder import writing

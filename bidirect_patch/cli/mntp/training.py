@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ...errors import ConfigError
 from ...model.sinks import NO_SINKS, Sinks
-from ...verify.state import sinks_in
+from ...verify.mode import sinks_in
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..lora import trains_rows
 from ..output_folder import check_space, make_output_dir

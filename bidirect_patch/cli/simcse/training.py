@@ -10,7 +10,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from ...attention.versions import OPENS_BIDIRECTIONAL
 from ...errors import ConfigError
 from ...model.sinks import NO_SINKS
-from ...verify.state import sinks_in
+from ...verify.mode import sinks_in
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
 from ..output_folder import make_output_dir
 from ..pairs import load_pairs

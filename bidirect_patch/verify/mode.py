@@ -1,17 +1,29 @@
-"""Whether a model is bidirectional now, read from every module that decides it."""
+"""In which mode a decoder is now, read from every module that decides it."""
 
 from torch import nn
 
 from ..attention.attention_forward import BidirectionalAttention
 from ..attention.mixed import check_decoder
-from ..attention.model_forward import BidirectionalModel, ModelSettings
+from ..attention.model_forward import BidirectionalModel, CausalBlock, ModelSettings
 from ..model.find import Decoder, decoders, with_sinks_as_far_as_layers_go
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap.classes import Swapped, has_mixin
 from ..swap.instance_forward import calls_the_patch
+from ..swap.modes import Mode, Setting
 from ..swap.plan import record_of, settings_of
 from .verify import is_natively_bidirectional, is_still_verified
+
+
+def setting_of(decoder: Decoder) -> Setting:
+    """The mode of a decoder, and its sinks."""
+    if has_mixin(decoder.module, CausalBlock):
+        mode = Mode.CAUSAL_BLOCK
+    elif is_patched(decoder):
+        mode = settings_of(decoder.outermost, Mode) or Mode.BIDIRECTIONAL
+    else:
+        mode = Mode.AS_LOADED
+    return Setting(mode, sinks_of(decoder))
 
 
 def is_patched(decoder: Decoder) -> bool:
@@ -19,6 +31,23 @@ def is_patched(decoder: Decoder) -> bool:
     return all(_has(module, BidirectionalModel) for module in decoder.mask_makers) and all(
         _has(attention.module, BidirectionalAttention) for attention in decoder.attentions
     )
+
+
+def is_verified_patch(decoder: Decoder) -> bool:
+    """`is_patched`, by code that nobody has changed since it was verified."""
+    return is_patched(decoder) and is_still_verified(as_patched(decoder))
+
+
+def has_any_patch(decoder: Decoder) -> bool:
+    """Whether any module of the decoder has a part of the patch."""
+    return any(record_of(module) is not None for module in decoder.modules)
+
+
+def attends_both_ways(decoder: Decoder) -> bool:
+    """Whether every layer of the decoder attends in both directions, by the patch or by its config."""
+    if decoder.unsupported_layers:
+        return False
+    return is_verified_patch(decoder) or (not has_any_patch(decoder) and is_natively_bidirectional(decoder))
 
 
 def sinks_of(decoder: Decoder) -> Sinks:
@@ -38,36 +67,11 @@ def as_patched(decoder: Decoder) -> Decoder:
     return with_sinks_as_far_as_layers_go(decoder, sinks_of(decoder))
 
 
-def has_any_patch(decoder: Decoder) -> bool:
-    """Whether any module of the decoder has a part of the patch."""
-    return any(record_of(module) is not None for module in decoder_modules(decoder))
-
-
 def check_not_mixed(model: nn.Module) -> None:
     """Raise OrderError if some attention modules of a decoder in `model` are bidirectional and others are not."""
     if any(record_of(module) is not None for module in modules_of(model)):
         for decoder in decoders(model):
             check_decoder(decoder)
-
-
-def decoder_modules(decoder: Decoder) -> list[nn.Module]:
-    """Every module that the patch may change for a decoder."""
-    parts = [part for attention in decoder.attentions for part in modules_of(attention.module)]
-    return [*decoder.mask_makers, *parts]
-
-
-def attends_both_ways(decoder: Decoder) -> bool:
-    """Whether every layer of the decoder attends in both directions, by the patch or by its config."""
-    return not decoder.unsupported_layers and (is_verified_patch(decoder) or _is_native(decoder))
-
-
-def is_verified_patch(decoder: Decoder) -> bool:
-    """`is_patched`, by code that nobody has changed since it was verified."""
-    return is_patched(decoder) and is_still_verified(as_patched(decoder))
-
-
-def _is_native(decoder: Decoder) -> bool:
-    return not has_any_patch(decoder) and is_natively_bidirectional(decoder)
 
 
 def _has(module: nn.Module, mixin: type[Swapped]) -> bool:

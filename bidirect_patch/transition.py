@@ -1,0 +1,169 @@
+"""The steps of a change of mode, for the decoders of one model. Call each with `in_use.lock` held."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from .attention.handling import possible_handlings
+from .attention.labels import unwatch_labels, watch_labels
+from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
+from .attention.recompute import forget_checkpoints
+from .checkpoints import hooks
+from .checkpoints.pickled import Pickled, pickled_plan
+from .errors import OrderError, UnsupportedModelError
+from .model.find import Decoder, Survey, decoders, says_bidirectional, with_sinks_as_far_as_layers_go
+from .model.sinks import Sinks
+from .swap import in_use
+from .swap.apply import Change, apply, commit, prepare
+from .swap.classes import Swapped, is_sharded
+from .swap.instance_forward import calls_the_patch, name_and_place
+from .swap.modes import Mode, Setting
+from .swap.plan import Plan, before_patch, plans_of, record_of
+from .verify.late import Unverified, unverified_plan, verify_now
+from .verify.mode import has_any_patch, is_patched, is_verified_patch, setting_of, sinks_of
+from .verify.verify import is_natively_bidirectional, verify
+
+_MIXINS = {*MIXINS, Unverified, Pickled}  # what the patch puts on modules
+
+
+def to_bidirectional(
+    seen: Survey, wanted: list[Decoder], allow_partial: bool = False, unverified: Sequence[Decoder] = ()
+) -> None:
+    """Make the `wanted` decoders of a model bidirectional with their sinks, those that aren't so yet.
+
+    Args:
+        seen: the model.
+        wanted: some of its decoders.
+        allow_partial: see `enable_bidirectional`.
+        unverified: decoders that are to be verified at their first forward, whatever is known of them.
+    """
+    changing = [decoder for decoder in wanted if not (is_verified_patch(decoder) and sinks_of(decoder) == decoder.sinks)]
+    if not changing:
+        return
+    _check_supported(changing, allow_partial)
+    _check_forwards(changing)
+    handlings = [verify(decoder, on_trust=allow_partial) for decoder in changing]
+    hooks.install()
+    add: list[tuple[nn.Module, Plan]] = []
+    for decoder, handling in zip(changing, handlings):
+        add += bidirectional_plans(decoder, handling or possible_handlings(decoder)[0])
+        add.append(pickled_plan(decoder.module))
+        if decoder in unverified or (handling is None and not allow_partial):
+            add.append(unverified_plan(decoder))
+    mixins = _patch_of(seen, changing)
+    before = [(module, plan) for module, mixin in mixins for plan in plans_of(module) if plan.mixin is mixin]
+    apply(add, mixins)
+    try:
+        watch_labels(seen.model)
+        for decoder, handling in zip(changing, handlings):
+            if handling is None and not allow_partial and not decoder.is_on_meta:
+                verify_now(decoder.outermost, even_on_meta=False)
+    except BaseException:
+        to_as_loaded(seen, changing)
+        apply(before)  # other sinks, where there were some
+        raise
+
+
+def to_as_loaded(seen: Survey, going: list[Decoder]) -> None:
+    """Undo the patch of the decoders in `going`."""
+    apply(remove=_patch_of(seen, going))
+    for decoder in going:
+        forget_checkpoints(decoder.module)
+    unwatch_labels(seen.model)
+
+
+def to_causal_block(seen: Survey, decoder: Decoder) -> list[Change]:
+    """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
+    is_there = setting_of(decoder).mode is Mode.CAUSAL_BLOCK
+    if is_there or not (has_any_patch(decoder) or is_natively_bidirectional(decoder)):
+        return []
+    plans = [*causal_block_plans(seen.model, decoder), pickled_plan(decoder.module)]
+    return prepare(plans, _patch_of(seen, [decoder]))
+
+
+def bring_back(seen: Survey, decoder: Decoder, before: Setting) -> None:
+    """Bring one decoder to the setting that a block found."""
+    if before.mode is Mode.AS_LOADED:
+        to_as_loaded(seen, [decoder])
+    elif before.mode is Mode.CAUSAL_BLOCK:
+        commit(to_causal_block(seen, decoder))
+    else:
+        # As it was found, and as it is now: a layer may have been taken out, put in or wrapped within the block.
+        for each in (decoder, *(now for now in decoders(seen.model) if now.module is decoder.module)):
+            each = with_sinks_as_far_as_layers_go(each, Sinks(*before.sinks))
+            to_bidirectional(seen, [each], True, [each] if before.mode is Mode.UNVERIFIED else [])
+
+
+def check_free(decoder: Decoder, wanted: Setting) -> None:
+    """Raise ModeConflictError if another thread or task needs a decoder in another mode."""
+    in_use.check(decoder.module, wanted, setting_of(decoder))
+
+
+def check_not_sharded(seen: Survey) -> None:
+    """Raise OrderError if a model or a part of it that isn't patched yet is sharded."""
+    if all(map(is_patched, seen.decoders)):
+        return
+    # One rule for both kinds of FSDP and for every part that was sharded, though not every mixture would go wrong.
+    for name, module in seen.named:
+        if is_sharded(type(module)):
+            raise OrderError(
+                f"{f'{name} ({type(module).__name__})' if name else type(module).__name__} is already sharded by FSDP: call "
+                "enable_bidirectional(model) first, then shard"
+            )
+
+
+def check_not_native(decoder: Decoder) -> None:
+    """Raise OrderError if a decoder is bidirectional by its config, so that nothing here can make it causal for good."""
+    if setting_of(decoder).mode is Mode.CAUSAL_BLOCK:  # in which its config is a view that says it is causal
+        native = in_use.only_others_hold(decoder.module) and says_bidirectional(before_patch(decoder.module, "config"))
+    else:
+        native = is_natively_bidirectional(decoder)
+    if native:
+        raise OrderError(
+            f"{type(decoder.module).__name__} is bidirectional by its config, so that undoing the patch would not make it "
+            "causal: load it with is_causal=True (Gemma: use_bidirectional_attention=False), or use a causal block, `with "
+            "bidirectional(model, enabled=False):`"
+        )
+
+
+def stays_in_block(decoder: Decoder) -> bool:
+    """Whether a decoder is in a causal block, or is a copy from one of a model that is bidirectional by its config."""
+    if setting_of(decoder).mode is not Mode.CAUSAL_BLOCK:
+        return False
+    return bool(in_use.state_of(decoder.module).holds) or says_bidirectional(before_patch(decoder.module, "config"))
+
+
+def _patch_of(seen: Survey, going: list[Decoder]) -> list[tuple[nn.Module, type[Swapped]]]:
+    """All that the patch put on modules for the decoders in `going`, and around them if no other decoder keeps it."""
+    modules = {id(module): module for decoder in going for module in decoder.modules}
+    staying = [decoder for decoder in seen.decoders if id(decoder.module) not in modules and has_any_patch(decoder)]
+    if not staying:
+        modules |= {id(module): module for _, module in seen.named}
+    kept = {id(module) for decoder in staying for module in decoder.modules}
+    return [
+        (module, plan.mixin)
+        for key, module in modules.items()
+        if key not in kept and (record := record_of(module)) is not None
+        for plan in record.plans
+        if plan.mixin in _MIXINS
+    ]
+
+
+def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:
+    for decoder in found:
+        if decoder.unsupported_layers and not allow_partial:
+            raise UnsupportedModelError(
+                f"{type(decoder.module).__name__} can't be made fully bidirectional, since this mixes tokens by other means than "
+                f"causal attention: {'; '.join(decoder.unsupported_layers)}. allow_partial=True patches its attention layers all "
+                "the same"
+            )
+
+
+def _check_forwards(found: Iterable[Decoder]) -> None:
+    for module in (module for decoder in found for module in decoder.modules):
+        if record_of(module) is not None and not calls_the_patch(module):
+            by = name_and_place(module.__dict__.get("forward"))
+            raise OrderError(
+                f"{type(module).__name__}.forward was replaced on the instance by {by}, and nothing shows that this "
+                "calls the patched forward: take it off, or call disable_bidirectional first"
+            )
