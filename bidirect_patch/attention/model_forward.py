@@ -104,6 +104,20 @@ def holds_bidirectional(model: nn.Module) -> bool:
     return any(has_mixin(module, BidirectionalModel) for module in modules_of(model))
 
 
+class WithoutCache(Swapped):
+    """A model around a bidirectional one, for which it would make a KV cache (Idefics, SmolVLM)."""
+
+    @classmethod
+    def build(cls, below: type, original: type) -> None:
+        """See `Swapped.build`."""
+        names = parameter_names(original)
+
+        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            return inner(self, **{**named_arguments(original, names, args, kwargs), "use_cache": False})
+
+        set_forward(cls, forward, below)
+
+
 class CausalBlock(Swapped):
     """A bidirectional model inside `with bidirectional(model, enabled=False):`, where it is what it was before the patch.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..model.windows import Span
-from ..swap.recording import is_graph_captured
+from ..swap.recording import values_are_unknown
 from .padding_and_packing import Sequences
 
 # What one more call of SDPA costs, in pairs of positions: forward and backward on a CPU, heads of 64, as measured.
@@ -70,7 +70,7 @@ class PackedMask(Tensor):
 
 def with_lengths(mask: Tensor, sequences: Sequences, spans: tuple[Span, ...]) -> Tensor:
     """`mask`, which carries the lengths of the row's sequences or the number of sinks where running each alone is faster."""
-    if sequences.real is not None or is_graph_captured():
+    if sequences.real is not None or values_are_unknown():
         return mask
     by_span: list[Lengths | SinksApart | None]
     if sequences.number is not None:

@@ -18,7 +18,7 @@ from .attention_forward import AttentionSettings, BidirectionalAttention, Bidire
 from .handling import MaskHandling
 from .mirror import mirrored_buffer
 from .mixed import places
-from .model_forward import BidirectionalModel, CausalBlock, ModelSettings
+from .model_forward import BidirectionalModel, CausalBlock, ModelSettings, WithoutCache
 from .versions import FLASH_WINDOW_IS_INCLUSIVE, MAX_WINDOW_LAYERS_FOR_WINDOW, SEE_ALL_WITHOUT_MASK
 
 
@@ -42,6 +42,8 @@ def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tu
         where = places(decoder) if module is decoder.module else ()
         settings = ModelSettings(spans, handling, module is not decoder.outermost, decoder.sinks, where, says_causal)
         yield module, Plan(BidirectionalModel, settings, dict.fromkeys(causal_flags(module), False), _mirrored(module))
+    for module in decoder.cache_makers:
+        yield module, Plan(WithoutCache)
 
 
 def causal_block_plans(model: nn.Module, decoder: Decoder) -> Iterator[tuple[nn.Module, Plan]]:
@@ -78,6 +80,7 @@ MIXINS: tuple[type[Swapped], ...] = (
     BidirectionalAttention,
     BidirectionalPart,
     CausalBlock,
+    WithoutCache,
     _WithConfig,
 )
 

@@ -13,8 +13,9 @@ Where the loss is the stock cross-entropy, only one chunk of the n rows has logi
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.labels import unwatch_labels
 from ..attention.model_forward import named_arguments
@@ -24,6 +25,7 @@ from ..patch import enable_with_sinks_found
 from ..swap.apply import apply, prepare
 from ..swap.classes import Swapped, has_mixin, set_forward
 from ..swap.plan import Plan, record_of, settings_of
+from ..swap.recording import is_transformed
 from .causal_lm import build_around, check_causal, check_module, find_causal, vocabulary_size
 from .evaluation import EVAL_LOGITS, EvalLogits, KeptLogits
 from .inputs import check_items, check_sequences, check_targets, checked_ignore_index, checked_labels
@@ -154,6 +156,8 @@ def _scored_forward(
         return_dict = model.config.return_dict
     labels = checked_labels(labels, kwargs)
     ignored = checked_ignore_index(kwargs)
+    if is_transformed():
+        return _forward_of_many(model, inner, labels, ignored, {**kwargs, "return_dict": return_dict})
     targets = F.pad(labels[:, 1:], (0, 1), value=ignored).flatten()
     rows = (targets != ignored).nonzero().squeeze(1)  # (n,)
     targets = targets[rows]
@@ -167,3 +171,18 @@ def _scored_forward(
     loss, out = compute(model, inner, Scored(labels, rows, targets, kept), {**kwargs, "return_dict": True})
     out = replace(out, loss=loss, logits=None if kept is None else kept.logits)  # an output can't be emptied in place
     return out if return_dict else out.to_tuple()
+
+
+def _forward_of_many(model: Any, inner: Forward, labels: Tensor, ignored: int, kwargs: dict[str, Any]) -> Any:
+    """The stock forward, for per-sample gradients: which rows are scored differs from sample to sample there.
+
+    In training, a sample of which nothing is scored has loss 0, as elsewhere: it is given a label, and the loss is dropped.
+    """
+    if not model.training:
+        return inner(model, labels=labels, **kwargs)
+    is_scored = (labels[:, 1:] != ignored).any()
+    is_second = torch.arange(labels.shape[1], device=labels.device) == 1
+    out = inner(model, labels=torch.where(is_scored | ~is_second, labels, 0), **kwargs)
+    if isinstance(out, tuple):
+        return out[0] * is_scored, *out[1:]
+    return replace(out, loss=out.loss * is_scored)

@@ -11,7 +11,7 @@ from ..attention.padding_and_packing import read_sequences
 from ..errors import AttentionMaskError, HeadError
 from ..model.facts import given_input, parameter_names
 from ..swap.classes import has_mixin, original
-from ..swap.recording import is_graph_captured
+from ..swap.recording import values_are_unknown
 
 
 def checked_labels(labels: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -69,7 +69,7 @@ def check_targets(targets: Tensor, vocabulary: int | None) -> None:
         targets: (n,), int64, the scored labels.
         vocabulary: how many ids the head scores; None if that is unknown.
     """
-    if targets.device.type != "cpu" or is_graph_captured() or not len(targets):
+    if targets.device.type != "cpu" or values_are_unknown() or not len(targets):
         return
     low, high = torch.aminmax(targets)
     if low < 0 or (vocabulary is not None and high >= vocabulary):
@@ -89,7 +89,7 @@ def check_sequences(model: nn.Module, kwargs: dict[str, Any]) -> None:
         AttentionMaskError: a row holds several sequences.
     """
     positions, given = kwargs.get("position_ids"), given_input(kwargs)
-    if positions is None or not isinstance(given, Tensor) or is_graph_captured():
+    if positions is None or not isinstance(given, Tensor) or values_are_unknown():
         return
     decoder = next((m for m in model.modules() if has_mixin(m, BidirectionalModel)), None)  # PEFT may be around it
     if decoder is None or "position_ids" in parameter_names(original(type(decoder))):

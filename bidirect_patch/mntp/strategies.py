@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import HeadError
 from ..model.config import text_config
 from ..swap.classes import original
-from ..swap.recording import is_graph_captured
+from ..swap.recording import values_are_unknown
 from ..swap.view import view
 from . import loss as linear_loss
 from .causal_lm import decoder_slot, head_slot
@@ -183,7 +183,7 @@ def _may_be_chunked(model: Any) -> bool:
     """Whether the head is a plain linear layer, whose product and gradient may be taken piece by piece."""
     lm_head = model._modules[head_slot(model)]
     return (
-        not is_graph_captured()  # torch.compile fuses by itself, and no graph can hold a gradient inside a forward
+        not values_are_unknown()  # torch.compile fuses by itself, and no graph can hold a gradient inside a forward
         and type(lm_head) is nn.Linear
         and type(lm_head.weight) in (Tensor, nn.Parameter)  # no DTensor
         and not any(value for name, value in vars(lm_head).items() if name.endswith("_hooks"))

@@ -37,6 +37,10 @@ TRIANGLE = re.compile(r"^tri[lu]$")  # made on the spot, as CTRL and GIT do; as 
 EXTENDED_MASK = re.compile(r"get_extended_attention_mask")  # BERT and models of its time, until 5.3
 CUMSUM = re.compile(r"^cumsum$")  # counts positions from the 2D mask; a miss: verification sees wrong outputs
 
+# The forward makes a KV cache. A miss: where a model around a decoder makes one for it, the decoder refuses the cache. A wrong
+# match: the model is called with use_cache=False, with which its decoder is called in any case.
+CACHE_CLASS = re.compile(r"\wCache$")
+
 # What an attention module reads to set its `is_causal`: whether it is one of the few that aren't, or whether it is causal.
 _LEAVE_CAUSAL = {"use_bidirectional_attention", "is_cross_attention"}
 _DECIDE = {"is_decoder"}
@@ -169,6 +173,12 @@ def _stored(code: CodeType, attribute: str) -> Iterator[Any]:
 def forward_builds_mask(cls: type) -> bool:
     """Whether the class's forward itself makes a causal mask."""
     return any(_names_any(f, CAUSAL_MASK) for f in forwards(cls))
+
+
+@per_class
+def makes_cache(cls: type) -> bool:
+    """Whether the class's forward itself makes a KV cache."""
+    return "use_cache" in parameter_names(cls) and any(_names_any(f, CACHE_CLASS) for f in forwards(cls))
 
 
 @per_methods

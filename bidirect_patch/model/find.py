@@ -25,6 +25,7 @@ from .facts import (
     is_built_causal,
     is_named_attention,
     is_recurrent,
+    makes_cache,
     mask_parameter,
     reads_layer_kinds,
 )
@@ -53,6 +54,7 @@ class Decoder:
     attentions: list[Attention] = field(default_factory=list)
     unsupported_layers: list[str] = field(default_factory=list)  # in words
     builders: list[PreTrainedModel] = field(default_factory=list)  # models around it that make its mask, as some do
+    cache_makers: list[PreTrainedModel] = field(default_factory=list)  # other models around it that make a KV cache for it
     sinks: Sinks = NO_SINKS  # as its spans have them, see `with_sinks`
 
     @property
@@ -73,7 +75,8 @@ class Decoder:
     @property
     def modules(self) -> list[nn.Module]:
         """Every module that the patch may change for it."""
-        return [*self.mask_makers, *(part for attention in self.attentions for part in modules_of(attention.module))]
+        parts = (part for attention in self.attentions for part in modules_of(attention.module))
+        return [*self.mask_makers, *self.cache_makers, *parts]
 
     @property
     def is_on_meta(self) -> bool:
@@ -137,13 +140,13 @@ def survey(model: Any) -> Survey:
         )
     found[0].unsupported_layers += [f"{where}: {refusal.message}" for where, refusal in refusals if refusal.blocks_others]
     for decoder in found:
-        decoder.builders = [
-            module
-            for name, module in models
-            if _is_inside(decoder.name, name)
-            and forward_builds_mask(original(type(module)))
-            and mask_parameter(original(type(module))) is not None
-        ]
+        around = [module for name, module in models if _is_inside(decoder.name, name)]
+        for module in around:
+            cls = original(type(module))
+            if forward_builds_mask(cls) and mask_parameter(cls) is not None:
+                decoder.builders.append(module)
+            elif makes_cache(cls):
+                decoder.cache_makers.append(module)
     return Survey(model, named, found)
 
 

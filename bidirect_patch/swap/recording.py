@@ -1,4 +1,4 @@
-"""Whether a forward is recorded as a graph, to run later on other values: what its tensors hold is then not known."""
+"""Whether what tensors hold can be read: not where a forward is recorded as a graph, or runs for many samples at once."""
 
 import torch
 from torch.jit._trace import is_tracing
@@ -12,6 +12,13 @@ def is_graph_captured() -> bool:
     return torch.compiler.is_compiling() or is_tracing()
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` runs this code (vmap, grad): a tensor may then stand for those of many samples."""
+    return bool(torch._C._functorch.get_interpreter_stack())
+
+
 def values_are_unknown() -> bool:
-    """Whether what tensors hold can't be read: the code is being recorded, or launched into a CUDA graph by the user."""
-    return is_graph_captured() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    """Whether what tensors hold can't be read: the code is being recorded, launched into a CUDA graph, or transformed."""
+    if is_graph_captured() or is_transformed():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -11,7 +11,7 @@ from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirect
 from bidirect_patch.errors import CacheError, GenerateError
 
 from ..helpers.seeing import IDS, sees_all
-from ..helpers.tiny_models import each_family
+from ..helpers.tiny_models import SIZES, each_family
 
 
 @each_family
@@ -57,3 +57,26 @@ def test_another_model_may_generate_meanwhile(make_model):
     stock = other.generate(IDS[:1], max_new_tokens=3, do_sample=False)
     with bidirectional(model):
         assert torch.equal(other.generate(IDS[:1], max_new_tokens=3, do_sample=False), stock)
+
+
+@pytest.mark.parametrize("name", [n for n in ("Idefics2", "Idefics3", "SmolVLM") if hasattr(transformers, f"{n}Config")])
+def test_a_model_around_the_decoder_makes_no_cache_for_it(name):
+    """The outer model's own forward makes a cache, which its decoder would refuse."""
+    config = getattr(transformers, f"{name}Config")()
+    for part, sizes in ((config.text_config, SIZES), (config.vision_config, dict(num_hidden_layers=1, hidden_size=32))):
+        for key, value in {**sizes, "num_attention_heads": 4, "intermediate_size": 48}.items():
+            setattr(part, key, value)
+    config.image_token_id = 60
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        stock = model(IDS).logits
+        enable_bidirectional(model)
+        assert sees_all(model) and model(IDS, use_cache=True).past_key_values is None
+        with bidirectional(model, enabled=False):
+            assert torch.equal(model(IDS).logits, stock) and model(IDS).past_key_values is not None
+            assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape[1] == IDS.shape[1] + 2
+        assert sees_all(model)
+        disable_bidirectional(model)
+        assert torch.equal(model(IDS).logits, stock) and model(IDS).past_key_values is not None
+    assert not any("bidirect" in key for module in model.modules() for key in vars(module))
