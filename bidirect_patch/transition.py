@@ -21,7 +21,7 @@ from .swap.modes import Mode, Setting
 from .swap.plan import Plan, before_patch, plans_of, record_of
 from .verify.late import Unverified, unverified_plan, verify_now
 from .verify.mode import has_any_patch, is_patched, is_verified_patch, setting_of, sinks_of
-from .verify.verify import is_natively_bidirectional, verify
+from .verify.verify import native_attention, verify
 
 _MIXINS = {*MIXINS, Unverified, Pickled}  # what the patch puts on modules
 
@@ -74,10 +74,12 @@ def to_as_loaded(seen: Survey, going: list[Decoder]) -> None:
 
 def to_causal_block(seen: Survey, decoder: Decoder) -> list[Change]:
     """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
-    is_there = setting_of(decoder).mode is Mode.CAUSAL_BLOCK
-    if is_there or not (has_any_patch(decoder) or is_natively_bidirectional(decoder)):
+    if setting_of(decoder).mode is Mode.CAUSAL_BLOCK:
         return []
-    plans = [*causal_block_plans(seen.model, decoder), pickled_plan(decoder.module)]
+    is_native = native_attention(decoder) != "causal"
+    if not (is_native or has_any_patch(decoder)):
+        return []
+    plans = [*causal_block_plans(seen.model, decoder, is_native), pickled_plan(decoder.module)]
     return prepare(plans, _patch_of(seen, [decoder]))
 
 
@@ -117,12 +119,12 @@ def check_not_native(decoder: Decoder) -> None:
     if setting_of(decoder).mode is Mode.CAUSAL_BLOCK:  # in which its config is a view that says it is causal
         native = in_use.only_others_hold(decoder.module) and says_bidirectional(before_patch(decoder.module, "config"))
     else:
-        native = is_natively_bidirectional(decoder)
+        native = native_attention(decoder) != "causal"
     if native:
         raise OrderError(
             f"{type(decoder.module).__name__} is bidirectional by its config, so that undoing the patch would not make it "
-            "causal: load it with is_causal=True (Gemma: use_bidirectional_attention=False), or use a causal block, `with "
-            "bidirectional(model, enabled=False):`"
+            "causal: load it with is_causal=True (Gemma: use_bidirectional_attention=False), or use a causal block where one can "
+            "be had, `with bidirectional(model, enabled=False):`"
         )
 
 

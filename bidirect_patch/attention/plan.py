@@ -9,7 +9,7 @@ from ..errors import OrderError, UnsupportedModelError
 from ..model.buffers import is_banded, triangular_buffers
 from ..model.config import ConfigView, backend_of, text_config
 from ..model.facts import mask_parameter, parameter_names
-from ..model.find import Attention, Decoder, causal_flags, says_bidirectional
+from ..model.find import Attention, Decoder, causal_flags
 from ..model.walk import modules_of, parameters_of
 from ..model.windows import Span
 from ..swap.classes import Swapped, original
@@ -46,15 +46,20 @@ def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tu
         yield module, Plan(WithoutCache)
 
 
-def causal_block_plans(model: nn.Module, decoder: Decoder) -> Iterator[tuple[nn.Module, Plan]]:
+def causal_block_plans(model: nn.Module, decoder: Decoder, is_native: bool) -> Iterator[tuple[nn.Module, Plan]]:
     """The plan of every module that has to change for a bidirectional `decoder` to be causal within a block.
+
+    Args:
+        model: that the decoder is in.
+        decoder: which the block is for.
+        is_native: whether it is bidirectional by its config, wholly or in part.
 
     Raises:
         OrderError: the model is bidirectional by its config, and in a way that no block can change.
     """
     config: Any = decoder.module.config
     views: dict[str, Any] = {}
-    if says_bidirectional(config):
+    if is_native:
         if decoder.builders or config is not text_config(config) or getattr(config, "is_causal", True) is not False:
             raise OrderError(
                 f"{type(decoder.module).__name__} is bidirectional by its config, which also decides how its layers are built or "

@@ -1,11 +1,14 @@
 """A forward that another tool put on the instance, before the patch or after it.
 
 Two kinds are known. accelerate's hooks keep the forward that they found in `_old_forward`. accelerate's mixed precision
-wraps the class's forward, and its wrappers say so by `__wrapped__`. Any other is an error, since a change of the class would
-not reach it.
+wraps the class's forward, and its wrappers say so by `__wrapped__`. Any other is asked: it is called once with a `Question` in
+place of its input, and if it hands that on, the patch answers. If not, it is an error, since a change of the class would not
+reach it.
 """
 
+import inspect
 import os
+import weakref
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any, Literal, NamedTuple
@@ -13,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from ..errors import OrderError
-from .classes import has_forward, is_ours, original
+from .classes import Question, has_forward, is_ours, original
 
 _HOOK = "_old_forward"
 FORWARDS = ("forward", _HOOK)  # names under which a forward may stand on an instance
@@ -35,7 +38,36 @@ def _leads_to(module: nn.Module, forward: Any) -> Literal["patch", "stock", "unk
             return "patch"
         if function in own:
             return "stock"
-    return "unknown"
+    return "patch" if _answers(module, forward) else "unknown"
+
+
+# What was answered for a function, by the module that it was asked for. Each is asked once, since it may do other things too.
+_answered: "weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[nn.Module, bool]]" = weakref.WeakKeyDictionary()
+
+
+def _answers(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward on the instance hands its input on to the forward of the patch, of this very module."""
+    try:
+        known = _answered.setdefault(getattr(forward, "__func__", forward), weakref.WeakKeyDictionary())
+    except TypeError:  # an object without weak references
+        known = weakref.WeakKeyDictionary()
+    if module not in known:
+        stock: Any = original(type(module))
+        names = [name for name in inspect.signature(stock.forward).parameters if name != "self"]
+        known[module] = _is_answered(module, forward, (Question,), {}) or (
+            bool(names) and _is_answered(module, forward, (), {names[0]: Question})
+        )
+    return known[module]
+
+
+def _is_answered(module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        forward(*args, **kwargs)
+    except Question as answer:
+        return answer.args == (module,)
+    except Exception:  # whatever else it does with such an input
+        return False
+    return False
 
 
 def calls_the_patch(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from ..swap.classes import Swapped, has_mixin
 from ..swap.instance_forward import calls_the_patch
 from ..swap.modes import Mode, Setting
 from ..swap.plan import record_of, settings_of
-from .verify import is_natively_bidirectional, is_still_verified
+from .verify import is_still_verified, native_attention
 
 
 def setting_of(decoder: Decoder) -> Setting:
@@ -47,7 +47,7 @@ def attends_both_ways(decoder: Decoder) -> bool:
     """Whether every layer of the decoder attends in both directions, by the patch or by its config."""
     if decoder.unsupported_layers:
         return False
-    return is_verified_patch(decoder) or (not has_any_patch(decoder) and is_natively_bidirectional(decoder))
+    return is_verified_patch(decoder) or (not has_any_patch(decoder) and native_attention(decoder) == "bidirectional")
 
 
 def sinks_of(decoder: Decoder) -> Sinks:

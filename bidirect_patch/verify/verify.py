@@ -4,7 +4,7 @@ A small random model of the same class is patched as the real one will be, and `
 So a transformers in which the patch has no effect is found before the first real batch, and is an error.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -23,10 +23,12 @@ from ..model.windows import Span
 from ..model.wrappers import pretrained
 from ..swap.apply import apply
 from ..swap.classes import is_sharded, original
+from .dependence import CAUSAL
 from .probe import decoder_layers, run_as_it_is
 from .report import BIDIRECTIONAL, AttentionReport, attention_report
 
 Kept = TypeVar("Kept")
+Native = Literal["causal", "in part", "bidirectional"]
 
 MOST_SINKS = 3  # in a small model: more show nothing else
 
@@ -41,7 +43,7 @@ class _Trial(NamedTuple):
 
 # The best trial, and whether a config has its effect, by class and backend; each with the code that was seen at work.
 _trials: dict[tuple[object, ...], tuple[_Trial, Code]] = {}
-_native: dict[tuple[object, ...], tuple[bool, Code]] = {}
+_native: dict[tuple[object, ...], tuple[Native, Code]] = {}
 
 
 def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = False) -> MaskHandling | None:
@@ -88,10 +90,13 @@ def verify_itself(decoder: Decoder) -> bool:
     return True
 
 
-def is_natively_bidirectional(decoder: Decoder) -> bool:
-    """Whether the config asks transformers for bidirectional attention, and a small model of the class was seen to have it."""
+def native_attention(decoder: Decoder) -> Native:
+    """What a decoder's attention is without the patch: causal, unless its config asks transformers for another.
+
+    Then a small model of the class tells. Some get it in part: Gemma 1 on 5.2 and newer, without padding alone.
+    """
     if not says_bidirectional(decoder.module.config):
-        return False
+        return "causal"
     config = text_config(decoder.module.config)
     flags = getattr(config, "is_causal", None), str(getattr(config, "use_bidirectional_attention", None))
     key = (original(type(decoder.outermost)), _kernel(config), decoder.spans, flags)
@@ -100,9 +105,12 @@ def is_natively_bidirectional(decoder: Decoder) -> bool:
         try:
             layers = attention_report(tiny_like(decoder.outermost)).layers
         except BidirectPatchError:
-            return False
+            return "causal"
+        verdicts = {layer.verdict for layer in layers} - {"no attention"}
+        native = "causal" if verdicts <= {CAUSAL} else "in part"
         # Natively, packed sequences see each other; that alone doesn't make a layer causal.
-        native = all(n.verdict in ("bidirectional", "no attention") and n.padding_ok is not False for n in layers)
+        if verdicts <= {BIDIRECTIONAL} and all(layer.padding_ok is not False for layer in layers):
+            native = "bidirectional"
         _native[key] = native, _code(decoder)
     return native
 

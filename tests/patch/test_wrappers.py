@@ -149,3 +149,19 @@ def test_attention_of_torch_in_a_pooler_is_none_of_the_decoders(make_model):
 
     model = enable_bidirectional(Pooled(make_model().config).eval())
     assert type(model.pooler) is nn.MultiheadAttention and is_bidirectional(model)
+
+
+@pytest.mark.parametrize("where", ["model", "attention"])
+def test_a_plain_wrapper_that_was_put_on_after_the_patch(make_model, where, tmp_path):
+    """It says nothing of what it calls, and is asked: one answer everywhere."""
+    model = enable_bidirectional(make_model(head=False))
+    wrapped = model if where == "model" else model.layers[0].self_attn
+    inner = wrapped.forward
+    wrapped.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert sees_all(model) and is_bidirectional(model)
+    with bidirectional(model, enabled=False):
+        assert sees_only_the_past(model)
+    assert sees_all(model) and sees_all(enable_bidirectional(model))
+    model.save_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).is_causal is False
+    assert sees_only_the_past(disable_bidirectional(model)) and sees_all(enable_bidirectional(model))

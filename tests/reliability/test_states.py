@@ -163,6 +163,27 @@ def test_use_bidirectional_attention_is_known(backend):
     assert is_bidirectional(model)
 
 
+@each_backend
+@pytest.mark.skipif(TRANSFORMERS < Version("4.57"), reason="Gemma has no use_bidirectional_attention before 4.57")
+def test_what_its_config_makes_bidirectional_in_part_is_never_called_causal(backend):
+    """Gemma 1 from 5.2 on, but on eager: without padding it is bidirectional, with padding causal."""
+    config = transformers.GemmaConfig(**SIZES, head_dim=8, use_bidirectional_attention=True)
+    model = transformers.GemmaModel._from_config(config, attn_implementation=backend).eval()
+    stock = moves(model)
+    assert not is_bidirectional(model)
+    assert moves(enable_bidirectional(model)) == BOTH
+    if stock == CAUSAL:
+        with bidirectional(model, enabled=False):
+            assert moves(model) == CAUSAL
+        assert moves(disable_bidirectional(model)) == CAUSAL
+        return
+    with pytest.raises(OrderError, match="use_bidirectional_attention"):
+        disable_bidirectional(model)
+    with pytest.raises(OrderError, match="use_bidirectional_attention"), bidirectional(model, enabled=False):
+        pass
+    assert moves(model) == BOTH and is_bidirectional(model)
+
+
 @needs_native
 def test_disabling_what_its_config_makes_bidirectional_is_an_error():
     model = llama(is_causal=False)

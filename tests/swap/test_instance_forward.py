@@ -316,12 +316,62 @@ def test_another_modules_forward_before_the_patch_is_an_error(module):
     assert type(module) is Double and run(module) == 9.0
 
 
-def test_a_replaced_forward_after_the_patch_is_not_taken_for_it(module):
+def replace_by_partial(module):
+    module.forward = functools.partial(lambda inner, x: inner(x) * 10, module.forward)
+
+
+def replace_by_method(module):
+    inner = module.forward
+    module.forward = MethodType(lambda self, x: inner(x) * 10, module)
+
+
+def replace_by_keyword(module):
+    inner = module.forward
+    module.forward = lambda *, x: inner(x=x) * 10
+
+
+@pytest.mark.parametrize("put", [replace, replace_by_partial, replace_by_method])
+def test_a_replaced_forward_after_the_patch_is_asked_whether_it_calls_it(module, put):
     apply([(module, ONE)])
-    replace(module)
-    assert not calls_the_patch(module)
+    put(module)
+    assert calls_the_patch(module) and run(module) == PATCHED * 10
     apply(remove=[(module, PlusOne)])
     assert type(module) is Double and run(module) == STOCK * 10, "what it kept calls the stock code by now"
+    apply([(module, ONE)])
+    assert calls_the_patch(module) and run(module) == PATCHED * 10
+
+
+def test_a_replaced_forward_is_asked_by_keyword_too(module):
+    apply([(module, ONE)])
+    replace_by_keyword(module)
+    assert calls_the_patch(module) and module(x=X).item() == PATCHED * 10
+
+
+def test_a_replaced_forward_that_calls_another_modules_patch_is_not_taken_for_it(module):
+    """As in a deep copy, in which the wrapper still calls the model that was copied."""
+    other = Double()
+    apply([(module, ONE), (other, ONE)])
+    module.forward = lambda x: other.forward(x)
+    assert not calls_the_patch(module)
+
+
+def test_a_replaced_forward_that_calls_nothing_is_not_taken_for_it(module):
+    apply([(module, ONE)])
+    module.forward = lambda x: x
+    assert not calls_the_patch(module)
+
+
+def test_a_replaced_forward_is_asked_once(module):
+    asked, inner = [], None
+    apply([(module, ONE)])
+    inner = module.forward
+
+    def forward(x):
+        asked.append(x)
+        return inner(x)
+
+    module.forward = forward
+    assert calls_the_patch(module) and calls_the_patch(module) and len(asked) == 1
 
 
 def test_the_stock_forward_bound_after_the_patch_is_not_taken_for_it(module):
