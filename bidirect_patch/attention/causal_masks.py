@@ -1,7 +1,7 @@
 """A warning where a bidirectional model is handed a ready mask that makes it causal.
 
 A ready mask is followed as it is. A model around the patched one makes such a mask for it, and makes it causal where only the
-inner model was enabled: the text model of a multimodal one, say.
+inner model was enabled: the text model of a multimodal one, say. It may open the tokens of an image to each other.
 """
 
 import warnings
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CausalMaskWarning
+from ..model.facts import forward_builds_mask
+from ..swap.classes import original
 from ..swap.recording import values_are_unknown
+from .mixed import is_open, models_under_way
 
 _judged: "WeakSet[nn.Module]" = WeakSet()
 
 
 def warn_if_causal(model: nn.Module, mask: Any) -> None:
-    """Warn, once per model, if a ready mask lets tokens see earlier ones and none a later one.
+    """Warn, once per model, if a ready mask lets tokens see earlier ones and no later one, though later ones see them.
 
     The first mask that can tell decides; later ones cost nothing.
 
@@ -28,20 +31,51 @@ def warn_if_causal(model: nn.Module, mask: Any) -> None:
     """
     if values_are_unknown() or model in _judged:
         return
-    for each in mask.values() if isinstance(mask, dict) else [mask]:
-        seen = _visible(each)
-        if seen is None or not seen.tril(-1).any():
-            continue
-        _judged.add(model)
-        if not seen.triu(1).any():
-            warnings.warn(
-                f"{type(model).__name__} attends in both directions and was given a ready attention mask in which no token sees "
-                "a later one, so that its result is causal. If a model around it made that mask, call enable_bidirectional on "
-                "that model; if you want a causal result, use `with bidirectional(model, enabled=False):`",
-                CausalMaskWarning,
-                stacklevel=2,
-            )
-            return
+    by_kind = mask if isinstance(mask, dict) else {"": mask}
+    seen = {kind: each for kind, given in by_kind.items() if (each := _visible(given)) is not None and each.tril(-1).any()}
+    if not seen:
+        return
+    _judged.add(model)
+    enough = 0 if _is_made_outside(model) else 1  # who gives a mask by hand may want some tokens to be causal
+    shares = {kind: share for kind, each in seen.items() if (share := causal_share(each)) and share >= enough}
+    if not shares:
+        return
+    kinds = ", ".join(filter(None, shares))
+    share = max(shares.values())
+    tokens = "no token sees a later one" if share == 1 else f"{share:.0%} of the tokens see no later one"
+    where = f" in its layers of {kinds}" if kinds else ""
+    result = "these are" if kinds or share < 1 else "its result is"
+    warnings.warn(
+        f"{type(model).__name__} attends in both directions and was given a ready attention mask in which {tokens}{where}, so "
+        f"that {result} causal. If a model around it made that mask, call enable_bidirectional on that model; if you want a "
+        "causal result, use `with bidirectional(model, enabled=False):`",
+        CausalMaskWarning,
+        stacklevel=2,
+    )
+
+
+def _is_made_outside(model: nn.Module) -> bool:
+    """Whether a mask was made by a model around this one, which the patch isn't on."""
+    return any(
+        each is not model and not is_open(each) and forward_builds_mask(original(type(each))) for each in models_under_way()
+    )
+
+
+def causal_share(seen: Tensor) -> float:
+    """Which share of the tokens that later ones see are causal, and see none of those; 0 if only sink tokens do.
+
+    Sink tokens are causal too; but few, and not among tokens that see both sides, as a text behind an image is.
+
+    Args:
+        seen: (batch, heads, length, length), bool, who sees whom.
+    """
+    earlier = seen.tril(-1)
+    is_seen, sees_later = earlier.any(-2), seen.triu(1).any(-1)  # by a later token; some later token
+    causal, open_ = is_seen & ~sees_later, is_seen & sees_later
+    among_open = causal & (earlier & open_[..., None, :]).any(-1)
+    if not (among_open.any() or causal.sum() > open_.sum()):
+        return 0.0
+    return float(causal.sum() / is_seen.sum())
 
 
 def _visible(mask: Any) -> Tensor | None:

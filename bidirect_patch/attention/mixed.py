@@ -5,7 +5,7 @@ their layers.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -51,16 +51,21 @@ def check_model_above(module: nn.Module) -> None:
 
     A forward that was taken before the patch runs within a decoder that is bidirectional by now; a layer by itself, in none.
     """
-    frame = sys._getframe(1)
+    model = next(models_under_way(), None)
+    if model is None or is_open(model) or not builds_causal_mask(original(type(model))):
+        return
+    if any(each is module for each in modules_of(model)):
+        _refuse(model, [name for name, each in model.named_modules() if is_attention(each) and is_open(each)])
+
+
+def models_under_way() -> Iterator[PreTrainedModel]:
+    """The models whose methods run now in this thread, the innermost first; one with several methods comes several times."""
+    frame: Any = sys._getframe(1)
     while frame is not None:
-        model: Any = frame.f_locals.get("self")
+        model = frame.f_locals.get("self")
         if isinstance(model, PreTrainedModel):
-            if is_open(model) or not builds_causal_mask(original(type(model))):
-                return
-            if any(each is module for each in modules_of(model)):
-                _refuse(model, [name for name, each in model.named_modules() if is_attention(each) and is_open(each)])
-            return
-        frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
+            yield model
+        frame = frame.f_back
 
 
 def check_decoder(decoder: Decoder) -> None:

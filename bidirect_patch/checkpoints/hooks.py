@@ -11,7 +11,7 @@ import wrapt
 
 from ..attention.mixed import is_open
 from ..attention.model_forward import check_not_in_others_block, holds_bidirectional, is_in_causal_block
-from ..errors import GenerateError
+from ..errors import BidirectPatchError, GenerateError
 from ..model.config import parts
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
@@ -87,13 +87,18 @@ def _install_peft(module: Any) -> None:
 
 
 def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    check_not_mixed(model)
-    if holds_bidirectional(model):
-        raise GenerateError(
-            f"{type(model).__name__}.{wrapped.__name__} was called while attention is bidirectional, where left-to-right "
-            f"generation has no meaning: use `with bidirectional(model, enabled=False): model.{wrapped.__name__}(...)`"
-        )
-    return wrapped(*args, **kwargs)
+    try:
+        check_not_mixed(model)
+        if holds_bidirectional(model):
+            raise GenerateError(
+                f"{type(model).__name__}.{wrapped.__name__} was called while attention is bidirectional, where left-to-right "
+                f"generation has no meaning: use `with bidirectional(model, enabled=False): model.{wrapped.__name__}(...)`"
+            )
+        return wrapped(*args, **kwargs)
+    except BidirectPatchError:
+        if kwargs.get("streamer") is not None:  # who reads from it would wait for ever
+            kwargs["streamer"].end()
+        raise
 
 
 def _generate_in_a_thread(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:

@@ -5,10 +5,13 @@ import warnings
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from bidirect_patch import bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.attention.causal_masks import causal_share, warn_if_causal
 from bidirect_patch.errors import AttentionMaskError, CausalMaskWarning
 
+from ..helpers.versions import TRANSFORMERS
 from ..reliability.small import BOTH, CAUSAL, IDS, SIZES, llama, moves
 
 N = IDS.shape[1]
@@ -85,3 +88,32 @@ def test_a_mask_that_is_given_to_the_inner_model_itself_is_checked():
     with pytest.warns(CausalMaskWarning):
         assert moves(inner, attention_mask=LOWER) == CAUSAL
     assert moves(inner, attention_mask=torch.ones_like(LOWER)) == BOTH
+
+
+@needs_gemma3
+@pytest.mark.skipif(TRANSFORMERS < Version("4.53"), reason="Gemma 3 opens an image's tokens in another way before 4.53")
+def test_an_outer_mask_that_opens_an_image_alone_is_said():
+    """The tokens of the image see each other; the text around them is causal."""
+    outer, inner = gemma3()
+    enable_bidirectional(inner)
+    kinds = torch.zeros_like(IDS)
+    kinds[:, 3:6] = 1
+    with pytest.warns(CausalMaskWarning, match="of the tokens see no later one"):
+        moved = moves(outer, token_type_ids=kinds)
+    assert moved == CAUSAL
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CausalMaskWarning)
+        moves(enable_bidirectional(outer), token_type_ids=kinds)
+
+
+def test_only_the_kinds_of_layers_that_are_causal_are_named():
+    seen = {"full_attention": torch.ones_like(LOWER), "sliding_attention": LOWER}
+    with pytest.warns(CausalMaskWarning, match="in its layers of sliding_attention, so that these are causal"):
+        warn_if_causal(torch.nn.Linear(1, 1), seen)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_sink_tokens_are_not_taken_for_a_causal_text(number):
+    sinks = torch.ones(N, N).bool()
+    sinks[:number] = LOWER[0, 0, :number]
+    assert causal_share(sinks[None, None]) == 0 and causal_share(LOWER) == 1

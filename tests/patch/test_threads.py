@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from packaging.version import Version
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
 from bidirect_patch.errors import BidirectPatchError, ModeConflictError, OrderError
 
-from ..helpers.seeing import CLOSE, MASK, hidden, reached, sees_all, sees_only_the_past
+from ..helpers.seeing import CLOSE, IDS, MASK, hidden, reached, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
 from ..helpers.versions import TRANSFORMERS
 
@@ -227,3 +228,36 @@ def test_no_adapter_is_saved_that_another_has_in_a_causal_block(make_model, tmp_
             model.save_pretrained(tmp_path / "meanwhile")
     model.save_pretrained(tmp_path / "after")
     assert (tmp_path / "after" / "adapter_config.json").exists()
+
+
+class Streamer:
+    """What `generate` hands its tokens to."""
+
+    def __init__(self):
+        self.tokens, self.is_over = 0, threading.Event()
+
+    def put(self, value):
+        self.tokens += value.numel()
+
+    def end(self):
+        self.is_over.set()
+
+
+@pytest.mark.parametrize("block", ["in the thread", "around the thread", "none"])
+def test_who_reads_a_stream_never_waits_for_ever(make_model, block):
+    model, streamer, errors = enable_bidirectional(make_model()), Streamer(), []
+
+    def generate():
+        try:
+            with bidirectional(model, enabled=False) if block == "in the thread" else nullcontext():
+                model.generate(IDS[:1], max_new_tokens=3, do_sample=False, streamer=streamer)
+        except BidirectPatchError as error:
+            errors.append(type(error).__name__)
+
+    with bidirectional(model, enabled=False) if block == "around the thread" else nullcontext():
+        thread = threading.Thread(target=generate)
+        thread.start()
+        assert streamer.is_over.wait(60)
+        thread.join()
+    assert errors == {"in the thread": [], "around the thread": ["ModeConflictError"], "none": ["GenerateError"]}[block]
+    assert (streamer.tokens == IDS.shape[1] + 3) == (block == "in the thread")
