@@ -6,9 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AttentionMaskError, OrderError
+from ..errors import AttentionMaskError, OrderError, UnsupportedModelError
 from ..model.config import backend_of
-from ..model.facts import CROSS_ATTENTION, bias_parameter, mask_parameter, parameter_names, takes_any_keyword
+from ..model.facts import (
+    CROSS_ATTENTION,
+    adds_bias_by_key,
+    bias_parameter,
+    mask_parameter,
+    parameter_names,
+    takes_any_keyword,
+)
 from ..model.windows import Span
 from ..swap import in_use
 from ..swap.classes import Swapped, set_forward
@@ -96,6 +103,7 @@ class _Call:
         self.bias_name = bias_parameter(original)
         # Beside the mask, a matrix (n, n) that is 1 where the future is: CTRL until 5.2.
         self.future_name = "mask" if {"mask", "attention_mask"} <= set(self.names) else None
+        self.adds_bias_by_key = adds_bias_by_key(original)
         self.takes_any_keyword = takes_any_keyword(original)
         self.plans_its_own_padding = hasattr(original, "_upad_input")
 
@@ -122,6 +130,11 @@ class _Call:
         if isinstance(bias, Tensor) and bias.shape[-2] == 1 and self.bias_name:
             # A mask per head has the bias in it already.
             merged = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
+            if self.adds_bias_by_key and not merged:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} of this transformers adds one ALiBi bias a key for all queries, which has no "
+                    "bidirectional form: use attn_implementation='sdpa' without output_attentions, or transformers 4.45 or newer"
+                )
             length = self._hidden(args, kwargs).shape[1]
             new[self.bias_name] = torch.zeros_like(bias) if merged else mirrored_bias(bias, length)
         if kwargs.get("is_causal") is not None:  # from the config, which may say True

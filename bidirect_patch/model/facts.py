@@ -118,6 +118,15 @@ def bias_parameter(cls: type) -> str | None:
 
 
 @per_class
+def adds_bias_by_key(cls: type) -> bool:
+    """Whether attention code with ALiBi takes one bias for each key, the same for all queries: Falcon's, until 4.44.
+
+    A miss: the forward fails on the shape of the mirrored bias. A wrong match: a model is refused where it could be patched.
+    """
+    return "Falcon" in cls.__name__ and bias_parameter(cls) is not None and "cache_position" not in parameter_names(cls)
+
+
+@per_class
 def is_named_attention(cls: type) -> bool:
     """Whether a class is attention by its name, or by the name of a class that it inherits from."""
     if cls.__module__.startswith("torch."):  # nn.MultiheadAttention, in a pooler for example

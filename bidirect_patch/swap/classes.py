@@ -106,7 +106,7 @@ def set_forward(cls: Any, forward: Callable[..., Any], below: type) -> None:
         return forward(inner, self, *args, **kwargs)
 
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (args and args[0] is Question) or (kwargs and Question in kwargs.values()):
+        if (args[0] if args else kwargs.get(first)) is Question:
             raise Question(self)
         run = getattr(type(self), _LINK, None) or stock.forward  # type: ignore[attr-defined]  # a module
         return run(self, *args, **kwargs)
@@ -114,6 +114,7 @@ def set_forward(cls: Any, forward: Callable[..., Any], below: type) -> None:
     twin = FunctionType(entry.__code__, entry.__globals__, entry.__name__, entry.__defaults__, entry.__closure__)
     described: Any = stock.forward  # type: ignore[attr-defined]
     signature = inspect.signature(described)  # Trainer picks columns by it
+    first = next((name for name in signature.parameters if name != "self"), "")
     for function in (entry, twin):
         function.__name__, function.__qualname__, function.__doc__ = (
             described.__name__,

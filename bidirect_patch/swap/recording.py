@@ -1,15 +1,16 @@
 """Whether what tensors hold can be read: not where a forward is recorded as a graph, or runs for many samples at once."""
 
 import torch
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.jit._trace import is_tracing
 
 
 def is_graph_captured() -> bool:
-    """Whether this code is being recorded (torch.compile, torch.export, torch.jit.trace), to run later on other values.
+    """Whether this code is being recorded, to run later on other values: torch.compile, export, jit.trace, torch.fx.
 
     What a tensor holds must then not decide which way the code takes.
     """
-    return torch.compiler.is_compiling() or is_tracing()
+    return torch.compiler.is_compiling() or is_tracing() or is_fx_tracing()
 
 
 def is_transformed() -> bool:
