@@ -1,11 +1,6 @@
 """Mutants that no test can tell from the original, each with the reason: (file, text of the line, change) -> why."""
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        "swap/modes.py",
-        "running.pop(run, None)",
-        "running.pop(run, None) -> pass",
-    ): "CPython frees the generator's frame at the same moment, and with it the entry",
     ("swap/apply.py", "deque(steps, maxlen=0)", "0 -> 1"): "the last None is kept until the function returns",
     (
         "attention/padding_and_packing.py",

@@ -52,7 +52,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # which tests are to kill the mutants of 
     "swap/classes.py": ("tests/swap",),
     "swap/plan.py": ("tests/swap",),
     "swap/apply.py": ("tests/swap",),
-    "swap/modes.py": ("tests/swap",),
+    "swap/in_use.py": ("tests/swap",),
     "swap/instance_forward.py": ("tests/swap",),
     "swap/view.py": ("tests/swap",),
     "attention/padding_and_packing.py": MASK_TESTS,

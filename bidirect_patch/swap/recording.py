@@ -1,8 +1,11 @@
 """Whether what tensors hold can be read: not where a forward is recorded as a graph, or runs for many samples at once."""
 
 import torch
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx import _symbolic_trace
 from torch.jit._trace import is_tracing
+
+# Newer torch has a name for `torch.fx.symbolic_trace` alone, and warns of the older one.
+_is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None) or _symbolic_trace.is_fx_tracing
 
 
 def is_graph_captured() -> bool:
@@ -10,7 +13,7 @@ def is_graph_captured() -> bool:
 
     What a tensor holds must then not decide which way the code takes.
     """
-    return torch.compiler.is_compiling() or is_tracing() or is_fx_tracing()
+    return torch.compiler.is_compiling() or is_tracing() or _is_fx_tracing()
 
 
 def is_transformed() -> bool:

@@ -1,6 +1,7 @@
 """The MNTP head of every architecture against the shifted cross-entropy of its logits, written out."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -65,3 +66,10 @@ def test_the_loss_is_the_shifted_cross_entropy(model_type, monkeypatch):
 
         with torch.no_grad():
             assert model(**inputs, labels=torch.full_like(labels, -100)).loss.isnan()
+        takes_kinds = "token_type_ids" in inspect.signature(model.forward).parameters  # some want them in training
+        kinds = {"token_type_ids": torch.zeros_like(labels)} if takes_kinds else {}
+        model.train().zero_grad()
+        loss = model(**inputs, **kinds, labels=torch.full_like(labels, -100)).loss
+        loss.backward()
+        assert loss == 0 and not gradients(model)
+        model.eval()

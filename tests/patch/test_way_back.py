@@ -135,8 +135,8 @@ def test_a_class_swapped_on_top_is_not_dropped(make_model):
 def test_what_replaced_forward_since_is_not_left_without_its_ground(make_model):
     model = enable_bidirectional(make_model(head=False))
     found = model.forward
-    model.forward = lambda *args, **kwargs: found(*args, **kwargs)
-    assert sees_all(model) and not is_bidirectional(model), "what it calls can't be known"
+    model.forward = lambda ids, *args, **kwargs: found(ids + 0, *args, **kwargs)
+    assert sees_all(model) and not is_bidirectional(model), "what it calls can't be known, since it looks into its input first"
     with pytest.raises(OrderError, match="forward was replaced"):
         enable_bidirectional(model)
     assert sees_only_the_past(disable_bidirectional(model))
