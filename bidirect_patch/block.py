@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from contextlib import ContextDecorator
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -84,6 +85,7 @@ class Block(ContextDecorator, Generic[Model]):
         seen = self._seen
         assert seen is not None  # the block was entered
         with in_use.lock:
+            seen = replace(seen, named=list(self.model.named_modules()))  # a patched layer may have been put in since
             while self._entered:
                 decoder, hold = self._entered[-1]
                 try:

@@ -1,10 +1,12 @@
 """`with bidirectional(model)`: blocks nest, and bring back what they found."""
 
+import copy
+
 import pytest
 import torch
 import torch.utils.checkpoint
 
-from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import BidirectPatchError
 
 from ..helpers.seeing import IDS, hidden, reached, sees_all, sees_only_the_past
@@ -120,3 +122,12 @@ def test_a_block_ends_where_fewer_layers_are_left_than_were_sinkless():
     enable_bidirectional(twin, num_sink_tokens=1, num_sinkless_layers=len(twin.layers))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids)[0], twin(input_ids=ids)[0])
+
+
+def test_a_layer_that_was_put_in_within_the_block_is_undone_with_it(make_model):
+    model = make_model(head=False)
+    with bidirectional(model):
+        model.layers[1] = copy.deepcopy(model.layers[1])  # patched, as what it was copied from
+        assert sees_all(model)
+    assert sees_only_the_past(model) and not is_bidirectional(model)
+    assert type(model.layers[1].self_attn) is type(make_model(head=False).layers[1].self_attn)
