@@ -20,7 +20,7 @@ from .swap.instance_forward import calls_the_patch, name_and_place
 from .swap.modes import Mode, Setting
 from .swap.plan import Plan, before_patch, plans_of, record_of
 from .verify.late import Unverified, unverified_plan, verify_now
-from .verify.mode import has_any_patch, is_patched, is_verified_patch, setting_of, sinks_of
+from .verify.mode import has_any_patch, is_in_block, is_patched, is_verified_patch, setting_of, sinks_of
 from .verify.verify import native_attention, verify
 
 _MIXINS = {*MIXINS, Unverified, Pickled}  # what the patch puts on modules
@@ -74,7 +74,7 @@ def to_as_loaded(seen: Survey, going: list[Decoder]) -> None:
 
 def to_causal_block(seen: Survey, decoder: Decoder) -> list[Change]:
     """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
-    if setting_of(decoder).mode is Mode.CAUSAL_BLOCK:
+    if is_in_block(decoder):
         return []
     is_native = native_attention(decoder) != "causal"
     if not (is_native or has_any_patch(decoder)):
@@ -116,7 +116,7 @@ def check_not_sharded(seen: Survey) -> None:
 
 def check_not_native(decoder: Decoder) -> None:
     """Raise OrderError if a decoder is bidirectional by its config, so that nothing here can make it causal for good."""
-    if setting_of(decoder).mode is Mode.CAUSAL_BLOCK:  # in which its config is a view that says it is causal
+    if is_in_block(decoder):  # in which its config is a view that says it is causal
         native = in_use.only_others_hold(decoder.module) and says_bidirectional(before_patch(decoder.module, "config"))
     else:
         native = native_attention(decoder) != "causal"
@@ -130,7 +130,7 @@ def check_not_native(decoder: Decoder) -> None:
 
 def stays_in_block(decoder: Decoder) -> bool:
     """Whether a decoder is in a causal block, or is a copy from one of a model that is bidirectional by its config."""
-    if setting_of(decoder).mode is not Mode.CAUSAL_BLOCK:
+    if not is_in_block(decoder):
         return False
     return bool(in_use.state_of(decoder.module).holds) or says_bidirectional(before_patch(decoder.module, "config"))
 

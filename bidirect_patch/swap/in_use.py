@@ -90,7 +90,8 @@ def _after_fork() -> None:
     for state in _states.values():
         mine = [hold for hold in state.holds if hold.owner[0] == me]
         state.was_left, state.holds = bool(state.holds and not mine), mine
-        state.forwards = weakref.WeakSet(forward for forward in state.forwards if forward.thread == me)
+        for forward in [forward for forward in state.forwards if forward.thread != me]:
+            state.forwards.discard(forward)
     _patched.clear()
     _patched.update(_this_thread.patched)
     _recorded.entered = bool(_patched)

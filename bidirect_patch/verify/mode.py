@@ -17,13 +17,18 @@ from .verify import is_still_verified, native_attention
 
 def setting_of(decoder: Decoder) -> Setting:
     """The mode of a decoder, and its sinks."""
-    if has_mixin(decoder.module, CausalBlock):
+    if is_in_block(decoder):
         mode = Mode.CAUSAL_BLOCK
     elif is_patched(decoder):
         mode = settings_of(decoder.outermost, Mode) or Mode.BIDIRECTIONAL
     else:
         mode = Mode.AS_LOADED
     return Setting(mode, sinks_of(decoder))
+
+
+def is_in_block(decoder: Decoder) -> bool:
+    """Whether a decoder is inside a causal block, opened by any thread."""
+    return has_mixin(decoder.module, CausalBlock)
 
 
 def is_patched(decoder: Decoder) -> bool:

@@ -167,12 +167,12 @@ def test_two_mixins_go_on_and_off_in_any_order(module, put, off):
     assert_same(before, state(module))
 
 
-class Zilent(Swapped):
+class WithoutForward(Swapped):
     """A mixin without a forward, put on top of one that has one."""
 
 
 def test_a_mixin_without_a_forward_does_not_repeat_the_one_below(module):
-    apply([(module, times()), (module, Plan(Zilent))])
+    apply([(module, times()), (module, Plan(WithoutForward))])
     assert torch.equal(module(X), STOCK * 2)
 
 
