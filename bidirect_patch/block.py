@@ -9,13 +9,13 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from .errors import ArgumentError, OrderError
-from .model.find import Decoder, Survey, survey, with_sinks
+from .model.decoder import Decoder
+from .model.find import Survey, survey
 from .model.sinks import Sinks
 from .swap import in_use
 from .swap.apply import commit
 from .swap.modes import Mode, Setting
 from .transition import bring_back, check_free, check_not_sharded, to_bidirectional, to_causal_block
-from .verify.mode import setting_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,10 +38,10 @@ class Block(ContextDecorator, Generic[Model]):
         try:
             with in_use.lock:
                 self._seen = seen = survey(self.model)
-                found = [with_sinks(decoder, Sinks(*self.wanted.sinks)) for decoder in seen.decoders]
+                found = [decoder.with_sinks(Sinks(*self.wanted.sinks)) for decoder in seen.decoders]
                 for decoder in found:
                     check_free(decoder, self.wanted)
-                before = [setting_of(decoder) for decoder in found]
+                before = [decoder.setting for decoder in found]
                 for decoder, setting in zip(found, before):
                     self._entered.append((decoder, in_use.hold(decoder.module, self.wanted, setting, self)))
                 if self.wanted.mode is Mode.BIDIRECTIONAL:

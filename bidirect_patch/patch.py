@@ -6,7 +6,8 @@ from torch import nn
 
 from .block import Block
 from .errors import ArgumentError, UnsupportedModelError
-from .model.find import Decoder, Survey, decoders, survey, with_sinks
+from .model.decoder import Decoder
+from .model.find import Survey, decoders, survey
 from .model.sinks import NO_SINKS, read_sinks
 from .swap import in_use
 from .swap.modes import Mode, Setting
@@ -18,7 +19,7 @@ from .transition import (
     to_as_loaded,
     to_bidirectional,
 )
-from .verify.mode import as_patched, attends_both_ways, setting_of
+from .verify.mode import attends_both_ways
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,7 +61,7 @@ def enable_bidirectional(
     sinks = read_sinks(num_sink_tokens, num_sinkless_layers)
     with in_use.lock:
         seen = survey(model)
-        _enable(seen, [with_sinks(decoder, sinks) for decoder in seen.decoders], allow_partial)
+        _enable(seen, [decoder.with_sinks(sinks) for decoder in seen.decoders], allow_partial)
     return model
 
 
@@ -68,7 +69,7 @@ def enable_with_sinks_found(model: Model) -> Model:
     """`enable_bidirectional` with the sink tokens that each decoder in `model` has already; with none if it has none."""
     with in_use.lock:
         seen = survey(model)
-        _enable(seen, [as_patched(decoder) for decoder in seen.decoders], False)
+        _enable(seen, [decoder.as_patched() for decoder in seen.decoders], False)
     return model
 
 
@@ -189,4 +190,4 @@ def _enable(seen: Survey, wanted: list[Decoder], allow_partial: bool) -> None:
     check_not_sharded(seen)
     to_bidirectional(seen, wanted, allow_partial)
     for decoder in wanted:
-        in_use.set_after_others(decoder.module, setting_of(decoder))
+        in_use.set_after_others(decoder.module, decoder.setting)

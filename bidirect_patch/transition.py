@@ -11,7 +11,8 @@ from .attention.recompute import forget_checkpoints
 from .checkpoints import hooks
 from .checkpoints.pickled import Pickled, pickled_plan
 from .errors import OrderError, UnsupportedModelError
-from .model.find import Decoder, Survey, decoders, says_bidirectional, with_sinks_as_far_as_layers_go
+from .model.decoder import Decoder
+from .model.find import Survey, decoders, says_bidirectional
 from .model.sinks import Sinks
 from .swap import in_use
 from .swap.apply import Change, apply, commit, prepare
@@ -20,7 +21,7 @@ from .swap.instance_forward import calls_the_patch, name_and_place
 from .swap.modes import Mode, Setting
 from .swap.plan import Plan, before_patch, plans_of, record_of
 from .verify.late import Unverified, unverified_plan, verify_now
-from .verify.mode import has_any_patch, is_in_block, is_patched, is_verified_patch, setting_of, sinks_of
+from .verify.mode import is_verified_patch
 from .verify.verify import native_attention, verify
 
 _MIXINS = {*MIXINS, Unverified, Pickled}  # what the patch puts on modules
@@ -37,26 +38,27 @@ def to_bidirectional(
         allow_partial: see `enable_bidirectional`.
         unverified: decoders that are to be verified at their first forward, whatever is known of them.
     """
-    changing = [decoder for decoder in wanted if not (is_verified_patch(decoder) and sinks_of(decoder) == decoder.sinks)]
+    changing = [decoder for decoder in wanted if not (is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks)]
     if not changing:
         return
     _check_supported(changing, allow_partial)
     _check_forwards(changing)
-    handlings = [verify(decoder, on_trust=allow_partial) for decoder in changing]
+    proofs = [verify(decoder, on_trust=allow_partial) for decoder in changing]
     hooks.install()
     add: list[tuple[nn.Module, Plan]] = []
-    for decoder, handling in zip(changing, handlings):
-        add += bidirectional_plans(decoder, handling or possible_handlings(decoder)[0])
+    for decoder, proof in zip(changing, proofs):
+        handling, code = proof or (possible_handlings(decoder)[0], None)
+        add += bidirectional_plans(decoder, handling, code)
         add.append(pickled_plan(decoder.module))
-        if decoder in unverified or (handling is None and not allow_partial):
+        if decoder in unverified or (proof is None and not allow_partial):
             add.append(unverified_plan(decoder))
     mixins = _patch_of(seen, changing)
     before = [(module, plan) for module, mixin in mixins for plan in plans_of(module) if plan.mixin is mixin]
     apply(add, mixins)
     try:
         watch_labels(seen.model)
-        for decoder, handling in zip(changing, handlings):
-            if handling is None and not allow_partial and not decoder.is_on_meta:
+        for decoder, proof in zip(changing, proofs):
+            if proof is None and not allow_partial and not decoder.is_on_meta:
                 verify_now(decoder.outermost, even_on_meta=False)
     except BaseException:
         to_as_loaded(seen, changing)
@@ -74,10 +76,10 @@ def to_as_loaded(seen: Survey, going: list[Decoder]) -> None:
 
 def to_causal_block(seen: Survey, decoder: Decoder) -> list[Change]:
     """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
-    if is_in_block(decoder):
+    if decoder.is_in_block:
         return []
     is_native = native_attention(decoder) != "causal"
-    if not (is_native or has_any_patch(decoder)):
+    if not (is_native or decoder.has_any_patch):
         return []
     plans = [*causal_block_plans(seen.model, decoder, is_native), pickled_plan(decoder.module)]
     return prepare(plans, _patch_of(seen, [decoder]))
@@ -92,18 +94,18 @@ def bring_back(seen: Survey, decoder: Decoder, before: Setting) -> None:
     else:
         # As it was found, and as it is now: a layer may have been taken out, put in or wrapped within the block.
         for each in (decoder, *(now for now in decoders(seen.model) if now.module is decoder.module)):
-            each = with_sinks_as_far_as_layers_go(each, Sinks(*before.sinks))
+            each = each.with_sinks_as_far_as_layers_go(Sinks(*before.sinks))
             to_bidirectional(seen, [each], True, [each] if before.mode is Mode.UNVERIFIED else [])
 
 
 def check_free(decoder: Decoder, wanted: Setting) -> None:
     """Raise ModeConflictError if another thread or task needs a decoder in another mode."""
-    in_use.check(decoder.module, wanted, setting_of(decoder))
+    in_use.check(decoder.module, wanted, decoder.setting)
 
 
 def check_not_sharded(seen: Survey) -> None:
     """Raise OrderError if a model or a part of it that isn't patched yet is sharded."""
-    if all(map(is_patched, seen.decoders)):
+    if all(decoder.is_patched for decoder in seen.decoders):
         return
     # One rule for both kinds of FSDP and for every part that was sharded, though not every mixture would go wrong.
     for name, module in seen.named:
@@ -116,7 +118,7 @@ def check_not_sharded(seen: Survey) -> None:
 
 def check_not_native(decoder: Decoder) -> None:
     """Raise OrderError if a decoder is bidirectional by its config, so that nothing here can make it causal for good."""
-    if is_in_block(decoder):  # in which its config is a view that says it is causal
+    if decoder.is_in_block:  # in which its config is a view that says it is causal
         native = in_use.only_others_hold(decoder.module) and says_bidirectional(before_patch(decoder.module, "config"))
     else:
         native = native_attention(decoder) != "causal"
@@ -130,7 +132,7 @@ def check_not_native(decoder: Decoder) -> None:
 
 def stays_in_block(decoder: Decoder) -> bool:
     """Whether a decoder is in a causal block, or is a copy from one of a model that is bidirectional by its config."""
-    if not is_in_block(decoder):
+    if not decoder.is_in_block:
         return False
     return bool(in_use.state_of(decoder.module).holds) or says_bidirectional(before_patch(decoder.module, "config"))
 
@@ -138,7 +140,7 @@ def stays_in_block(decoder: Decoder) -> bool:
 def _patch_of(seen: Survey, going: list[Decoder]) -> list[tuple[nn.Module, type[Swapped]]]:
     """All that the patch put on modules for the decoders in `going`, and around them if no other decoder keeps it."""
     modules = {id(module): module for decoder in going for module in decoder.modules}
-    staying = [decoder for decoder in seen.decoders if id(decoder.module) not in modules and has_any_patch(decoder)]
+    staying = [decoder for decoder in seen.decoders if id(decoder.module) not in modules and decoder.has_any_patch]
     if not staying:
         modules |= {id(module): module for _, module in seen.named}
     kept = {id(module) for decoder in staying for module in decoder.modules}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import CausalMaskWarning
 from ..model.facts import forward_builds_mask
-from ..swap.classes import original
+from ..swap.classes import is_open, original
 from ..swap.recording import values_are_unknown
-from .mixed import is_open, models_under_way
+from .mixed import models_under_way
 
 _judged: "WeakSet[nn.Module]" = WeakSet()
 

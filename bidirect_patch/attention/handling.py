@@ -2,8 +2,8 @@
 
 from typing import Literal, NamedTuple
 
+from ..model.decoder import Decoder
 from ..model.facts import bias_parameter, builds_causal_mask, counts_mask
-from ..model.find import Decoder
 from ..swap.classes import original
 from .versions import READY_MASKS_ARE_INVERTED
 

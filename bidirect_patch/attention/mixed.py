@@ -12,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import OrderError
+from ..model.decoder import Decoder
 from ..model.facts import builds_causal_mask
-from ..model.find import Decoder, is_attention
+from ..model.find import is_attention
 from ..model.walk import modules_of
-from ..swap.classes import original
+from ..swap.classes import is_open, original
 
 
 class Place(NamedTuple):
@@ -29,11 +30,6 @@ def places(decoder: Decoder) -> tuple[Place, ...]:
     """Where the attention modules of a decoder stand in its layers."""
     pairs = ((each.layer.rpartition(".")[0], each.path[len(each.layer) + 1 :]) for each in decoder.attentions)
     return tuple(dict.fromkeys(Place(layers, attention) for layers, attention in pairs if layers and attention))
-
-
-def is_open(module: nn.Module) -> bool:
-    """Whether the patch makes a module attend in both directions, or a model make a mask for that."""
-    return any(mixin.opens for mixin in getattr(type(module), "_mixins", ()))
 
 
 def check_layers(model: nn.Module, where: Iterable[Place]) -> None:

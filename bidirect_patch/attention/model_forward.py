@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.jit._trace import is_tracing
 
 from ..errors import ArgumentError, AttentionMaskError, CacheError
+from ..model.code import Code
 from ..model.config import backend_of, text_config
 from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names, takes_any_keyword
 from ..model.sinks import Sinks
@@ -33,6 +34,7 @@ class ModelSettings:
 
     spans: tuple[Span, ...]
     handling: MaskHandling
+    code: Code | None  # the code with which the class was seen to become bidirectional; None if that was not seen
     has_outer_maker: bool  # whether a model around it makes its mask
     sinks: Sinks
     places: tuple[Place, ...]  # of the attention modules in its layers; none for a model around the decoder

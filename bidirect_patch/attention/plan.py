@@ -6,13 +6,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import OrderError, UnsupportedModelError
-from ..model.buffers import is_banded, triangular_buffers
+from ..model.buffers import is_banded
+from ..model.code import Code
 from ..model.config import ConfigView, backend_of, text_config
+from ..model.decoder import Attention, Decoder, Part
 from ..model.facts import mask_parameter, parameter_names
-from ..model.find import Attention, Decoder, causal_flags
-from ..model.walk import modules_of, parameters_of
+from ..model.walk import modules_of
 from ..model.windows import Span
-from ..swap.classes import Swapped, original
+from ..swap.classes import Swapped
+from ..swap.modes import Mode, Setting
 from ..swap.plan import Plan, before_patch, own_before_patch
 from .attention_forward import AttentionSettings, BidirectionalAttention, BidirectionalPart
 from .handling import MaskHandling
@@ -22,8 +24,13 @@ from .model_forward import BidirectionalModel, CausalBlock, ModelSettings, Witho
 from .versions import FLASH_WINDOW_IS_INCLUSIVE, MAX_WINDOW_LAYERS_FOR_WINDOW, SEE_ALL_WITHOUT_MASK
 
 
-def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tuple[nn.Module, Plan]]:
+def bidirectional_plans(decoder: Decoder, handling: MaskHandling, code: Code | None = None) -> Iterator[tuple[nn.Module, Plan]]:
     """The plan of every module that has to change for `decoder` to be bidirectional.
+
+    Args:
+        decoder: with the sinks that it is to have.
+        handling: how its mask code takes a mask.
+        code: the code with which its class was seen to become bidirectional; None if that was not seen.
 
     Raises:
         UnsupportedModelError: a window that the backend would not be given.
@@ -31,17 +38,23 @@ def bidirectional_plans(decoder: Decoder, handling: MaskHandling) -> Iterator[tu
     """
     config, spans = text_config(decoder.module.config), decoder.spans
     for attention in decoder.attentions:
-        _, *inside = modules_of(attention.module)
-        yield attention.module, _attention_plan(attention, inside, spans, config, handling)
+        itself, *inside = attention.parts
+        yield itself.module, _attention_plan(attention, itself, inside, spans, config, handling)
         for part in inside:
-            flags, buffers = dict.fromkeys(causal_flags(part), False), _mirrored(part)
-            if flags or buffers:
-                yield part, Plan(BidirectionalPart, None, flags, buffers)
-    for module in decoder.mask_makers:
-        says_causal = getattr(before_patch(module, "config"), "is_causal", None) is True
-        where = places(decoder) if module is decoder.module else ()
-        settings = ModelSettings(spans, handling, module is not decoder.outermost, decoder.sinks, where, says_causal)
-        yield module, Plan(BidirectionalModel, settings, dict.fromkeys(causal_flags(module), False), _mirrored(module))
+            if part.causal_flags or part.causal_buffers:
+                yield part.module, Plan(BidirectionalPart, None, _not_causal(part), _mirrored(part))
+    setting = Setting(Mode.BIDIRECTIONAL, decoder.sinks)
+    for part in map(Part, decoder.mask_makers):
+        settings = ModelSettings(
+            spans=spans,
+            handling=handling,
+            code=code,
+            has_outer_maker=part.module is not decoder.outermost,
+            sinks=decoder.sinks,
+            places=places(decoder) if part.module is decoder.module else (),
+            config_is_causal=getattr(part.config, "is_causal", None) is True,
+        )
+        yield part.module, Plan(BidirectionalModel, settings, _not_causal(part), _mirrored(part), setting)
     for module in decoder.cache_makers:
         yield module, Plan(WithoutCache)
 
@@ -70,7 +83,7 @@ def causal_block_plans(model: nn.Module, decoder: Decoder, is_native: bool) -> I
         for module in modules_of(model):
             if own_before_patch(module, "config") is config and module is not decoder.module:
                 yield module, Plan(_WithConfig, None, views)
-    yield decoder.module, Plan(CausalBlock, None, views)
+    yield decoder.module, Plan(CausalBlock, None, views, setting=Setting(Mode.CAUSAL_BLOCK))
 
 
 class _WithConfig(Swapped):
@@ -90,22 +103,25 @@ MIXINS: tuple[type[Swapped], ...] = (
 )
 
 
-def _mirrored(module: nn.Module) -> dict[str, Tensor]:
-    buffers = triangular_buffers(module)
-    if any(buffer.is_meta for buffer in buffers.values()):
-        raise OrderError(f"{type(module).__name__} keeps its causal mask in a buffer, which is on meta: load the model first")
-    return {name: mirrored_buffer(buffer) for name, buffer in buffers.items()}
+def _not_causal(part: Part) -> dict[str, Any]:
+    return dict.fromkeys(part.causal_flags, False)
+
+
+def _mirrored(part: Part) -> dict[str, Tensor]:
+    if any(buffer.is_meta for buffer in part.causal_buffers.values()):
+        raise OrderError(f"{part.cls.__name__} keeps its causal mask in a buffer, which is on meta: load the model first")
+    return {name: mirrored_buffer(buffer) for name, buffer in part.causal_buffers.items()}
 
 
 def _attention_plan(
-    attention: Attention, inside: list[nn.Module], spans: tuple[Span, ...], config: Any, handling: MaskHandling
+    attention: Attention, itself: Part, inside: list[Part], spans: tuple[Span, ...], config: Any, handling: MaskHandling
 ) -> Plan:
     module, span = attention.module, attention.span
     is_flash = backend_of(config) == "flash"
-    windows = [part for part in (module, *inside) if any(map(is_banded, triangular_buffers(part).values()))]
+    windows = [part for part in (itself, *inside) if any(map(is_banded, part.causal_buffers.values()))]
     if windows and is_flash:
         raise UnsupportedModelError(
-            f"{type(windows[0]).__name__} keeps its layer's window in a buffer, which transformers doesn't hand to "
+            f"{windows[0].cls.__name__} keeps its layer's window in a buffer, which transformers doesn't hand to "
             "FlashAttention: it would see everything. Use attn_implementation='eager'"
         )
     if span.sinks and is_flash and getattr(module, "is_kv_shared_layer", False):
@@ -114,9 +130,9 @@ def _attention_plan(
             "tokens alone, as FlashAttention needs it: use attn_implementation='sdpa' or 'eager', or num_sink_tokens=0"
         )
     # A part that reads the mask too, or compares positions (a sparse attention's indexer), can't do without one.
-    parts = [original(type(part)) for part in inside if next(parameters_of(part), None) is not None]
-    reads = any(map(mask_parameter, parts))
-    compares = not reads and any("position_ids" in parameter_names(part) for part in parts)
+    classes = [part.cls for part in inside if part.has_weights]
+    reads = any(map(mask_parameter, classes))
+    compares = not reads and any("position_ids" in parameter_names(cls) for cls in classes)
     omits = () if reads or compares or not handling.sees_all_without_mask else SEE_ALL_WITHOUT_MASK
     settings = AttentionSettings(
         span=span,
@@ -128,10 +144,10 @@ def _attention_plan(
         needs_shorter_window=span.window is not None and FLASH_WINDOW_IS_INCLUSIVE and not is_flash,
         compares_positions=compares,
     )
-    attributes: dict[str, Any] = dict.fromkeys(("is_causal", *causal_flags(module)), False)
+    attributes: dict[str, Any] = {"is_causal": False, **_not_causal(itself)}
     if is_flash and FLASH_WINDOW_IS_INCLUSIVE:
         attributes |= _shorter_window(module, span)
-    return Plan(BidirectionalAttention, settings, attributes, _mirrored(module))
+    return Plan(BidirectionalAttention, settings, attributes, _mirrored(itself))
 
 
 def _shorter_window(attention: nn.Module, span: Span) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from torch import nn
 from ..errors import OrderError
 from ..model.walk import modules_of
 from ..swap import in_use
+from ..swap.classes import is_open
 from ..swap.modes import Mode
 from ..swap.recording import is_graph_captured
-from .mixed import is_open
 
 _NAME = "_gradient_checkpointing_func"  # on each module that transformers checkpoints, or on the model that holds them
 

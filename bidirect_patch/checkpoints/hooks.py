@@ -9,13 +9,13 @@ from typing import Any
 
 import wrapt
 
-from ..attention.mixed import is_open
 from ..attention.model_forward import check_not_in_others_block, holds_bidirectional, is_in_causal_block
 from ..errors import BidirectPatchError, GenerateError
 from ..model.config import parts
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
+from ..swap.classes import is_open
 from ..verify.late import verify_kernel
 from ..verify.mode import check_not_mixed, sinks_in
 from . import policy

@@ -10,7 +10,7 @@ from ..errors import UnsupportedModelError
 from ..model.config import parts
 from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks, read_sinks
-from ..verify.mode import attends_both_ways, sinks_of
+from ..verify.mode import attends_both_ways
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder")
 # The classes that LLM2Vec's adapters and full models name, and no flag. A miss: what LLM2Vec wrote opens causal. A wrong match:
@@ -80,7 +80,7 @@ def is_bidirectional_now(model: Any, sinks: Sinks | None = None) -> bool:
     if not holds_decoder(model):
         return False
     found = decoders(model)
-    return all(map(attends_both_ways, found)) and (sinks is None or all(sinks_of(decoder) == sinks for decoder in found))
+    return all(map(attends_both_ways, found)) and (sinks is None or all(decoder.setting.sinks == sinks for decoder in found))
 
 
 def _config_says_so(config: dict[str, Any]) -> bool:

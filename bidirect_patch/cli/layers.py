@@ -10,7 +10,8 @@ from torch import nn
 
 from ..errors import ConfigError, one_line
 from ..model.config import text_config
-from ..model.find import Decoder, decoders
+from ..model.decoder import Decoder
+from ..model.find import decoders
 from ..swap.classes import original
 
 # Fields of a config that count all layers; of a config with an encoder too, those of the decoder. The first one that it has.

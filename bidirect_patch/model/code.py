@@ -37,6 +37,12 @@ class Code:
                 for name in list(vars(base)):
                     self._note(vars(base), name)
 
+    def __deepcopy__(self, memo: Any) -> "Code":
+        return self
+
+    def __reduce__(self) -> Any:  # of another process, nothing is known but that it was the code there
+        return Code, ((), self._kernel)
+
     def is_same(self) -> bool:
         """Whether each of them still is the same function in the same place."""
         return all(place.get(name, _MISSING) is value for place, name, value in self._places.values())

@@ -5,18 +5,19 @@ its list of layers. A layer without an attention module, or with something else 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ArgumentError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..swap.classes import original
-from ..swap.plan import before_patch, own_before_patch
+from ..swap.plan import before_patch
 from .buffers import triangular_buffers
 from .config import text_config
+from .decoder import Attention, Decoder, causal_flags
 from .facts import (
     POSITIONWISE,
     builds_causal_mask,
@@ -29,59 +30,8 @@ from .facts import (
     mask_parameter,
     reads_layer_kinds,
 )
-from .sinks import NO_SINKS, Sinks
-from .walk import modules_of, parameters_of
-from .windows import Span, span_of
-
-_FLAGS = ("is_causal", "causal")  # what an attention module, or in XLM the model, says of itself
-
-
-class Attention(NamedTuple):
-    """One attention module of a decoder."""
-
-    path: str  # its name in the decoder
-    module: nn.Module
-    span: Span
-    layer: str  # the name of the layer that it is in
-
-
-@dataclass
-class Decoder:
-    """One decoder in a model: the module that makes the mask, and the attention modules that use it."""
-
-    name: str  # its name in the model that was searched
-    module: PreTrainedModel
-    attentions: list[Attention] = field(default_factory=list)
-    unsupported_layers: list[str] = field(default_factory=list)  # in words
-    builders: list[PreTrainedModel] = field(default_factory=list)  # models around it that make its mask, as some do
-    cache_makers: list[PreTrainedModel] = field(default_factory=list)  # other models around it that make a KV cache for it
-    sinks: Sinks = NO_SINKS  # as its spans have them, see `with_sinks`
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The different spans of its attention modules, in order of first appearance."""
-        return tuple(dict.fromkeys(attention.span for attention in self.attentions))
-
-    @property
-    def mask_makers(self) -> tuple[PreTrainedModel, ...]:
-        """Every model that makes a mask for it: itself, and those around it."""
-        return self.module, *self.builders
-
-    @property
-    def outermost(self) -> PreTrainedModel:
-        """The outermost model that makes its mask."""
-        return self.builders[0] if self.builders else self.module
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """Every module that the patch may change for it."""
-        parts = (part for attention in self.attentions for part in modules_of(attention.module))
-        return [*self.mask_makers, *self.cache_makers, *parts]
-
-    @property
-    def is_on_meta(self) -> bool:
-        """Whether its weights have no values yet."""
-        return all(parameter.is_meta for parameter in parameters_of(self.module))
+from .walk import modules_of
+from .windows import span_of
 
 
 class Refusal(NamedTuple):
@@ -148,49 +98,6 @@ def survey(model: Any) -> Survey:
             elif makes_cache(cls):
                 decoder.cache_makers.append(module)
     return Survey(model, named, found)
-
-
-def with_sinks_as_far_as_layers_go(decoder: Decoder, sinks: Sinks) -> Decoder:
-    """`with_sinks`, for sinks that a decoder had before layers were taken out of it."""
-    layers = len({attention.layer for attention in decoder.attentions})
-    return with_sinks(decoder, sinks._replace(num_sinkless_layers=min(sinks.num_sinkless_layers, layers)))
-
-
-def with_sinks(decoder: Decoder, sinks: Sinks) -> Decoder:
-    """`decoder` with these sinks in the spans of its attention modules.
-
-    Raises:
-        ArgumentError: more sinkless layers than the decoder has.
-        UnsupportedModelError: sinkless layers in a decoder that uses one layer several times.
-    """
-    tokens, sinkless = sinks
-    layers = list(dict.fromkeys(attention.layer for attention in decoder.attentions))
-    if sinkless > len(layers):
-        raise ArgumentError(
-            f"num_sinkless_layers={sinkless}, and {type(decoder.module).__name__} has {len(layers)} layers with attention"
-        )
-    if sinkless:
-        _check_layers_are_apart(decoder)
-    blind = layers[len(layers) - sinkless :]
-    attentions = [
-        attention._replace(span=attention.span._replace(sinks=tokens, sees_sinks=attention.layer not in blind))
-        for attention in decoder.attentions
-    ]
-    return replace(decoder, attentions=attentions, sinks=sinks)
-
-
-def _check_layers_are_apart(decoder: Decoder) -> None:
-    for layers in modules_of(decoder.module):
-        if isinstance(layers, nn.ModuleList) and len({id(layer) for layer in layers}) < len(layers):
-            raise UnsupportedModelError(
-                f"{type(decoder.module).__name__} uses one layer several times, so that its last layers can't be told from the "
-                "others: give num_sinkless_layers=0"
-            )
-
-
-def causal_flags(module: nn.Module) -> tuple[str, ...]:
-    """The names of the flags by which the module itself says that it is causal, as they are without the patch."""
-    return tuple(name for name in _FLAGS if own_before_patch(module, name) is True)
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -169,3 +169,8 @@ def is_sharded(cls: type) -> bool:
 def has_mixin(module: object, mixin: type[Swapped]) -> bool:
     """Whether `module` has `mixin`, also under a class that another tool put on top."""
     return isinstance(module, mixin)
+
+
+def is_open(module: object) -> bool:
+    """Whether the patch makes a module attend in both directions, or a model make a mask for that."""
+    return any(mixin.opens for mixin in getattr(type(module), "_mixins", ()))

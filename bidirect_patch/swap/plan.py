@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .classes import RECORD, Swapped, original
+from .modes import Setting
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Plan:
     settings: Any = None  # what the mixin's methods read, see `settings_of`; a frozen object
     attributes: Mapping[str, Any] = field(default_factory=dict)  # instance attributes while the plan is in force
     buffers: Mapping[str, Tensor] = field(default_factory=dict)  # buffers while the plan is in force
+    setting: Setting | None = None  # what this brings the model to that makes the mask; None for every other module
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ def settings_of(module: Any, kind: type[Settings]) -> Settings | None:
             if isinstance(plan.settings, kind):
                 return plan.settings
     return None
+
+
+def setting_of(module: nn.Module) -> Setting | None:
+    """What the patch has brought a model to that makes a mask; None for a module that is not patched, and for every other."""
+    record = record_of(module)
+    given = () if record is None else [plan.setting for plan in record.plans if plan.setting is not None]
+    return given[-1] if given else None
 
 
 def before_patch(module: nn.Module, name: str) -> Any:

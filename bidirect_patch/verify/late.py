@@ -6,14 +6,14 @@ from torch import nn
 
 from ..attention.plan import bidirectional_plans
 from ..errors import UnsupportedModelError
-from ..model.find import Decoder, decoders
+from ..model.decoder import Decoder
+from ..model.find import decoders
 from ..swap import in_use
 from ..swap.apply import apply
 from ..swap.classes import Swapped, set_forward
-from ..swap.modes import Mode
-from ..swap.plan import Plan, settings_of
+from ..swap.modes import Mode, Setting
+from ..swap.plan import Plan, setting_of
 from ..swap.recording import is_graph_captured
-from .mode import as_patched, is_patched
 from .verify import verify, verify_itself
 
 _under_way: set[int] = set()  # ids of models that are being verified now; only the thread that holds `in_use.lock` uses it
@@ -22,7 +22,7 @@ _under_way: set[int] = set()  # ids of models that are being verified now; only 
 class Unverified(Swapped):
     """A patched model that could not run when it was patched: it verifies itself before its first forward.
 
-    Its settings are a `Mode`: UNVERIFIED, and BIDIRECTIONAL from then on.
+    Its setting is UNVERIFIED, and BIDIRECTIONAL from then on.
     """
 
     rank = 5
@@ -32,7 +32,7 @@ class Unverified(Swapped):
         """See `Swapped.build`."""
 
         def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-            if settings_of(self, Mode) is not Mode.UNVERIFIED or is_graph_captured():
+            if is_graph_captured() or not _is_unverified(self):
                 return inner(self, *args, **kwargs)
             with in_use.lock:  # other threads wait here, so that none uses an unverified output
                 is_seen = id(self) in _under_way or verify_now(self)
@@ -49,7 +49,12 @@ class Unverified(Swapped):
 
 def unverified_plan(decoder: Decoder) -> tuple[nn.Module, Plan]:
     """The plan that has a decoder verified at its first forward."""
-    return decoder.outermost, Plan(Unverified, Mode.UNVERIFIED)
+    return decoder.outermost, Plan(Unverified, setting=Setting(Mode.UNVERIFIED, decoder.sinks))
+
+
+def _is_unverified(model: nn.Module) -> bool:
+    setting = setting_of(model)
+    return setting is not None and setting.mode is Mode.UNVERIFIED
 
 
 def verify_kernel(model: nn.Module) -> None:
@@ -59,9 +64,9 @@ def verify_kernel(model: nn.Module) -> None:
         UnsupportedModelError: with this function, a layer was seen to stay causal.
     """
     with in_use.lock:
-        patched = [as_patched(decoder) for decoder in decoders(model) if is_patched(decoder)]
+        patched = [decoder.as_patched() for decoder in decoders(model) if decoder.is_patched]
         seen = [(decoder, verify(decoder, on_trust=True)) for decoder in patched]
-        apply([plan for decoder, how in seen if how is not None for plan in bidirectional_plans(decoder, how)])
+        apply([plan for decoder, proof in seen if proof is not None for plan in bidirectional_plans(decoder, *proof)])
 
 
 def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
@@ -70,19 +75,20 @@ def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
     Raises:
         UnsupportedModelError: a layer was seen to stay causal.
     """
-    if settings_of(model, Mode) is not Mode.UNVERIFIED:  # another thread did so meanwhile
+    setting = setting_of(model)
+    if setting is None or setting.mode is not Mode.UNVERIFIED:  # another thread did so meanwhile
         return True
     _under_way.add(id(model))
     try:
         is_seen = True
-        for decoder in (as_patched(d) for d in decoders(model) if d.outermost is model):
-            handling = verify(decoder, even_on_meta=True) if even_on_meta else None
-            if handling is None:
+        for decoder in (d.as_patched() for d in decoders(model) if d.outermost is model):
+            proof = verify(decoder, even_on_meta=True) if even_on_meta else None
+            if proof is None:
                 is_seen = verify_itself(decoder) and is_seen
             else:
-                apply(bidirectional_plans(decoder, handling))
+                apply(bidirectional_plans(decoder, *proof))
         if is_seen:
-            apply([(model, Plan(Unverified, Mode.BIDIRECTIONAL))])
+            apply([(model, Plan(Unverified, setting=Setting(Mode.BIDIRECTIONAL, setting.sinks)))])
         return is_seen
     finally:
         _under_way.discard(id(model))

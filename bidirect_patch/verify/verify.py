@@ -15,7 +15,8 @@ from ..attention.plan import bidirectional_plans
 from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, UnsupportedModelError
 from ..model.code import Code
 from ..model.config import backend_of, text_config
-from ..model.find import Decoder, decoders, says_bidirectional, with_sinks
+from ..model.decoder import Decoder
+from ..model.find import decoders, says_bidirectional
 from ..model.sinks import Sinks
 from ..model.tiny import tiny_like
 from ..model.walk import modules_of
@@ -33,6 +34,13 @@ Native = Literal["causal", "in part", "bidirectional"]
 MOST_SINKS = 3  # in a small model: more show nothing else
 
 
+class Proof(NamedTuple):
+    """How a class was seen to become bidirectional, and the code that was at work."""
+
+    handling: MaskHandling
+    code: Code
+
+
 class _Trial(NamedTuple):
     """What became of a small model: the layers that were right, and what was wrong, "" if nothing was."""
 
@@ -46,7 +54,7 @@ _trials: dict[tuple[object, ...], tuple[_Trial, Code]] = {}
 _native: dict[tuple[object, ...], tuple[Native, Code]] = {}
 
 
-def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = False) -> MaskHandling | None:
+def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = False) -> Proof | None:
     """How the class of `decoder` was seen to become bidirectional; None if no small model of it can be run.
 
     Args:
@@ -59,8 +67,7 @@ def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = Fal
             none of its layers can be seen.
     """
     key = _key(decoder)
-    trial = _found(_trials, key)
-    if trial is None:
+    if _found(_trials, key) is None:
         if decoder.is_on_meta and possible_handlings(decoder)[0].kind == "ready" and not even_on_meta:
             return None
         trial = _trial(decoder)
@@ -69,9 +76,10 @@ def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = Fal
                 _check_seen(decoder)
             return None
         _trials[key] = trial, _code(decoder)
+    trial, code = _trials[key]
     if not decoder.unsupported_layers:
         _check(decoder, trial.problem)
-    return trial.handling
+    return Proof(trial.handling, code)
 
 
 def verify_itself(decoder: Decoder) -> bool:
@@ -113,15 +121,6 @@ def native_attention(decoder: Decoder) -> Native:
             native = "bidirectional"
         _native[key] = native, _code(decoder)
     return native
-
-
-def is_still_verified(decoder: Decoder) -> bool:
-    """Whether nobody has changed the code since a patched decoder was verified; True if that was not done in this process."""
-    key = _key(decoder)
-    if key not in _trials:
-        return True
-    trial = _found(_trials, key)
-    return trial is not None and not (trial.problem and not decoder.unsupported_layers)
 
 
 def _found(kept: dict[tuple[object, ...], tuple[Kept, Code]], key: tuple[object, ...]) -> Kept | None:
@@ -175,7 +174,7 @@ def _try(decoder: Decoder, handling: MaskHandling, small: nn.Module) -> _Trial:
     cls = original(type(decoder.module))
     found = decoders(small)
     handlings = [handling if original(type(d.module)) is cls else possible_handlings(d)[0] for d in found]
-    found = [with_sinks(d, _sinks_of_small(decoder, d)) for d in found]
+    found = [d.with_sinks(_sinks_of_small(decoder, d)) for d in found]
     apply([plan for d, how in zip(found, handlings) for plan in bidirectional_plans(d, how)])
     try:
         report = attention_report(small)

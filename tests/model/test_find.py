@@ -8,7 +8,8 @@ from torch import nn
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
-from bidirect_patch.model.find import causal_flags, decoders, is_attention, says_bidirectional
+from bidirect_patch.model.decoder import causal_flags
+from bidirect_patch.model.find import decoders, is_attention, says_bidirectional
 from bidirect_patch.model.windows import Span
 
 from ..helpers.seeing import hidden, sees_all

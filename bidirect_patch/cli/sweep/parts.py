@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...model.config import text_config
-from ...model.find import Decoder, decoders
+from ...model.decoder import Decoder
+from ...model.find import decoders
 from ...model.walk import modules_of
 
 # What stands for a layer's forward: called with the layer's index, its forward, and the arguments of the call.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
+from ...model.decoder import Attention as AttentionModule
 from ...model.facts import mask_parameter, parameter_names
-from ...model.find import Attention as AttentionModule
 from ...patch import bidirectional
 from ...swap.classes import original
 from .parts import Parts, called_by, state_of

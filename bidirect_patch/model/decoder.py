@@ -1,0 +1,174 @@
+"""What a survey finds: a decoder, its attention modules, and what the patch has to know of each of their parts."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import ArgumentError, UnsupportedModelError
+from ..swap.classes import is_open, original
+from ..swap.instance_forward import calls_the_patch
+from ..swap.modes import Mode, Setting
+from ..swap.plan import before_patch, own_before_patch, plans_of, setting_of
+from .buffers import triangular_buffers
+from .sinks import NO_SINKS, Sinks
+from .walk import modules_of, parameters_of
+from .windows import Span
+
+_FLAGS = ("is_causal", "causal")  # what an attention module, or in XLM the model, says of itself
+
+
+class Part:
+    """One module of a decoder, as it is without the patch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def cls(self) -> type:
+        """The class of the model's own code."""
+        return original(type(self.module))
+
+    @property
+    def causal_flags(self) -> tuple[str, ...]:
+        """The names of the flags by which it says that it is causal."""
+        return causal_flags(self.module)
+
+    @cached_property
+    def causal_buffers(self) -> dict[str, Tensor]:
+        """Its own buffers that are causal masks."""
+        return triangular_buffers(self.module)
+
+    @property
+    def config(self) -> Any:
+        """Its config; None if it keeps none."""
+        return before_patch(self.module, "config")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are parameters in it."""
+        return next(parameters_of(self.module), None) is not None
+
+
+class Attention(NamedTuple):
+    """One attention module of a decoder."""
+
+    path: str  # its name in the decoder
+    module: nn.Module
+    span: Span
+    layer: str  # the name of the layer that it is in
+
+    @property
+    def parts(self) -> list[Part]:
+        """Itself, and all modules inside it."""
+        return [Part(module) for module in modules_of(self.module)]
+
+
+@dataclass
+class Decoder:
+    """One decoder in a model: the module that makes the mask, and the attention modules that use it."""
+
+    name: str  # its name in the model that was searched
+    module: PreTrainedModel
+    attentions: list[Attention] = field(default_factory=list)
+    unsupported_layers: list[str] = field(default_factory=list)  # in words
+    builders: list[PreTrainedModel] = field(default_factory=list)  # models around it that make its mask, as some do
+    cache_makers: list[PreTrainedModel] = field(default_factory=list)  # other models around it that make a KV cache for it
+    sinks: Sinks = NO_SINKS  # as its spans have them, see `with_sinks`
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The different spans of its attention modules, in order of first appearance."""
+        return tuple(dict.fromkeys(attention.span for attention in self.attentions))
+
+    @property
+    def mask_makers(self) -> tuple[PreTrainedModel, ...]:
+        """Every model that makes a mask for it: itself, and those around it."""
+        return self.module, *self.builders
+
+    @property
+    def outermost(self) -> PreTrainedModel:
+        """The outermost model that makes its mask."""
+        return self.builders[0] if self.builders else self.module
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module that the patch may change for it."""
+        parts = (part for attention in self.attentions for part in modules_of(attention.module))
+        return [*self.mask_makers, *self.cache_makers, *parts]
+
+    @property
+    def is_on_meta(self) -> bool:
+        """Whether its weights have no values yet."""
+        return all(parameter.is_meta for parameter in parameters_of(self.module))
+
+    @property
+    def setting(self) -> Setting:
+        """In which mode it is now, and with which sinks."""
+        now = setting_of(self.module)
+        if now is None or now.mode is Mode.CAUSAL_BLOCK:
+            return now or Setting(Mode.AS_LOADED)
+        outer = setting_of(self.outermost) if self.is_patched else None
+        return Setting(Mode.AS_LOADED if outer is None else outer.mode, now.sinks)
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether every model that makes the mask and every attention module has the patch, and a call of each runs it."""
+        parts = (attention.module for attention in self.attentions)
+        return all(is_open(part) and calls_the_patch(part) for part in (*self.mask_makers, *parts))
+
+    @property
+    def has_any_patch(self) -> bool:
+        """Whether any module of it has a part of the patch."""
+        return any(map(plans_of, self.modules))
+
+    @property
+    def is_in_block(self) -> bool:
+        """Whether it is inside a causal block, opened by any thread."""
+        return self.setting.mode is Mode.CAUSAL_BLOCK
+
+    def as_patched(self) -> "Decoder":
+        """This decoder with the sinks that it has now; with as many sinkless layers as are left, if some were taken out."""
+        return self.with_sinks_as_far_as_layers_go(Sinks(*self.setting.sinks))
+
+    def with_sinks_as_far_as_layers_go(self, sinks: Sinks) -> "Decoder":
+        """`with_sinks`, for sinks that it had before layers were taken out of it."""
+        layers = len({attention.layer for attention in self.attentions})
+        return self.with_sinks(sinks._replace(num_sinkless_layers=min(sinks.num_sinkless_layers, layers)))
+
+    def with_sinks(self, sinks: Sinks) -> "Decoder":
+        """This decoder with these sinks in the spans of its attention modules.
+
+        Raises:
+            ArgumentError: more sinkless layers than it has.
+            UnsupportedModelError: sinkless layers in a decoder that uses one layer several times.
+        """
+        tokens, sinkless = sinks
+        layers = list(dict.fromkeys(attention.layer for attention in self.attentions))
+        if sinkless > len(layers):
+            raise ArgumentError(
+                f"num_sinkless_layers={sinkless}, and {type(self.module).__name__} has {len(layers)} layers with attention"
+            )
+        if sinkless:
+            self._check_layers_are_apart()
+        blind = layers[len(layers) - sinkless :]
+        attentions = [
+            attention._replace(span=attention.span._replace(sinks=tokens, sees_sinks=attention.layer not in blind))
+            for attention in self.attentions
+        ]
+        return replace(self, attentions=attentions, sinks=sinks)
+
+    def _check_layers_are_apart(self) -> None:
+        for layers in modules_of(self.module):
+            if isinstance(layers, nn.ModuleList) and len({id(layer) for layer in layers}) < len(layers):
+                raise UnsupportedModelError(
+                    f"{type(self.module).__name__} uses one layer several times, so that its last layers can't be told from the "
+                    "others: give num_sinkless_layers=0"
+                )
+
+
+def causal_flags(module: nn.Module) -> tuple[str, ...]:
+    """The names of the flags by which the module itself says that it is causal, as they are without the patch."""
+    return tuple(name for name in _FLAGS if own_before_patch(module, name) is True)
