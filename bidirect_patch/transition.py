@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from .attention.handling import possible_handlings
 from .attention.labels import unwatch_labels, watch_labels
 from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
 from .attention.recompute import forget_checkpoints
@@ -22,7 +21,7 @@ from .swap.modes import Mode, Setting
 from .swap.plan import Plan, before_patch, plans_of, record_of
 from .verify.late import Unverified, unverified_plan, verify_now
 from .verify.mode import is_verified_patch
-from .verify.verify import native_attention, verify
+from .verify.proof import native_attention, verify
 
 _MIXINS = {*MIXINS, Unverified, Pickled}  # what the patch puts on modules
 
@@ -47,8 +46,7 @@ def to_bidirectional(
     hooks.install()
     add: list[tuple[nn.Module, Plan]] = []
     for decoder, proof in zip(changing, proofs):
-        handling, code = proof or (possible_handlings(decoder)[0], None)
-        add += bidirectional_plans(decoder, handling, code)
+        add += bidirectional_plans(decoder, *(proof or ()))
         add.append(pickled_plan(decoder.module))
         if decoder in unverified or (proof is None and not allow_partial):
             add.append(unverified_plan(decoder))
@@ -56,7 +54,7 @@ def to_bidirectional(
     before = [(module, plan) for module, mixin in mixins for plan in plans_of(module) if plan.mixin is mixin]
     apply(add, mixins)
     try:
-        watch_labels(seen.model)
+        watch_labels(seen.modules)
         for decoder, proof in zip(changing, proofs):
             if proof is None and not allow_partial and not decoder.is_on_meta:
                 verify_now(decoder.outermost, even_on_meta=False)
@@ -71,7 +69,7 @@ def to_as_loaded(seen: Survey, going: list[Decoder]) -> None:
     apply(remove=_patch_of(seen, going))
     for decoder in going:
         forget_checkpoints(decoder.module)
-    unwatch_labels(seen.model)
+    unwatch_labels(seen.modules)
 
 
 def to_causal_block(seen: Survey, decoder: Decoder) -> list[Change]:
@@ -142,7 +140,7 @@ def _patch_of(seen: Survey, going: list[Decoder]) -> list[tuple[nn.Module, type[
     modules = {id(module): module for decoder in going for module in decoder.modules}
     staying = [decoder for decoder in seen.decoders if id(decoder.module) not in modules and decoder.has_any_patch]
     if not staying:
-        modules |= {id(module): module for _, module in seen.named}
+        modules |= {id(module): module for module in seen.modules}
     kept = {id(module) for decoder in staying for module in decoder.modules}
     return [
         (module, plan.mixin)

@@ -1,6 +1,7 @@
 """A warning where a bidirectional model is trained on labels that it can read off its own input."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -21,9 +22,9 @@ _watched: "WeakSet[nn.Module]" = WeakSet()  # copies of those are not among them
 _judged: "WeakSet[nn.Module]" = WeakSet()
 
 
-def watch_labels(model: nn.Module) -> None:
-    """Look at the labels of every model in `model` that computes a loss of them, by a forward pre-hook."""
-    for module in modules_of(model):
+def watch_labels(modules: Iterable[nn.Module]) -> None:
+    """Look at the labels of every model among `modules` that computes a loss of them, by a forward pre-hook."""
+    for module in modules:
         if not module._modules:  # it holds no embeddings
             continue
         embeddings = getattr(module, "get_output_embeddings", None)
@@ -34,9 +35,9 @@ def watch_labels(model: nn.Module) -> None:
                 _watched.add(module)
 
 
-def unwatch_labels(model: nn.Module) -> None:
-    """Take the hooks of `watch_labels` off again: in `model` and around it, wherever no decoder is patched any more."""
-    for module in {*modules_of(model), *_watched}:
+def unwatch_labels(modules: Iterable[nn.Module]) -> None:
+    """Take the hooks of `watch_labels` off again: of `modules` and around them, wherever no decoder is patched any more."""
+    for module in {*modules, *_watched}:
         keys = [key for key, hook in module._forward_pre_hooks.items() if hook is _look]
         if keys and not any(has_mixin(m, BidirectionalModel) or has_mixin(m, CausalBlock) for m in modules_of(module)):
             for key in keys:

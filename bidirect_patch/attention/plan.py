@@ -15,28 +15,30 @@ from ..model.walk import modules_of
 from ..model.windows import Span
 from ..swap.classes import Swapped
 from ..swap.modes import Mode, Setting
-from ..swap.plan import Plan, before_patch, own_before_patch
+from ..swap.plan import Plan, own_before_patch
 from .attention_forward import AttentionSettings, BidirectionalAttention, BidirectionalPart
-from .handling import MaskHandling
+from .handling import MaskHandling, possible_handlings
 from .mirror import mirrored_buffer
 from .mixed import places
 from .model_forward import BidirectionalModel, CausalBlock, ModelSettings, WithoutCache
 from .versions import FLASH_WINDOW_IS_INCLUSIVE, MAX_WINDOW_LAYERS_FOR_WINDOW, SEE_ALL_WITHOUT_MASK
 
 
-def bidirectional_plans(decoder: Decoder, handling: MaskHandling, code: Code | None = None) -> Iterator[tuple[nn.Module, Plan]]:
+def bidirectional_plans(
+    decoder: Decoder, handling: MaskHandling | None = None, code: Code | None = None
+) -> Iterator[tuple[nn.Module, Plan]]:
     """The plan of every module that has to change for `decoder` to be bidirectional.
 
     Args:
         decoder: with the sinks that it is to have.
-        handling: how its mask code takes a mask.
+        handling: how its mask code takes a mask; None for what is likeliest.
         code: the code with which its class was seen to become bidirectional; None if that was not seen.
 
     Raises:
         UnsupportedModelError: a window that the backend would not be given.
         OrderError: a causal mask in a buffer on the meta device, whose values can't be mirrored.
     """
-    config, spans = text_config(decoder.module.config), decoder.spans
+    config, spans, handling = text_config(decoder.module.config), decoder.spans, handling or possible_handlings(decoder)[0]
     for attention in decoder.attentions:
         itself, *inside = attention.parts
         yield itself.module, _attention_plan(attention, itself, inside, spans, config, handling)
@@ -146,16 +148,15 @@ def _attention_plan(
     )
     attributes: dict[str, Any] = {"is_causal": False, **_not_causal(itself)}
     if is_flash and FLASH_WINDOW_IS_INCLUSIVE:
-        attributes |= _shorter_window(module, span)
+        attributes |= _shorter_window(itself, span)
     return Plan(BidirectionalAttention, settings, attributes, _mirrored(itself))
 
 
-def _shorter_window(attention: nn.Module, span: Span) -> dict[str, Any]:
+def _shorter_window(attention: Part, span: Span) -> dict[str, Any]:
     """What makes an older attention module hand `|q - k| < window` to FlashAttention, in its own layers and no others."""
     shorter = None if span.window is None else span.window - 1
-    if own_before_patch(attention, "sliding_window") is not None or "sliding_window" in attention.__dict__:
+    if attention.own("sliding_window") is not None or "sliding_window" in attention.module.__dict__:
         return {} if span.window is None else {"sliding_window": shorter}
-    config = before_patch(attention, "config")
-    if getattr(config, "sliding_window", None) is None:
+    if getattr(attention.config, "sliding_window", None) is None:
         return {}
-    return {"config": ConfigView(config, sliding_window=shorter, max_window_layers=MAX_WINDOW_LAYERS_FOR_WINDOW)}
+    return {"config": ConfigView(attention.config, sliding_window=shorter, max_window_layers=MAX_WINDOW_LAYERS_FOR_WINDOW)}

@@ -86,7 +86,7 @@ def apply_mntp_head(model: nn.Module, *, eval_logits: EvalLogits = "full") -> An
         apply(plans)  # prepared again: enabling may have changed the same instance
     except BaseException:
         apply(remove=_patch_of(model) - before)
-        unwatch_labels(model)
+        unwatch_labels(model.modules())
         raise
     return model
 

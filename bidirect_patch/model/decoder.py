@@ -46,6 +46,10 @@ class Part:
         """Its config; None if it keeps none."""
         return before_patch(self.module, "config")
 
+    def own(self, name: str) -> Any:
+        """Its own attribute of that name; None if it has none."""
+        return own_before_patch(self.module, name)
+
     @property
     def has_weights(self) -> bool:
         """Whether there are parameters in it."""

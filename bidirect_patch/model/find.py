@@ -54,6 +54,11 @@ class Survey:
     named: list[tuple[str, nn.Module]]  # every module in it, once, with its name
     decoders: list[Decoder]
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module in the model, once."""
+        return [module for _, module in self.named]
+
 
 def decoders(model: Any) -> list[Decoder]:
     """Every decoder in `model`; see `survey`."""

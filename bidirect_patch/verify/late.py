@@ -14,7 +14,7 @@ from ..swap.classes import Swapped, set_forward
 from ..swap.modes import Mode, Setting
 from ..swap.plan import Plan, setting_of
 from ..swap.recording import is_graph_captured
-from .verify import verify, verify_itself
+from .proof import verify, verify_itself
 
 _under_way: set[int] = set()  # ids of models that are being verified now; only the thread that holds `in_use.lock` uses it
 

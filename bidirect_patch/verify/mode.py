@@ -9,7 +9,7 @@ from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap.plan import record_of, setting_of, settings_of
-from .verify import native_attention
+from .proof import native_attention
 
 
 def is_verified_patch(decoder: Decoder) -> bool:

@@ -1,0 +1,146 @@
+"""A trial: a small random model of a class is patched as the real one will be, and run, to see what its layers depend on."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..attention.handling import MaskHandling
+from ..attention.padding_and_packing import Sequences
+from ..attention.plan import bidirectional_plans
+from ..errors import AttentionMaskError, UnsupportedModelError
+from ..model.config import backend_of, text_config
+from ..model.decoder import Decoder
+from ..model.find import decoders
+from ..model.sinks import Sinks
+from ..model.tiny import tiny_like
+from ..model.windows import Span
+from ..swap.apply import apply
+from ..swap.classes import is_sharded, original
+from .probe import decoder_layers, run_as_it_is
+from .report import BIDIRECTIONAL, AttentionReport, attention_report
+
+MOST_SINKS = 3  # in a small model: more show nothing else
+
+
+class Trial(NamedTuple):
+    """What became of a small model: the layers that were right, and what was wrong, "" if nothing was."""
+
+    handling: MaskHandling
+    right_layers: int
+    problem: str
+
+
+def best_trial(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> Trial | None:
+    """The best trial with a small model of the class; None if such a model shows nothing of this one."""
+    try:
+        small = _small(decoder)
+        run_as_it_is(small)  # what its class keeps of a causal run, the patched run must not take
+    except Exception:  # it can't be made or run, for whatever reason
+        return None
+    if not classes_of(decoder) <= frozenset().union(*map(classes_of, decoders(small))):
+        return None  # a layer or attention of another class was put in
+    trial = _best(decoder, small, handlings)
+    return trial if not trial.problem or _is_seen_unpatched(decoder) else None
+
+
+def _is_seen_unpatched(decoder: Decoder) -> bool:
+    """Whether the layers of a small model can be seen at work without the patch."""
+    try:
+        attention_report(_small(decoder))
+    except Exception:  # for whatever reason
+        return False
+    return True
+
+
+def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...]) -> Trial:
+    best = _try(decoder, handlings[0], small)
+    for handling in handlings[1:]:
+        if not best.problem or (decoder.unsupported_layers and best.right_layers):
+            break
+        trial = _try(decoder, handling, _small(decoder))
+        if not trial.problem or trial.right_layers > best.right_layers:
+            best = trial
+    return best
+
+
+def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel) -> Trial:
+    cls = original(type(decoder.module))
+    found = [each.with_sinks(_sinks_of_small(decoder, each)) for each in decoders(small)]
+    handlings = [handling if original(type(each.module)) is cls else None for each in found]
+    apply([plan for each, how in zip(found, handlings) for plan in bidirectional_plans(each, how)])
+    try:
+        report = attention_report(small)
+    except (UnsupportedModelError, AttentionMaskError) as error:
+        return Trial(handling, -1, f"a small random model of its class doesn't run any more: {error}")
+    right = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
+    return Trial(handling, right, problem_of(report, "a small random model of its class") or _beyond_span(report, found))
+
+
+def _sinks_of_small(decoder: Decoder, small: Decoder) -> Sinks:
+    """The sinks that stand for a decoder's in a small model: few tokens, and layers of both kinds if the decoder has both."""
+    tokens, sinkless = decoder.sinks
+    layers, real_layers = ({attention.layer for attention in d.attentions} for d in (small, decoder))
+    most = len(layers) if sinkless == len(real_layers) else max(1, len(layers) - 1)
+    return Sinks(min(tokens, MOST_SINKS), min(sinkless, most))
+
+
+def _small(decoder: Decoder) -> PreTrainedModel:
+    small = tiny_like(decoder.outermost)
+    if backend_of(text_config(decoder.module.config)) != "flash":
+        return small.to(device="cpu", dtype=torch.float32)
+    if small.dtype == torch.float32:  # FlashAttention takes no such thing; the model's own will be cast
+        small = small.to(torch.bfloat16)
+    return small.to("cuda") if small.device.type == "cpu" and torch.cuda.is_available() else small
+
+
+def classes_of(decoder: Decoder) -> frozenset[type]:
+    """The classes of a decoder's attention modules, and of the layers that these are in."""
+    paths = [attention.path for attention in decoder.attentions]
+    layers = [m for name, m in decoder_layers(decoder.module).items() if any(p.startswith(f"{name}.") for p in paths)]
+    return frozenset((*map(_layer_class, layers), *(original(type(a.module)) for a in decoder.attentions)))
+
+
+def _layer_class(layer: nn.Module) -> type:
+    """The class of a layer inside torch's own wrappers (compiled, checkpointed, sharded)."""
+    while type(layer).__module__.startswith("torch.") and len(layer._modules) == 1:
+        (inner,) = layer.children()
+        layer = inner
+    return next(cls for cls in original(type(layer)).__mro__ if not is_sharded(cls))
+
+
+def problem_of(report: AttentionReport, where: str) -> str:
+    # Not compared with what the causal layers reached: older releases let windows reach too far, or ignored them.
+    if report.is_bidirectional:
+        return ""
+    wrong = [f"{layer.name} {layer.class_name} ({layer.problems})" for layer in report.layers if not layer.ok]
+    return f"this was seen in {where}: {'; '.join(wrong) or report.summary}"
+
+
+def _beyond_span(report: AttentionReport, found: list[Decoder]) -> str:
+    """Whether a window or chunk holds: mask code that takes no ready mask (4.39's, with windows in some layers) loses it.
+
+    And whether each sink token is seen where the span says so.
+    """
+    for decoder in found:
+        prefix = f"{decoder.name}." if decoder.name else ""
+        for layer in report.layers:
+            spans = [a.span for a in decoder.attentions if f"{prefix}{a.path}.".startswith(f"{layer.name}.")]
+            if layer.verdict != BIDIRECTIONAL or not spans:
+                continue
+            limit = max(span.limit or report.length for span in spans)
+            if limit < report.length and layer.forward != limit - 1:
+                return f"{layer.name} {layer.class_name} reaches {layer.forward} tokens ahead, not {limit - 1}"
+            sinks = max(span.sinks for span in spans)
+            # A module may keep its window in a buffer, of which its span doesn't know (gpt_neo).
+            seen = _sees_sinks(spans, report.length).triu(-layer.backward)
+            if sinks and not torch.equal(layer.matrix[:, :sinks], seen[:, :sinks]):
+                return f"{layer.name} {layer.class_name} sees other sink tokens than its window reaches"
+    return ""
+
+
+def _sees_sinks(spans: list[Span], length: int) -> torch.Tensor:
+    """bool (query, key): who sees whom in a layer whose attention modules have these spans."""
+    whole = Sequences(1, length, torch.device("cpu"), None, None)
+    return torch.stack([whole.visible(span)[0] for span in spans]).any(0)
