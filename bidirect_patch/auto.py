@@ -12,14 +12,14 @@ import wrapt
 from transformers import PreTrainedModel
 
 from .checkpoints import guard, hooks, policy
-from .checkpoints.load import loaded_bidirectional, saved_sinks, says_bidirectional, sinks_on_disk
+from .checkpoints.marks import is_marked, saved_sinks, sinks_on_disk, was_marked
 from .patch import enable_bidirectional
 
 
 def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
-    if policy.enables and loaded_bidirectional(model):
+    if policy.enables and was_marked(model):
         enable_bidirectional(model, **saved_sinks(model)._asdict())
     return result
 
@@ -27,7 +27,7 @@ def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
 def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model, where, _ = hooks.adapter_arguments(model, args, kwargs)
-    if policy.enables and where is not None and says_bidirectional(where, **kwargs):
+    if policy.enables and where is not None and is_marked(where, **kwargs):
         enable_bidirectional(model, **sinks_on_disk(where, **kwargs)._asdict())
     return result
 

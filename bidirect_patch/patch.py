@@ -5,9 +5,9 @@ from typing import TypeVar
 from torch import nn
 
 from .block import Block
-from .errors import ArgumentError, UnsupportedModelError
+from .errors import ArgumentError
 from .model.decoder import Decoder
-from .model.find import Survey, decoders, survey
+from .model.find import Survey, check_module, survey
 from .model.sinks import NO_SINKS, read_sinks
 from .swap import in_use
 from .swap.modes import Mode, Setting
@@ -19,7 +19,7 @@ from .transition import (
     to_as_loaded,
     to_bidirectional,
 )
-from .verify.mode import attends_both_ways
+from .verify import mode
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -168,13 +168,8 @@ def is_bidirectional(model: nn.Module) -> bool:
         ...                                         num_attention_heads=4)))
         False
     """
-    try:
-        found = decoders(model)
-    except UnsupportedModelError:
-        if isinstance(model, nn.Module):
-            return False
-        raise
-    return all(map(attends_both_ways, found))
+    check_module(model)
+    return mode.is_bidirectional(model)
 
 
 def _check_flags(**flags: object) -> None:

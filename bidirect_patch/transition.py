@@ -18,7 +18,7 @@ from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, is_sharded
 from .swap.instance_forward import calls_the_patch, name_and_place
 from .swap.modes import Mode, Setting
-from .swap.plan import Plan, before_patch, plans_of, record_of
+from .swap.record import Plan, before_patch, plans_of, record_of
 from .verify.late import Unverified, unverified_plan, verify_now
 from .verify.mode import is_verified_patch
 from .verify.proof import native_attention, verify

@@ -20,7 +20,7 @@ from ..model.windows import Span
 from ..swap import in_use
 from ..swap.classes import Swapped, set_forward
 from ..swap.modes import Mode
-from ..swap.plan import settings_of
+from ..swap.record import settings_of
 from ..swap.recording import is_graph_captured
 from ..swap.view import unpatched
 from .dense import dense_mask

@@ -13,7 +13,7 @@ from ..model.facts import parameter_names
 from ..model.walk import modules_of
 from ..swap.classes import has_mixin, original
 from ..swap.recording import values_are_unknown
-from .model_forward import BidirectionalModel, CausalBlock, holds_bidirectional
+from .model_forward import BidirectionalModel, CausalBlock, holds_open
 
 IGNORED = -100
 _ENOUGH = 4  # scored tokens to judge by; fewer could all be visible by chance, since MNTP leaves one in ten unchanged
@@ -75,7 +75,7 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
     hidden = scored & (labels[:, 1:] != input_ids[:, 1:])
     if int(scored.sum()) < _ENOUGH:
         return
-    if not holds_bidirectional(model):
+    if not holds_open(model):
         return  # in a causal block
     _judged.update(module for module in modules_of(model) if _look in module._forward_pre_hooks.values())
     if not hidden.any():

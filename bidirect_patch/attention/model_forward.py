@@ -17,7 +17,7 @@ from ..model.windows import Span
 from ..swap import in_use
 from ..swap.classes import Swapped, has_mixin, original, set_forward
 from ..swap.modes import Mode
-from ..swap.plan import settings_of
+from ..swap.record import settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .handling import MaskHandling
@@ -101,7 +101,7 @@ class BidirectionalModel(Swapped):
         return super().get_extended_attention_mask(attention_mask, *args, **kwargs)  # type: ignore[misc]  # the original's
 
 
-def holds_bidirectional(model: nn.Module) -> bool:
+def holds_open(model: nn.Module) -> bool:
     """Whether a decoder in `model` is bidirectional by the patch."""
     return any(has_mixin(module, BidirectionalModel) for module in modules_of(model))
 
@@ -155,7 +155,7 @@ class CausalBlock(Swapped):
         return super().__reduce_ex__(protocol)
 
 
-def is_in_causal_block(model: nn.Module) -> bool:
+def holds_causal_block(model: nn.Module) -> bool:
     """Whether a decoder in `model` is in a causal block, opened by any thread."""
     return any(has_mixin(module, CausalBlock) for module in modules_of(model))
 

@@ -15,7 +15,7 @@ from ..model.walk import modules_of
 from ..model.windows import Span
 from ..swap.classes import Swapped
 from ..swap.modes import Mode, Setting
-from ..swap.plan import Plan, own_before_patch
+from ..swap.record import Plan, own_before_patch
 from .attention_forward import AttentionSettings, BidirectionalAttention, BidirectionalPart
 from .handling import MaskHandling, possible_handlings
 from .mirror import mirrored_buffer

@@ -9,26 +9,25 @@ from typing import Any
 
 import wrapt
 
-from ..attention.model_forward import check_not_in_others_block, holds_bidirectional, is_in_causal_block
+from ..attention.model_forward import check_not_in_others_block, holds_causal_block, holds_open
 from ..errors import BidirectPatchError, GenerateError
 from ..model.config import parts
+from ..model.find import holds_decoder
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open
 from ..verify.late import verify_kernel
-from ..verify.mode import check_not_mixed, sinks_in
+from ..verify.mode import check_not_mixed, is_bidirectional, sinks_in
 from . import policy
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
 from .guard import read_adapter_config
-from .load import (
+from .marks import (
     HUB_OPTIONS,
-    holds_decoder,
-    is_bidirectional_now,
-    loaded_bidirectional,
-    says_bidirectional,
+    is_marked,
     sinks_in_config,
     sinks_on_disk,
+    was_marked,
 )
 from .save import save_causal, save_model, save_without_sinks
 
@@ -89,7 +88,7 @@ def _install_peft(module: Any) -> None:
 def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     try:
         check_not_mixed(model)
-        if holds_bidirectional(model):
+        if holds_open(model):
             raise GenerateError(
                 f"{type(model).__name__}.{wrapped.__name__} was called while attention is bidirectional, where left-to-right "
                 f"generation has no meaning: use `with bidirectional(model, enabled=False): model.{wrapped.__name__}(...)`"
@@ -103,7 +102,7 @@ def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 def _generate_in_a_thread(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """The methods whose forwards run in a thread of their own, where an error would only be logged."""
-    if holds_bidirectional(model) or is_in_causal_block(model):
+    if holds_open(model) or holds_causal_block(model):
         raise GenerateError(
             f"{type(model).__name__}.{wrapped.__name__} was called on a bidirectional model. It generates in a thread of its "
             "own, for which no block holds: call disable_bidirectional(model) first, or give it a causal copy"
@@ -113,7 +112,7 @@ def _generate_in_a_thread(wrapped: Any, model: Any, args: Any, kwargs: Any) -> A
 
 def _set_attention(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """Another attention function is verified like the first one; one that stays causal is refused, and the old one put back."""
-    if not holds_bidirectional(model):
+    if not holds_open(model):
         return wrapped(*args, **kwargs)
     from transformers import PreTrainedModel
 
@@ -132,10 +131,10 @@ def _set_attention(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 def _save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     check_not_in_others_block(model)
     check_not_mixed(model)
-    if holds_bidirectional(model):
+    if holds_open(model):
         return save_model(wrapped, model, args, kwargs)
     says_both_ways = getattr(model.config, "is_causal", True) is False and holds_decoder(model)
-    if is_in_causal_block(model) or (says_both_ways and not is_bidirectional_now(model)):
+    if holds_causal_block(model) or (says_both_ways and not is_bidirectional(model)):
         return save_causal(wrapped, model, args, kwargs)
     if any(map(sinks_in_config, parts(model.config))):  # made from such a config, and never patched
         return save_without_sinks(wrapped, model, args, kwargs)
@@ -159,14 +158,14 @@ def _save_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> Any:
 def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     check_not_in_others_block(model)
     check_not_mixed(model)
-    with marked(sinks_in(model) if holds_bidirectional(model) or is_bidirectional_now(model) else None):
+    with marked(sinks_in(model) if holds_open(model) or is_bidirectional(model) else None):
         return wrapped(*args, **kwargs)
 
 
 def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
-    if policy.warns() and loaded_bidirectional(model) and not is_bidirectional_now(model):
+    if policy.warns() and was_marked(model) and not is_bidirectional(model):
         _warn(f"the checkpoint {args[0] if args else ''}")
     return result
 
@@ -174,7 +173,7 @@ def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
 def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model, where, name = adapter_arguments(model, args, kwargs)
-    if where is None or not says_bidirectional(where, **kwargs):
+    if where is None or not is_marked(where, **kwargs):
         return result
     sinks = sinks_on_disk(where, **kwargs)
     if name in getattr(model, "peft_config", {}):
@@ -185,7 +184,7 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
             # PEFT's own list is of the adapter's keys alone, and it warns of each
             fitted.missing_keys[:] = set(result.missing_keys).intersection(fitted.missing_keys)
             result = fitted
-    if policy.warns() and not is_bidirectional_now(model, sinks):
+    if policy.warns() and not is_bidirectional(model, sinks):
         _warn(f"the adapter {where}", sinks)
     return result
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from ..swap.classes import Swapped, rebuild
-from ..swap.plan import Plan
+from ..swap.record import Plan
 from . import hooks
 
 

@@ -14,12 +14,12 @@ from ..model.config import parts
 from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks
 from ..swap.classes import has_mixin
-from ..swap.plan import settings_of
+from ..swap.record import settings_of
 from ..swap.view import view
 from ..verify.mode import sinks_in
 from .adapters import marked
 from .guard import guard_config
-from .load import sinks_in_config
+from .marks import sinks_in_config
 
 
 def save_model(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:

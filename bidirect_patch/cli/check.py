@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..checkpoints.guard import opening_sinks
-from ..checkpoints.load import saved_sinks
+from ..checkpoints.marks import saved_sinks
 from ..errors import StillCausalError, UnsupportedModelError
 from ..model.sinks import Sinks
 from ..model.tiny import tiny_like

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checkpoints.load import sinks_on_disk
+from ..checkpoints.marks import sinks_on_disk
 from ..errors import ConfigError
 from ..model.sinks import Sinks
 from . import one_line

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..checkpoints.load import HUB_OPTIONS, read_json
 from ..checkpoints.loading import loading, without_peft_warning
+from ..checkpoints.marks import HUB_OPTIONS, read_json
 from ..errors import ConfigError, extra_needed
 from ..patch import enable_bidirectional
 from .reading import KNOWN_NAMES, TextFormat, check_tokenizer

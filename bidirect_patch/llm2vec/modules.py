@@ -10,7 +10,7 @@ from sentence_transformers.base.modules.module import Module
 from transformers import AutoTokenizer
 
 from ..checkpoints.guard import opening_sinks
-from ..checkpoints.load import loaded_bidirectional, saved_sinks
+from ..checkpoints.marks import saved_sinks, was_marked
 from ..errors import ConfigError
 from ..patch import enable_bidirectional
 from .decoder import load_decoder
@@ -114,7 +114,7 @@ class LLM2VecTransformer(InputModule):
         model_kwargs = {**hub, **(options.get("config_kwargs") or {}), **(options.get("model_kwargs") or {})}
         with opening_sinks():
             model = load_decoder(model_name_or_path, "auto", **model_kwargs)
-        if loaded_bidirectional(model):
+        if was_marked(model):
             enable_bidirectional(model, **saved_sinks(model)._asdict())
         given = options.get("processor_kwargs") or options.get("tokenizer_kwargs") or {}
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **{**hub, **given})

@@ -24,7 +24,7 @@ from ..model.facts import parameter_names
 from ..patch import enable_with_sinks_found
 from ..swap.apply import apply, prepare
 from ..swap.classes import Swapped, has_mixin, set_forward
-from ..swap.plan import Plan, record_of, settings_of
+from ..swap.record import Plan, record_of, settings_of
 from ..swap.recording import is_transformed
 from .causal_lm import build_around, check_causal, check_module, find_causal, vocabulary_size
 from .evaluation import EVAL_LOGITS, EvalLogits, KeptLogits

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..swap.plan import buffers_before_patch
+from ..swap.record import buffers_before_patch
 
 
 def triangular_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from ..errors import ArgumentError, UnsupportedModelError
 from ..swap.classes import is_open, original
 from ..swap.instance_forward import calls_the_patch
 from ..swap.modes import Mode, Setting
-from ..swap.plan import before_patch, own_before_patch, plans_of, setting_of
+from ..swap.record import before_patch, own_before_patch, plans_of, setting_of
 from .buffers import triangular_buffers
 from .sinks import NO_SINKS, Sinks
 from .walk import modules_of, parameters_of

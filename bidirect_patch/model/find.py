@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..swap.classes import original
-from ..swap.plan import before_patch
+from ..swap.record import before_patch
 from .buffers import triangular_buffers
 from .config import text_config
 from .decoder import Attention, Decoder, causal_flags
@@ -65,17 +65,30 @@ def decoders(model: Any) -> list[Decoder]:
     return survey(model).decoders
 
 
+def holds_decoder(model: nn.Module) -> bool:
+    """Whether there is a decoder in `model`; else it is an encoder, of which `is_causal: false` is true as it is."""
+    try:
+        return bool(decoders(model))
+    except UnsupportedModelError:
+        return False
+
+
+def check_module(model: Any) -> None:
+    """Raise UnsupportedModelError for what is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"expected a torch.nn.Module that holds a transformers decoder, got {type(model).__name__}: load the model first "
+            "(AutoModelForCausalLM.from_pretrained, for example) and pass the object"
+        )
+
+
 def survey(model: Any) -> Survey:
     """Look at a model once.
 
     Raises:
         UnsupportedModelError: there is no decoder in it; the message names what there is.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"expected a torch.nn.Module that holds a transformers decoder, got {type(model).__name__}: load the model first "
-            "(AutoModelForCausalLM.from_pretrained, for example) and pass the object"
-        )
+    check_module(model)
     named = list(model.named_modules())
     models = [(name, module) for name, module in named if isinstance(module, PreTrainedModel)]
     found: list[Decoder] = []

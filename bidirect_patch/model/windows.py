@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..swap.plan import before_patch
+from ..swap.record import before_patch
 
 
 class Span(NamedTuple):

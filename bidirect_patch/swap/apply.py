@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import ForeignWrapperError
 from .classes import RECORD, Swapped, subclass
 from .instance_forward import FORWARDS, Rebound, rebound
-from .plan import Plan, Record, buffers_before_patch, record_of
+from .record import Plan, Record, buffers_before_patch, record_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from .classes import original
-from .plan import attributes_before_patch, buffers_before_patch, record_of
+from .record import attributes_before_patch, buffers_before_patch, record_of
 
 
 def view(module: nn.Module, modules: dict[str, Any] | None = None, attributes: dict[str, Any] | None = None) -> Any:

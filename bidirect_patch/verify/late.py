@@ -12,7 +12,7 @@ from ..swap import in_use
 from ..swap.apply import apply
 from ..swap.classes import Swapped, set_forward
 from ..swap.modes import Mode, Setting
-from ..swap.plan import Plan, setting_of
+from ..swap.record import Plan, setting_of
 from ..swap.recording import is_graph_captured
 from .proof import verify, verify_itself
 

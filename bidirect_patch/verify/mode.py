@@ -4,11 +4,12 @@ from torch import nn
 
 from ..attention.mixed import check_decoder
 from ..attention.model_forward import ModelSettings
+from ..errors import UnsupportedModelError
 from ..model.decoder import Decoder
 from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
-from ..swap.plan import record_of, setting_of, settings_of
+from ..swap.record import record_of, setting_of, settings_of
 from .proof import native_attention
 
 
@@ -25,6 +26,15 @@ def attends_both_ways(decoder: Decoder) -> bool:
     if decoder.unsupported_layers:
         return False
     return is_verified_patch(decoder) or (not decoder.has_any_patch and native_attention(decoder) == "bidirectional")
+
+
+def is_bidirectional(model: nn.Module, sinks: Sinks | None = None) -> bool:
+    """Whether every decoder in `model` attends in both directions, and with `sinks` if given; False where there is none."""
+    try:
+        found = decoders(model)
+    except UnsupportedModelError:
+        return False
+    return all(map(attends_both_ways, found)) and (sinks is None or all(decoder.setting.sinks == sinks for decoder in found))
 
 
 def sinks_in(model: nn.Module) -> Sinks:

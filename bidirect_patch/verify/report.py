@@ -12,7 +12,7 @@ from ..attention.attention_forward import AttentionSettings
 from ..errors import ArgumentError, ConfigError, StillCausalError, UnsupportedModelError
 from ..model.walk import modules_of
 from ..model.wrappers import pretrained
-from ..swap.plan import settings_of
+from ..swap.record import settings_of
 from .dependence import BIDIRECTIONAL as BIDIRECTIONAL
 from .dependence import CAUSAL, NONE, PARTIAL, Verdict, count_sinks, verdict_of
 from .probe import LENGTH, Case, LayerCall, Observation, Probe, left_as_it_was

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
-from bidirect_patch.checkpoints.load import says_bidirectional
+from bidirect_patch.checkpoints.marks import is_marked
 
 from ..helpers.saved import WAYS_TO_LOAD, config_of, encode, load_adapter, lora, reaches_back, same
 from ..helpers.tiny_models import tiny_model
@@ -30,9 +30,9 @@ def test_a_saved_adapter_is_marked_and_a_causal_one_is_not(tmp_path):
     pytest.importorskip("peft")
     model = lora(tiny_model())
     model.save_pretrained(tmp_path / "causal")
-    assert not says_bidirectional(tmp_path / "causal")
+    assert not is_marked(tmp_path / "causal")
     enable_bidirectional(model).save_pretrained(tmp_path / "both")
-    assert says_bidirectional(tmp_path / "both")
+    assert is_marked(tmp_path / "both")
     assert sorted(p.name for p in (tmp_path / "causal").iterdir()) == sorted(
         p.name for p in (tmp_path / "both").iterdir()
     )
@@ -106,7 +106,7 @@ def test_an_adapter_saved_through_transformers_is_marked(tmp_path, auto, with_tr
     assert reaches_back(opened.eval())
     same(encode(opened), encode(model))
     disable_bidirectional(model).save_pretrained(tmp_path / "causal")
-    assert not says_bidirectional(tmp_path / "causal")
+    assert not is_marked(tmp_path / "causal")
 
 
 def test_an_adapter_pushed_through_transformers_is_marked(tmp_path, pushed, with_transformers_adapter):
@@ -150,7 +150,7 @@ def test_several_adapters_are_each_marked_and_switch(tmp_path, auto):
     assert not torch.allclose(want["first"], want["second"], atol=1e-2)
     model.save_pretrained(tmp_path)
     for name in ("first", "second"):
-        assert says_bidirectional(tmp_path / name)
+        assert is_marked(tmp_path / name)
     opened = peft.PeftModel.from_pretrained(tiny_model(), str(tmp_path / "first"), adapter_name="first")
     opened.load_adapter(str(tmp_path / "second"), adapter_name="second")
     for name in ("first", "second"):

@@ -8,7 +8,7 @@ import transformers
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
-from bidirect_patch.checkpoints.load import saved_sinks, sinks_on_disk
+from bidirect_patch.checkpoints.marks import saved_sinks, sinks_on_disk
 from bidirect_patch.errors import ArgumentError
 from bidirect_patch.model.sinks import NO_SINKS, Sinks
 

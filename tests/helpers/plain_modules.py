@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bidirect_patch.swap.classes import Swapped, set_forward
-from bidirect_patch.swap.plan import Plan, settings_of
+from bidirect_patch.swap.record import Plan, settings_of
 
 
 class Scale(nn.Module):

@@ -10,7 +10,14 @@ from torch import nn
 from bidirect_patch.errors import ForeignWrapperError
 from bidirect_patch.swap.apply import apply, commit, prepare
 from bidirect_patch.swap.classes import RECORD, Swapped, has_mixin, original
-from bidirect_patch.swap.plan import Plan, before_patch, buffers_before_patch, own_before_patch, record_of, settings_of
+from bidirect_patch.swap.record import (
+    Plan,
+    before_patch,
+    buffers_before_patch,
+    own_before_patch,
+    record_of,
+    settings_of,
+)
 
 from ..helpers.plain_modules import STOCK, Addend, Factor, Plus, Scale, Times, X, assert_same, plus, state, times
 

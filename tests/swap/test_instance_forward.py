@@ -16,7 +16,7 @@ from torch import nn
 from bidirect_patch.errors import OrderError
 from bidirect_patch.swap.apply import apply
 from bidirect_patch.swap.instance_forward import calls_the_patch
-from bidirect_patch.swap.plan import Plan
+from bidirect_patch.swap.record import Plan
 
 from ..helpers.double import HUNDRED, ONE, PATCHED, STOCK, Double, One, PlusHundred, PlusOne, X
 

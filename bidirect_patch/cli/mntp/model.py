@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ...checkpoints.guard import opening_sinks
-from ...checkpoints.load import saved_sinks
+from ...checkpoints.marks import saved_sinks
 from ...errors import ConfigError, UnsupportedModelError
 from ...mntp.head import apply_mntp_head
 from ...model.sinks import Sinks

@@ -10,8 +10,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig
 
 from ...checkpoints.guard import opening_sinks
-from ...checkpoints.load import saved_sinks, sinks_on_disk
 from ...checkpoints.loading import without_peft_warning
+from ...checkpoints.marks import saved_sinks, sinks_on_disk
 from ...encoder.without_sinks import WithoutSinks
 from ...errors import ConfigError
 from ...model.config import parts

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bidirect_patch.checkpoints.load import says_bidirectional
+from bidirect_patch.checkpoints.marks import is_marked
 from bidirect_patch.cli import main
 
 from ...helpers.mntp_runs import results
@@ -57,7 +57,7 @@ def test_it_runs(place, tmp_path, monkeypatch, name):
     where = {"cache_dir": tmp_path / "cache", "report_to": "none"}
     assert main(["mntp", str(path), *(f"--{key}={value}" for key, value in (flags | where).items())]) == 0
     found = results(published)
-    assert says_bidirectional(published["output_dir"])
+    assert is_marked(published["output_dir"])
     assert {"causal_loss", "before_loss", "eval_loss", "train_loss"} <= found.keys()
 
 

@@ -10,7 +10,7 @@ from packaging.version import Version
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from bidirect_patch import enable_bidirectional, is_bidirectional
-from bidirect_patch.checkpoints.load import says_bidirectional
+from bidirect_patch.checkpoints.marks import is_marked
 from bidirect_patch.cli import main
 
 from ...helpers.mntp_runs import batches, reaches_back, results, run, weights
@@ -67,7 +67,7 @@ def test_a_published_settings_file_runs_unchanged_and_the_result_opens_bidirecti
     found = results(settings)
     assert found["eval_loss"] < found["before_loss"] - 0.1 and found["causal_loss"] != found["before_loss"]
 
-    assert says_bidirectional(folder)
+    assert is_marked(folder)
     base = enable_bidirectional(AutoModel.from_pretrained(settings["model_name_or_path"]))
     ids = torch.arange(4, 12)[None]
     before = base(input_ids=ids)[0]
@@ -204,7 +204,7 @@ def test_real_weights_from_gguf_learn(real_weights, settings, tmp_path):
     found = results(settings)
     assert found["causal_loss"] + 0.5 < found["before_loss"]
     assert found["eval_loss"] + 0.2 < found["before_loss"]
-    assert says_bidirectional(settings["output_dir"])
+    assert is_marked(settings["output_dir"])
 
 
 @pytest.mark.slow

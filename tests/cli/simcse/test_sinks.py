@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
-from bidirect_patch.checkpoints.load import sinks_on_disk
+from bidirect_patch.checkpoints.marks import sinks_on_disk
 from bidirect_patch.cli import main
 from bidirect_patch.cli.spearman import spearman
 from bidirect_patch.model.sinks import NO_SINKS, Sinks

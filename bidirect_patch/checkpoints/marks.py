@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import UnsupportedModelError
 from ..model.config import parts
-from ..model.find import decoders
+from ..model.find import holds_decoder
 from ..model.sinks import NO_SINKS, Sinks, read_sinks
-from ..verify.mode import attends_both_ways
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder")
 # The classes that LLM2Vec's adapters and full models name, and no flag. A miss: what LLM2Vec wrote opens causal. A wrong match:
@@ -20,7 +18,7 @@ _LLM2VEC_CLASS = re.compile(
 )
 
 
-def says_bidirectional(name_or_path: Any, **hub: Any) -> bool:
+def is_marked(name_or_path: Any, **hub: Any) -> bool:
     """Whether a checkpoint or adapter says `is_causal: false` in its config, or names one of LLM2Vec's bidirectional classes.
 
     Args:
@@ -33,7 +31,7 @@ def says_bidirectional(name_or_path: Any, **hub: Any) -> bool:
     )
 
 
-def loaded_bidirectional(model: Any) -> bool:
+def was_marked(model: Any) -> bool:
     """Whether the config that a model was loaded with says so, and the model holds a decoder of which that can be true."""
     says_so = any(getattr(part, "is_causal", True) is False for part in parts(model.config))
     says_so = says_so or any(map(_LLM2VEC_CLASS.search, getattr(model.config, "architectures", None) or ()))
@@ -58,29 +56,13 @@ def saved_sinks(config_or_model: Any) -> Sinks:
 
 
 def sinks_on_disk(name_or_path: Any, **hub: Any) -> Sinks:
-    """The sinks of which a checkpoint or adapter on disk says that it was trained with; see `says_bidirectional`."""
+    """The sinks of which a checkpoint or adapter on disk says that it was trained with; see `is_marked`."""
     hub = {name: value for name, value in hub.items() if name in (*HUB_OPTIONS, "local_files_only")}
     for file_name in ("adapter_config.json", "config.json"):
         for part in _parts_of_json(read_json(name_or_path, file_name, hub)):
             if (sinks := sinks_in_config(part)) is not None:
                 return sinks
     return NO_SINKS
-
-
-def holds_decoder(model: Any) -> bool:
-    """Whether there is a decoder in `model`; else it is an encoder, of which `is_causal: false` is true as it is."""
-    try:
-        return bool(decoders(model))
-    except UnsupportedModelError:
-        return False
-
-
-def is_bidirectional_now(model: Any, sinks: Sinks | None = None) -> bool:
-    """Whether every decoder in `model` attends in both directions, and with `sinks` if given; False where there is none."""
-    if not holds_decoder(model):
-        return False
-    found = decoders(model)
-    return all(map(attends_both_ways, found)) and (sinks is None or all(decoder.setting.sinks == sinks for decoder in found))
 
 
 def _config_says_so(config: dict[str, Any]) -> bool:
