@@ -217,7 +217,7 @@ def _mask_of_sinks(span: Span, hidden: Tensor) -> Tensor:
 def _own_mask(settings: AttentionSettings, mask: Any, backend: str) -> Any:
     """The module's mask out of what its model handed on."""
     if settings.handling.kind != "ready":
-        return mirrored_mask(mask, settings.handling.inverted, settings.span)
+        return mirrored_mask(mask, settings.handling.made_is_hidden, settings.span)
     if not in_use.mask_is_ours():
         return mirrored_mask(pick(mask, settings.index, settings.spans, False), span=settings.span)
     return pick(mask, settings.index, settings.spans, backend in settings.omits_mask_on)

@@ -14,8 +14,10 @@ class MaskHandling(NamedTuple):
     # "ready": a finished 4D mask passes through. "counts": the code needs the 2D mask for more than attention (positions), so
     # that the mask it makes is mirrored, unless sequences are packed. "own": it always needs the 2D mask.
     kind: Literal["ready", "counts", "own"]
-    # "ready": the 4D mask is ones and zeros. "own": the bool mask that the code makes is True where it hides.
-    inverted: bool = False
+    # For "ready": the finished mask is ones and zeros, which the code inverts; else it is added to the scores, or bool.
+    ready_is_ones: bool = False
+    # For "counts" and "own": a bool mask that the code makes is True where it hides; else True where visible.
+    made_is_hidden: bool = False
     # Whether an attention module without a mask sees everything, where its backend does.
     sees_all_without_mask: bool = True
 
@@ -28,7 +30,7 @@ def possible_handlings(decoder: Decoder) -> tuple[MaskHandling, ...]:
     own = (
         MaskHandling("own"),
         MaskHandling("own", sees_all_without_mask=False),
-        MaskHandling("own", inverted=True),
+        MaskHandling("own", made_is_hidden=True),
     )
     if not builds_causal_mask(cls) or (alibi and getattr(decoder.module.config, "alibi", True)):
         return own
@@ -36,10 +38,10 @@ def possible_handlings(decoder: Decoder) -> tuple[MaskHandling, ...]:
         return own
     if alibi or counts_mask(cls):
         return MaskHandling("counts"), MaskHandling("counts", sees_all_without_mask=False), *own
-    inverted = READY_MASKS_ARE_INVERTED and not hasattr(cls, "_update_causal_mask")
+    is_ones = READY_MASKS_ARE_INVERTED and not hasattr(cls, "_update_causal_mask")
     ready = (
-        MaskHandling("ready", inverted),
-        MaskHandling("ready", inverted, sees_all_without_mask=False),
-        MaskHandling("ready", not inverted, sees_all_without_mask=False),
+        MaskHandling("ready", is_ones),
+        MaskHandling("ready", is_ones, sees_all_without_mask=False),
+        MaskHandling("ready", not is_ones, sees_all_without_mask=False),
     )
     return *ready, *own

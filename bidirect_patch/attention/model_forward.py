@@ -269,8 +269,8 @@ def _mask(
         if kwargs.get("cu_seq_lens_q") is not None:
             read_boundaries(kwargs["cu_seq_lens_q"], batch, length, inputs.device)
         _check_boundaries(kwargs)
-        inverted = handling.inverted and handling.kind == "ready"
-        ready = users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, inverted)
+        is_ones = handling.ready_is_ones
+        ready = users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, is_ones)
         if handling.kind != "ready":
             _check_symmetric(model, mask)
             _check_without_sinks(model, settings.sinks)
@@ -288,7 +288,7 @@ def _mask(
             f"{' with sinkless layers' * (settings.sinks.num_sinkless_layers > 0)}, whose own mask code takes nothing but a 2D "
             "mask: pass one sequence per row, with padding"
         )
-    return make_mask(sequences, settings.spans, backend_of(config), dtype, handling.inverted)
+    return make_mask(sequences, settings.spans, backend_of(config), dtype, handling.ready_is_ones)
 
 
 def _check_symmetric(model: Any, mask: Any) -> None:

@@ -79,7 +79,7 @@ def is_users_own(mask: Any) -> bool:
 
 
 def users_mask(
-    mask: Any, spans: int, batch: int, length: int, heads: int, backend: Backend, dtype: torch.dtype, inverted: bool
+    mask: Any, spans: int, batch: int, length: int, heads: int, backend: Backend, dtype: torch.dtype, as_ones: bool
 ) -> Any:
     """A user's finished mask in the form that `pick` reads: one group of channels per span.
 
@@ -92,7 +92,7 @@ def users_mask(
         heads: attention heads of the model.
         backend: the decoder's attention backend.
         dtype: of an additive mask.
-        inverted: whether this model's mask code takes ones and zeros and inverts them.
+        as_ones: whether this model's mask code takes ones and zeros and inverts them.
 
     Raises:
         AttentionMaskError: another shape or dtype, or a backend that takes no such mask.
@@ -100,7 +100,7 @@ def users_mask(
     if isinstance(mask, dict):
         _check_values(mask, backend)
         return {
-            kind: users_mask(each, spans, batch, length, heads, backend, dtype, inverted) if is_users_own(each) else each
+            kind: users_mask(each, spans, batch, length, heads, backend, dtype, as_ones) if is_users_own(each) else each
             for kind, each in mask.items()
         }
     if not isinstance(mask, Tensor):
@@ -111,7 +111,7 @@ def users_mask(
     # Until 4.42, ones and zeros were the only 4D form, so a floating point mask with a value above 0 is that.
     if READY_MASKS_ARE_INVERTED and mask.is_floating_point() and not mask.is_meta and bool((mask > 0).any()):
         mask = mask > 0
-    if inverted:
+    if as_ones:
         mask = (mask if mask.dtype == torch.bool else mask >= 0).to(dtype)
     elif mask.dtype == torch.bool and not (backend == "sdpa" and HAS_MASKING_UTILS):
         mask = additive(mask, dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import ForeignWrapperError
 from .classes import RECORD, Swapped, subclass
 from .instance_forward import FORWARDS, Rebound, rebound
-from .record import Plan, Record, buffers_before_patch, record_of
+from .record import MISSING, Plan, Record, buffers_before_patch, record_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _change(module: nn.Module, plans: tuple[Plan, ...]) -> Change:
         cls = type(module)
         if "_mixins" in cls.__dict__:
             cls = subclass(cls._original, mixins)  # type: ignore[attr-defined]  # another one if its forward has changed
-        forward = Rebound({n: module.__dict__[n] for n in FORWARDS if n in record.names and n in module.__dict__})
+        forward = Rebound({n: module.__dict__[n] for n in FORWARDS if n in record.before and n in module.__dict__})
     else:
         if record.plans:
             check_class(module)
@@ -92,20 +92,18 @@ def _change(module: nn.Module, plans: tuple[Plan, ...]) -> Change:
         forward = rebound(module, cls)
     attributes = {name: value for plan in plans for name, value in plan.attributes.items()} | forward.attributes
     buffers: dict[str, Tensor | None] = {name: value for plan in plans for name, value in plan.buffers.items()}
-    if not plans:  # the very object that was there before, if there was one
-        attributes = {name: value for name, value in attributes.items() if name not in record.attributes}
-    there = {name: module.__dict__[name] for name in attributes if name in module.__dict__ and name not in record.names}
-    before = {**there, **forward.before, **record.attributes}
+    there = {name: module.__dict__.get(name, MISSING) for name in attributes}
+    before = {**there, **forward.before, **record.before}
     if plans:
-        names = frozenset(attributes)
-        kept = {name: value for name, value in before.items() if name in names or name == "forward"}
+        kept = {name: value for name, value in before.items() if name in attributes or name == "forward"}
         buffers_before = {name: record.buffers.get(name, module._buffers[name]) for name in buffers}
-        attributes[RECORD] = Record(plans, names, kept, buffers_before, forward.wrapper or record.wrapper)
-    gone = {RECORD, *record.names} - set(attributes)
-    if "forward" in record.attributes and not plans:  # a wrapper that was called inside is on the instance again
-        attributes.setdefault("forward", record.attributes["forward"])
-    restored = {name: before[name] for name in gone if name in before and name in module.__dict__}
-    dropped = [name for name in gone if name not in before] + ["forward"] * forward.drops_forward
+        attributes[RECORD] = Record(plans, kept, buffers_before, forward.wrapper or record.wrapper)
+    else:  # the very object that was there before, if there was one; a wrapper that was called inside is on the instance again
+        attributes = {name: value for name, value in attributes.items() if record.before.get(name, MISSING) is MISSING}
+        attributes |= {"forward": record.before["forward"]} if record.before.get("forward", MISSING) is not MISSING else {}
+    gone = {RECORD, *record.before} - set(attributes)
+    restored = {name: before[name] for name in gone if before.get(name, MISSING) is not MISSING and name in module.__dict__}
+    dropped = [name for name in gone if before.get(name, MISSING) is MISSING] + ["forward"] * forward.drops_forward
     stock = buffers_before_patch(module)
     buffers |= {name: stock[name] for name in record.buffers if name not in buffers}
     return Change(module, cls, {**attributes, **restored}, tuple(dropped), buffers)

@@ -2,12 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .classes import RECORD, Swapped, original
 from .modes import Setting
+
+
+class Missing(Enum):
+    """What stands for an attribute that there was none of. It is the same object after a copy and in a pickle."""
+
+    MISSING = "missing"
+
+
+MISSING = Missing.MISSING
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,7 @@ class Record:
     """What a patched module has (its plans) and what it was before. Kept in the module, so copies and pickles have it too."""
 
     plans: tuple[Plan, ...] = ()
-    names: frozenset[str] = frozenset()  # instance attributes that the patch set
-    attributes: Mapping[str, Any] = field(default_factory=dict)  # instance attributes that it replaced, as they were before
+    before: Mapping[str, Any] = field(default_factory=dict)  # instance attributes that it changed: what was there, or MISSING
     buffers: Mapping[str, Tensor | None] = field(default_factory=dict)  # buffers that it replaced, as they were before
     wrapper: Any = None  # another tool's function around the stock forward, which the patch calls inside
 
@@ -66,17 +75,19 @@ def setting_of(module: nn.Module) -> Setting | None:
 def before_patch(module: nn.Module, name: str) -> Any:
     """The attribute `name` as it is without the patch: the instance's, else the class's, else None."""
     record = record_of(module)
-    if record is None or name not in record.names:
+    if record is None or name not in record.before:
         return getattr(module, name, None)
-    return record.attributes[name] if name in record.attributes else getattr(original(type(module)), name, None)
+    before = record.before[name]
+    return getattr(original(type(module)), name, None) if before is MISSING else before
 
 
 def own_before_patch(module: nn.Module, name: str) -> Any:
     """The instance's own attribute `name` as it is without the patch; None if the instance has none."""
     record = record_of(module)
-    if record is None or name not in record.names:
+    if record is None or name not in record.before:
         return module.__dict__.get(name)
-    return record.attributes.get(name)
+    before = record.before[name]
+    return None if before is MISSING else before
 
 
 def attributes_before_patch(module: nn.Module) -> dict[str, Any]:
@@ -84,8 +95,8 @@ def attributes_before_patch(module: nn.Module) -> dict[str, Any]:
     record = record_of(module)
     if record is None:
         return module.__dict__
-    kept = {name: value for name, value in module.__dict__.items() if name != RECORD and name not in record.names}
-    return {**kept, **record.attributes}
+    kept = {name: value for name, value in module.__dict__.items() if name != RECORD and name not in record.before}
+    return {**kept, **{name: value for name, value in record.before.items() if value is not MISSING}}
 
 
 def buffers_before_patch(module: nn.Module) -> dict[str, Tensor | None]:

@@ -13,8 +13,8 @@ SEEN = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1]]).bool().expand(BATCH, 1, L
 ADDED = torch.where(SEEN, 0.0, LOWEST)
 
 
-def made(mask, spans=1, backend="eager", inverted=False):
-    return users_mask(mask, spans, BATCH, LENGTH, HEADS, backend, torch.float32, inverted)
+def made(mask, spans=1, backend="eager", as_ones=False):
+    return users_mask(mask, spans, BATCH, LENGTH, HEADS, backend, torch.float32, as_ones)
 
 
 def visible(mask):
@@ -46,7 +46,7 @@ def test_numbers_above_0_are_added_too(values):
 
 @pytest.mark.parametrize("given", [SEEN, ADDED], ids=["bool", "added"])
 def test_a_model_that_inverts_gets_ones_and_zeros(given):
-    taken = made(given, inverted=True)
+    taken = made(given, as_ones=True)
     assert taken.dtype == torch.float32 and torch.equal(taken, SEEN.float())
 
 
@@ -146,7 +146,7 @@ def test_a_dict_has_a_mask_for_each_kind_of_layer():
     taken = made({"full_attention": SEEN, "sliding_attention": ADDED, "none": None})
     assert torch.equal(taken["full_attention"], ADDED) and torch.equal(taken["sliding_attention"], ADDED)
     assert taken["none"] is None and taken.keys() == {"full_attention", "sliding_attention", "none"}
-    taken = made({"full_attention": SEEN}, spans=2, inverted=True)
+    taken = made({"full_attention": SEEN}, spans=2, as_ones=True)
     assert torch.equal(taken["full_attention"], SEEN.float().repeat(1, 2, 1, 1))
     block = BlockMask()
     assert made({"full_attention": block}, backend="flex")["full_attention"] is block
