@@ -2,7 +2,8 @@
 
 import dis
 from collections.abc import Iterable, Iterator, Mapping
-from types import FunctionType
+from functools import cache
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from .facts import names_in
 
 _MISSING = object()
+_STORE = dis.opmap["STORE_GLOBAL"]  # each step of a function's code is two bytes, of which the first says what it does
 
 
 class Code:
@@ -82,8 +84,14 @@ def _is_set_by_its_module(variables: dict[str, Any], name: str) -> bool:
     if getattr(variables.get(name), "__name__", name) == name:  # as it was defined or imported; or no variable of the module
         return False
     functions = (value for value in list(variables.values()) if isinstance(value, FunctionType))
-    own = (function for function in functions if function.__globals__ is variables)
-    return any(s.opname == "STORE_GLOBAL" and s.argval == name for f in own for s in dis.get_instructions(f))
+    codes = (function.__code__ for function in functions if function.__globals__ is variables)
+    return any(name in code.co_names and _STORE in code.co_code[::2] and name in _globals_set(code) for code in codes)
+
+
+@cache
+def _globals_set(code: CodeType) -> frozenset[str]:
+    """The variables of its module that a function sets."""
+    return frozenset(step.argval for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL")
 
 
 def _own_bases(cls: type) -> Iterator[type]:
