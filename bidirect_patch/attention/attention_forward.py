@@ -1,6 +1,5 @@
 """An attention module: it takes the mask of its own span, and is not causal."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,27 +24,14 @@ from ..swap.recording import is_graph_captured
 from ..swap.view import unpatched
 from .dense import dense_mask
 from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run, sequence_numbers
-from .handling import MaskHandling
 from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
 from .mixed import check_model_above
+from .module_settings import AttentionSettings
+from .old_releases import upad_input
 from .padding_and_packing import Sequences
 from .ready_mask import pick
 from .sinks_alone import cut_to_sinks, put_in
-
-
-@dataclass(frozen=True)
-class AttentionSettings:
-    """What the patch knows of one attention module."""
-
-    span: Span
-    index: int  # which of the decoder's spans that is
-    spans: int  # how many there are
-    config: Any  # the decoder's, for modules that keep none
-    handling: MaskHandling
-    omits_mask_on: tuple[str, ...]  # backends on which the module sees everything without a mask
-    needs_shorter_window: bool  # FlashAttention would have to be given a window one shorter, and isn't
-    compares_positions: bool  # a part of it finds the past by position_ids
 
 
 class BidirectionalAttention(Swapped):
@@ -75,7 +61,7 @@ class BidirectionalAttention(Swapped):
 
         set_forward(cls, forward, below)
         if hasattr(original, "_upad_input"):  # FlashAttention before 4.43: the only place that sets cu_seqlens
-            cls._upad_input = _upad_input  # type: ignore[attr-defined]  # as the original has it
+            cls._upad_input = upad_input  # type: ignore[attr-defined]  # as the original has it
 
     @classmethod
     def note_of(cls, module: Any) -> str:
@@ -221,14 +207,3 @@ def _own_mask(settings: AttentionSettings, mask: Any, backend: str) -> Any:
     if not in_use.mask_is_ours():
         return mirrored_mask(pick(mask, settings.index, settings.spans, False), span=settings.span)
     return pick(mask, settings.index, settings.spans, backend in settings.omits_mask_on)
-
-
-def _upad_input(self: Any, query: Any, key: Any, value: Any, attention_mask: Tensor, query_length: int) -> Any:
-    """Boundaries of packed sequences, where transformers' own code knows only padding. q, k, v: (batch, length, heads, dim)."""
-    settings = settings_of(self, AttentionSettings)
-    if attention_mask.dim() == 2 or settings is None:
-        return self._original._upad_input(self, query, key, value, attention_mask, query_length)
-    run = how_to_run(attention_mask, settings.index)
-    flat = [x.flatten(0, 1) for x in (query, key, value)]
-    indices = torch.arange(query.shape[0] * query.shape[1], device=query.device)
-    return *flat, indices, (run.cu_seq_lens,) * 2, (run.max_length,) * 2

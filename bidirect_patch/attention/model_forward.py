@@ -1,6 +1,5 @@
 """A model that makes the mask: it hands a bidirectional mask to its own forward, and keeps no KV cache."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,40 +7,26 @@ from torch import Tensor, nn
 from torch.jit._trace import is_tracing
 
 from ..errors import ArgumentError, AttentionMaskError, CacheError
-from ..model.code import Code
 from ..model.config import backend_of, text_config
 from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names, takes_any_keyword
 from ..model.sinks import Sinks
 from ..model.walk import modules_of
-from ..model.windows import Span
 from ..swap import in_use
 from ..swap.classes import Swapped, has_mixin, original, set_forward
 from ..swap.modes import Mode
 from ..swap.record import settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
-from .handling import MaskHandling
-from .mixed import Place, check_layers
+from .mixed import check_layers
+from .module_settings import ModelSettings
+from .old_releases import LetsReadyMaskPass, step_aside
 from .padding_and_packing import read_boundaries, read_positions, read_sequences
 from .ready_mask import is_users_own, make_mask, users_mask
 from .recompute import note_checkpoints
 from .versions import READY_MASKS_ARE_INVERTED
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """What the patch knows of a model that makes the mask."""
-
-    spans: tuple[Span, ...]
-    handling: MaskHandling
-    code: Code | None  # the code with which the class was seen to become bidirectional; None if that was not seen
-    has_outer_maker: bool  # whether a model around it makes its mask
-    sinks: Sinks
-    places: tuple[Place, ...]  # of the attention modules in its layers; none for a model around the decoder
-    config_is_causal: bool  # whether its config says so, which reaches the forward as a keyword
-
-
-class BidirectionalModel(Swapped):
+class BidirectionalModel(LetsReadyMaskPass):
     """A model that makes the mask, while it is bidirectional."""
 
     opens = True
@@ -92,13 +77,7 @@ class BidirectionalModel(Swapped):
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))
 
         set_forward(cls, forward, below)
-        _step_aside(cls, original)
-
-    def get_extended_attention_mask(self, attention_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """BERT and its kind until 5.3 make their mask here; a ready one passes."""
-        if attention_mask.dim() == 4:
-            return attention_mask
-        return super().get_extended_attention_mask(attention_mask, *args, **kwargs)  # type: ignore[misc]  # the original's
+        step_aside(cls, original)
 
 
 def holds_open(model: nn.Module) -> bool:
@@ -323,18 +302,3 @@ def _embedding_dtype(model: Any) -> torch.dtype:
     weight = getattr(model.get_input_embeddings(), "weight", None)
     dtype = weight.dtype if weight is not None else model.dtype
     return dtype if dtype.is_floating_point else model.dtype
-
-
-def _step_aside(cls: Any, original: Any) -> None:
-    """Before 4.53 the mask code is a method of the model: it lets a ready mask pass. Later code does so by itself."""
-    if not hasattr(original, "_update_causal_mask"):
-        return
-
-    def _update_causal_mask(self: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = settings_of(self, ModelSettings)
-        is_ready = settings is not None and settings.handling.kind == "ready" and in_use.mask_is_ours()
-        if settings is not None and (is_ready or getattr(attention_mask, "ndim", 2) == 4):
-            return attention_mask
-        return original._update_causal_mask(self, attention_mask, *args, **kwargs)
-
-    cls._update_causal_mask = _update_causal_mask

@@ -16,12 +16,14 @@ from ..model.windows import Span
 from ..swap.classes import Swapped
 from ..swap.modes import Mode, Setting
 from ..swap.record import Plan, own_before_patch
-from .attention_forward import AttentionSettings, BidirectionalAttention, BidirectionalPart
+from .attention_forward import BidirectionalAttention, BidirectionalPart
 from .handling import MaskHandling, possible_handlings
 from .mirror import mirrored_buffer
 from .mixed import places
-from .model_forward import BidirectionalModel, CausalBlock, ModelSettings, WithoutCache
-from .versions import FLASH_WINDOW_IS_INCLUSIVE, MAX_WINDOW_LAYERS_FOR_WINDOW, SEE_ALL_WITHOUT_MASK
+from .model_forward import BidirectionalModel, CausalBlock, WithoutCache
+from .module_settings import AttentionSettings, ModelSettings
+from .old_releases import shorter_window
+from .versions import FLASH_WINDOW_IS_INCLUSIVE, SEE_ALL_WITHOUT_MASK
 
 
 def bidirectional_plans(
@@ -148,15 +150,5 @@ def _attention_plan(
     )
     attributes: dict[str, Any] = {"is_causal": False, **_not_causal(itself)}
     if is_flash and FLASH_WINDOW_IS_INCLUSIVE:
-        attributes |= _shorter_window(itself, span)
+        attributes |= shorter_window(itself, span)
     return Plan(BidirectionalAttention, settings, attributes, _mirrored(itself))
-
-
-def _shorter_window(attention: Part, span: Span) -> dict[str, Any]:
-    """What makes an older attention module hand `|q - k| < window` to FlashAttention, in its own layers and no others."""
-    shorter = None if span.window is None else span.window - 1
-    if attention.own("sliding_window") is not None or "sliding_window" in attention.module.__dict__:
-        return {} if span.window is None else {"sliding_window": shorter}
-    if getattr(attention.config, "sliding_window", None) is None:
-        return {}
-    return {"config": ConfigView(attention.config, sliding_window=shorter, max_window_layers=MAX_WINDOW_LAYERS_FOR_WINDOW)}

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..attention.model_forward import BidirectionalModel, ModelSettings
+from ..attention.model_forward import BidirectionalModel
+from ..attention.module_settings import ModelSettings
 from ..model.config import parts
 from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..attention.mixed import check_decoder
-from ..attention.model_forward import ModelSettings
+from ..attention.module_settings import ModelSettings
 from ..errors import UnsupportedModelError
 from ..model.decoder import Decoder
 from ..model.find import decoders

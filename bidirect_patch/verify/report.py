@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..attention.attention_forward import AttentionSettings
+from ..attention.module_settings import AttentionSettings
 from ..errors import ArgumentError, ConfigError, StillCausalError, UnsupportedModelError
 from ..model.walk import modules_of
 from ..model.wrappers import pretrained

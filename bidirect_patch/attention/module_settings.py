@@ -1,0 +1,37 @@
+"""What the patch knows of each module that it is on: its settings, which the module's forward reads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..model.code import Code
+from ..model.sinks import Sinks
+from ..model.windows import Span
+from .handling import MaskHandling
+from .mixed import Place
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the patch knows of a model that makes the mask."""
+
+    spans: tuple[Span, ...]
+    handling: MaskHandling
+    code: Code | None  # the code with which the class was seen to become bidirectional; None if that was not seen
+    has_outer_maker: bool  # whether a model around it makes its mask
+    sinks: Sinks
+    places: tuple[Place, ...]  # of the attention modules in its layers; none for a model around the decoder
+    config_is_causal: bool  # whether its config says so, which reaches the forward as a keyword
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What the patch knows of one attention module."""
+
+    span: Span
+    index: int  # which of the decoder's spans that is
+    spans: int  # how many there are
+    config: Any  # the decoder's, for modules that keep none
+    handling: MaskHandling
+    omits_mask_on: tuple[str, ...]  # backends on which the module sees everything without a mask
+    needs_shorter_window: bool  # FlashAttention would have to be given a window one shorter, and isn't
+    compares_positions: bool  # a part of it finds the past by position_ids
