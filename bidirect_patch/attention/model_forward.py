@@ -17,6 +17,7 @@ from ..swap.modes import Mode
 from ..swap.record import settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
+from .label_leak import look_around
 from .mixed import check_layers
 from .module_settings import ModelSettings
 from .old_releases import LetsReadyMaskPass, step_aside
@@ -66,6 +67,7 @@ class BidirectionalModel(LetsReadyMaskPass):
                     return inner(self, **kwargs)
                 finally:
                     in_use.leave_recorded(before)
+            look_around()
             with in_use.running(self) as this_forward:
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted

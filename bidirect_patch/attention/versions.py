@@ -23,6 +23,9 @@ MAX_WINDOW_LAYERS_FOR_WINDOW = 0 if _VERSION >= Version("4.43") else 1 << 30
 OPENS_BIDIRECTIONAL = _VERSION >= Version("5.2")
 # The beginning of the warning that 5.24 gives where PEFT (up to 0.21 at least) reads that name of a model.
 PEFT_READS_A_DEPRECATED_NAME = "`is_gradient_checkpointing` is deprecated"
+# The module and function of Trainer's own loss, which calls the model without the `labels` that it has taken out of its `inputs`.
+# A miss: no warning of labels that are visible. There is no wrong match, since the labels themselves are compared.
+TRAINER_COMPUTES_LOSS = ("transformers.trainer", "compute_loss")
 
 
 def _flex_takes_block_mask() -> bool:  # 4.50

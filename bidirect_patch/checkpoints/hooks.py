@@ -1,13 +1,15 @@
-"""Hooks on transformers and PEFT, where they generate, save and load.
+"""Hooks on transformers, PEFT and accelerate, where they generate, save and load.
 
 Each is put once on the class, with wrapt. It looks at the instance that it is given: models that aren't bidirectional go
 the stock way.
 """
 
+import inspect
 import warnings
 from typing import Any
 
 import wrapt
+from torch import nn
 
 from ..attention.model_forward import check_not_in_others_block, holds_causal_block, holds_open
 from ..errors import BidirectPatchError, GenerateError
@@ -35,7 +37,7 @@ _put: list[tuple[Any, str, Any]] = []  # class, method, what the class itself ha
 
 
 def install() -> None:
-    """Put every hook in place, once. Those on PEFT wait until PEFT is imported."""
+    """Put every hook in place, once. Those on PEFT and accelerate wait until these are imported."""
     with in_use.lock:
         if not _put:
             try:
@@ -53,12 +55,17 @@ def _install() -> None:
     for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
         if hasattr(GenerationMixin, name):
             put(GenerationMixin, name, _generate_in_a_thread)
+    if hasattr(GenerationMixin, "init_continuous_batching"):  # what it makes may be older than the patch
+        manager = inspect.unwrap(GenerationMixin.init_continuous_batching).__globals__["ContinuousBatchingManager"]
+        for name in ("start", "add_request"):
+            put(manager, name, _run_in_a_thread)
     if hasattr(PreTrainedModel, "set_attn_implementation"):
         put(PreTrainedModel, "set_attn_implementation", _set_attention)
     put(PreTrainedModel, "save_pretrained", _save_model)
     put(PreTrainedModel, "from_pretrained", _load_model)
     put(PreTrainedModel, "load_adapter", _load_adapter)
     wrapt.register_post_import_hook(_install_peft, "peft.peft_model")
+    wrapt.register_post_import_hook(_install_accelerate, "accelerate.accelerator")
 
 
 def put(cls: Any, name: str, wrapper: Any) -> None:
@@ -85,6 +92,11 @@ def _install_peft(module: Any) -> None:
         put(module.PeftModel, "load_adapter", _load_adapter)  # from_pretrained calls it too
 
 
+def _install_accelerate(module: Any) -> None:
+    if _put:
+        put(module.Accelerator, "save_model", _save_weights)
+
+
 def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     try:
         check_not_mixed(model)
@@ -102,12 +114,22 @@ def _generate(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 def _generate_in_a_thread(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """The methods whose forwards run in a thread of their own, where an error would only be logged."""
+    _check_causal_for_good(model, f"{type(model).__name__}.{wrapped.__name__}")
+    return wrapped(*args, **kwargs)
+
+
+def _run_in_a_thread(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
+    """The same for what was made by such a method while the model was causal."""
+    _check_causal_for_good(manager.model, f"{type(manager).__name__}.{wrapped.__name__}")
+    return wrapped(*args, **kwargs)
+
+
+def _check_causal_for_good(model: Any, called: str) -> None:
     if holds_open(model) or holds_causal_block(model):
         raise GenerateError(
-            f"{type(model).__name__}.{wrapped.__name__} was called on a bidirectional model. It generates in a thread of its "
-            "own, for which no block holds: call disable_bidirectional(model) first, or give it a causal copy"
+            f"{called} was called on a bidirectional model. It generates in a thread of its own, for which no block holds: call "
+            "disable_bidirectional(model) first, or give it a causal copy"
         )
-    return wrapped(*args, **kwargs)
 
 
 def _set_attention(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
@@ -152,6 +174,18 @@ def _save_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> Any:
                 stacklevel=3,
             )
             break
+    return wrapped(*args, **kwargs)
+
+
+def _save_weights(wrapped: Any, accelerator: Any, args: Any, kwargs: Any) -> Any:
+    """`Accelerator.save_model` writes the weights, and no config that could hold the flag."""
+    model = args[0] if args else kwargs.get("model")
+    if isinstance(model, nn.Module) and holds_open(model):
+        warnings.warn(
+            f"Accelerator.save_model writes the weights of a bidirectional {type(model).__name__}, and nothing that says so: "
+            "what is opened from there is causal. Call save_pretrained of the model, or enable the model that takes the weights",
+            stacklevel=3,
+        )
     return wrapped(*args, **kwargs)
 
 

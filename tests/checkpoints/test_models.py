@@ -51,6 +51,22 @@ def test_a_config_that_is_saved_by_itself_warns_while_its_model_is_bidirectional
     assert not [w for w in recwarn if "saved by itself" in str(w.message)]
 
 
+def test_weights_that_accelerate_saves_by_themselves_give_a_warning(tmp_path, recwarn):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    accelerator = accelerate.Accelerator(cpu=True)
+    told = lambda: len([w for w in recwarn if "writes the weights of a bidirectional LlamaForCausalLM" in str(w.message)])  # noqa: E731
+    accelerator.save_model(model, tmp_path)
+    enable_bidirectional(model)
+    with bidirectional(model, enabled=False):
+        accelerator.save_model(model, tmp_path)
+    assert told() == 0
+    accelerator.save_model(accelerator.prepare_model(model), tmp_path)
+    assert told() == 1
+    accelerator.save_model(disable_bidirectional(model), tmp_path)
+    assert told() == 1
+
+
 def test_a_failing_save_leaves_the_model_as_it_was(tmp_path):
     model = enable_bidirectional(tiny_model())
     config_object, attributes = model.config, set(vars(model))

@@ -173,6 +173,11 @@ class Patched:
     def is_checkpointed(self):
         return self.twin.training and self.twin.is_gradient_checkpointing
 
+    @property
+    def has_input_hook(self):
+        """Whether transformers has its inputs require gradients, for gradient checkpointing."""
+        return hasattr(self.twin, "_require_grads_hook")
+
     def unwrap(self):
         while self.wrapped:
             module, before = self.wrapped.pop()
@@ -302,8 +307,8 @@ class Orders(RuleBasedStateMachine):
     def per_sample_gradients(self, i):
         """Those of two texts by `vmap`, beside those of one after the other."""
         one = self.all[i]
-        if one.is_checkpointed:
-            return  # torch's checkpoints know no vmap
+        if one.is_checkpointed or one.has_input_hook:
+            return  # they know no vmap
         texts = torch.cat([IDS, IDS.flip(1)])
 
         def per_sample(model):
@@ -438,7 +443,7 @@ class Orders(RuleBasedStateMachine):
     @rule(i=which)
     def pickle(self, i):
         one = self.all[i]
-        if not one.is_busy:
+        if not one.is_busy and not one.has_input_hook:  # which stock can't pickle
             buffer = io.BytesIO()
             torch.save(one.model, buffer)
             buffer.seek(0)
@@ -537,7 +542,7 @@ class Orders(RuleBasedStateMachine):
         base = one.model = with_adapter.unload()
         bring_back(one)
         base.requires_grad_(True)
-        if hasattr(base, "_require_grads_hook"):  # PEFT's, for gradient checkpointing
+        if hasattr(base, "_require_grads_hook") and not one.has_input_hook:  # PEFT's, for gradient checkpointing
             base.disable_input_require_grads()
             vars(base).pop("_require_grads_hook", None)
         for name in [n for n in vars(base) if "peft" in n]:

@@ -1,5 +1,6 @@
 """Labels, masks, configs, mixtures and refusals: what failed in real use, each by its kind, seen by changing a token."""
 
+import contextlib
 import copy
 import inspect
 import json
@@ -9,6 +10,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bidirect_patch import (
@@ -26,6 +28,7 @@ from bidirect_patch.errors import (
     UnsupportedModelError,
 )
 
+from ..helpers.heads import trainer_arguments
 from .small import (
     BOTH,
     CAUSAL,
@@ -82,6 +85,61 @@ def test_labels_are_told_of_once_through_a_wrapper():
     with pytest.warns(LabelLeakWarning) as told:
         model(input_ids=IDS, labels=IDS)
     assert len([warning for warning in told if warning.category is LabelLeakWarning]) == 1
+
+
+def leaks(model, labels=IDS):
+    """How many warnings a forward with labels gives."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model(input_ids=IDS, labels=labels)
+    return sum(warning.category is LabelLeakWarning for warning in told)
+
+
+def test_labels_are_told_of_around_a_decoder_that_alone_was_enabled():
+    model = causal_lm()
+    enable_bidirectional(model.model)
+    with bidirectional(model.model, enabled=False):
+        assert leaks(model) == 0
+    assert [leaks(model) for _ in range(2)] == [1, 0]
+    hidden = causal_lm()
+    enable_bidirectional(hidden.model)
+    assert leaks(hidden, IDS + 1) == 0
+    labels = IDS  # of no model: a bidirectional forward in which nothing is scored  # noqa: F841
+    assert leaks(hidden, None) == 0
+
+
+@pytest.mark.parametrize("enabled", ["model", "decoder"])
+def test_labels_are_told_of_by_every_release_of_peft(enabled):
+    """PEFT before 0.14 calls the forward of the model that it is put on, and goes around its hooks."""
+    peft = pytest.importorskip("peft")
+    model = causal_lm()
+    enable_bidirectional(model if enabled == "model" else model.model)
+    with_adapter = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert [leaks(with_adapter) for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
+@pytest.mark.parametrize("visible", [True, False])
+def test_labels_that_trainer_takes_out_are_told_of(how, visible, tmp_path):
+    pytest.importorskip("accelerate")
+    if how == "compute_loss_func" and how not in inspect.signature(transformers.Trainer).parameters:
+        pytest.skip("this Trainer has no compute_loss_func")
+
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    row = {"input_ids": IDS[0] if visible else torch.full_like(IDS[0], 3), "labels": IDS[0]}
+    smoothing = {"label_smoothing_factor": 0.1} if how == "label_smoothing_factor" else {}
+    trainer = transformers.Trainer(
+        model=enable_bidirectional(causal_lm()),
+        args=trainer_arguments(tmp_path, max_steps=2, **smoothing),
+        train_dataset=[row] * 4,
+        **({} if smoothing else {"compute_loss_func": loss_of}),
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert sum(warning.category is LabelLeakWarning for warning in told) == visible
 
 
 def test_nothing_watches_labels_once_no_part_is_bidirectional():
@@ -347,6 +405,22 @@ def test_every_way_to_generate_is_refused():
         if hasattr(model, name):  # they generate in a thread of their own, for which the block does not hold
             with bidirectional(model, enabled=False), pytest.raises(GenerateError, match="disable_bidirectional"):
                 getattr(model, name)(IDS.tolist())
+
+
+@pytest.mark.skipif(not hasattr(LlamaForCausalLM, "init_continuous_batching"), reason="no continuous batching yet")
+def test_what_generates_in_a_thread_and_was_made_before_is_refused():
+    """It would log an error in its thread, and return nothing."""
+    model = causal_lm()
+    manager = model.init_continuous_batching()
+    enable_bidirectional(model)
+    for block in (contextlib.nullcontext(), bidirectional(model, enabled=False)):
+        with block:
+            with pytest.raises(GenerateError, match="Manager.start was called on a bidirectional model.*causal copy"):
+                manager.start()
+            with pytest.raises(GenerateError, match="Manager.add_request"):
+                manager.add_request(IDS[0].tolist())
+    disable_bidirectional(model)
+    manager.add_request(IDS[0].tolist())
 
 
 def test_attention_without_a_mask_is_called_that():
