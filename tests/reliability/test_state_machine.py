@@ -533,7 +533,7 @@ class Orders(RuleBasedStateMachine):
     def adapter(self, i):
         peft = pytest.importorskip("peft")
         one = self.all[i]
-        if one.is_busy:
+        if one.is_busy or one.twin.is_gradient_checkpointing:  # PEFT would put a hook on the embeddings, which stays
             return
         with_adapter = peft.get_peft_model(one.model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
         assert moves(with_adapter) == moved_by_last(one.mode)
@@ -542,9 +542,6 @@ class Orders(RuleBasedStateMachine):
         base = one.model = with_adapter.unload()
         bring_back(one)
         base.requires_grad_(True)
-        if hasattr(base, "_require_grads_hook") and not one.has_input_hook:  # PEFT's, for gradient checkpointing
-            base.disable_input_require_grads()
-            vars(base).pop("_require_grads_hook", None)
         for name in [n for n in vars(base) if "peft" in n]:
             delattr(base, name)
 
