@@ -11,8 +11,6 @@ from ..helpers.gradients import assert_gradients
 from ..helpers.processes import in_two_ranks
 from ..helpers.two_losses import BATCH, KINDS, WAYS, expected, half, step
 
-pytestmark = pytest.mark.filterwarnings("error::bidirect_patch.errors.LabelLeakWarning")  # the generative labels are none
-
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("checkpoints, sinks", KINDS)
