@@ -29,7 +29,7 @@ class Code:
 
     def __init__(self, classes: Iterable[type], kernel: str) -> None:
         classes = list(classes)
-        self._kernel = kernel
+        self._classes, self._kernel = classes, kernel
         self._packages = {"transformers", *(_package(cls) for cls in classes)}
         self._places: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._note(vars(F), "scaled_dot_product_attention")
@@ -42,8 +42,8 @@ class Code:
     def __deepcopy__(self, memo: Any) -> "Code":
         return self
 
-    def __reduce__(self) -> Any:  # of another process, nothing is known but that it was the code there
-        return Code, ((), self._kernel)
+    def __reduce__(self) -> Any:  # opened, perhaps in another process, it is the code as it stands there by then
+        return Code, (self._classes, self._kernel)
 
     def is_same(self) -> bool:
         """Whether each of them still is the same function in the same place."""

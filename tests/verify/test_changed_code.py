@@ -1,5 +1,7 @@
 """Code that somebody changes after a class was verified: what was found out about it before is not believed any more."""
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -44,6 +46,18 @@ def test_code_that_became_causal_is_refused_as_in_a_new_process(kind, monkeypatc
     place.put(place.function)
     assert is_bidirectional(enable_bidirectional(model)) and moved(model).all()
     assert not moved(disable_bidirectional(model))[:-1].any()
+
+
+@pytest.mark.parametrize("kind", ["attention", "layer", "kernel"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_code_that_is_changed_after_a_copy_is_seen_in_the_copy(kind, how, monkeypatch):
+    model = how(enable_bidirectional(tiny_model(head=False)))
+    assert is_bidirectional(model)
+    place = place_of(kind, model, monkeypatch)
+    place.put(place.causal())
+    assert not moved(model)[:-1].any() and not is_bidirectional(model)
+    place.put(place.function)
+    assert is_bidirectional(model) and moved(model).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
