@@ -93,7 +93,7 @@ def _install_peft(module: Any) -> None:
 
 
 def _install_accelerate(module: Any) -> None:
-    if _put:
+    if _put and hasattr(module, "Accelerator"):  # not where this module is only half imported
         put(module.Accelerator, "save_model", _save_weights)
 
 
