@@ -50,7 +50,7 @@ class Block(ContextDecorator, Generic[Model]):
                 else:
                     commit([change for decoder in found for change in to_causal_block(seen, decoder)])
         except BaseException:
-            self._leave_for_sure()
+            self._leave_for_sure(was_refused=True)
             raise
         return self.model
 
@@ -66,12 +66,12 @@ class Block(ContextDecorator, Generic[Model]):
             )
         return super().__call__(function)
 
-    def _leave_for_sure(self) -> None:
+    def _leave_for_sure(self, was_refused: bool = False) -> None:
         """Leave, and only then raise what interrupted it (KeyboardInterrupt, SystemExit)."""
         interrupt: BaseException | None = None
         while self._entered:
             try:
-                self._leave()
+                self._leave(was_refused)
             except Exception:
                 raise
             except BaseException as error:
@@ -79,8 +79,8 @@ class Block(ContextDecorator, Generic[Model]):
         if interrupt is not None:
             raise interrupt
 
-    def _leave(self) -> None:
-        """Bring back what each decoder was, whatever happens to the others."""
+    def _leave(self, was_refused: bool) -> None:
+        """Bring back what each decoder was, whatever happens to the others. A block that was refused may have changed nothing."""
         errors: list[Exception] = []
         seen = self._seen
         assert seen is not None  # the block was entered
@@ -90,7 +90,7 @@ class Block(ContextDecorator, Generic[Model]):
                 decoder, hold = self._entered[-1]
                 try:
                     before = in_use.to_restore(decoder.module, hold)
-                    if before is not None:
+                    if before is not None and not (was_refused and decoder.setting == before):
                         bring_back(seen, decoder, before)
                 except Exception as error:
                     errors.append(error)

@@ -113,7 +113,7 @@ def rebound(module: nn.Module, cls: Any) -> Rebound:
     if reached == "unknown" or function is None:
         raise OrderError(
             f"{type(module).__name__}.forward was replaced on the instance by {name_and_place(forward)}, which "
-            "a change of the class would not reach: make the model bidirectional first, then apply the other patch"
+            "a change of the class would not reach: take that off, call this again, then put it back on"
         )
     if name == _HOOK:
         return Rebound({name: MethodType(cls.forward, module)}, {name: forward}, False, function)

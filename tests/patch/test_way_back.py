@@ -7,7 +7,7 @@ import torch
 import torch.utils.checkpoint
 import transformers
 
-from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import ForeignWrapperError, OrderError
 
 from ..helpers.seeing import IDS, MASK, hidden, sees_all, sees_only_the_past
@@ -139,6 +139,10 @@ def test_what_replaced_forward_since_is_not_left_without_its_ground(make_model):
     assert sees_all(model) and not is_bidirectional(model), "what it calls can't be known, since it looks into its input first"
     with pytest.raises(OrderError, match="forward was replaced"):
         enable_bidirectional(model)
+    for enabled in (True, False):
+        with pytest.raises(OrderError, match="forward was replaced"), bidirectional(model, enabled=enabled):
+            pass
+        assert sees_all(model), "a block that is refused changes nothing"
     assert sees_only_the_past(disable_bidirectional(model))
     del model.forward
     assert sees_only_the_past(model)
