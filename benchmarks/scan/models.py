@@ -1,0 +1,84 @@
+"""The multimodal classes of the installed transformers, small and random, which run on text alone."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bidirect_patch.model.shrink import shrink
+from tests.helpers import zoo
+
+_MAPPINGS = (
+    "MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+)
+# With a part of fixed size, or whose default config has parts that no rule makes small: minutes for a class.
+TOO_LARGE = ("apertus1p5", "dots3_note", "emu3", "florence2", "janus", "muse_glimmer", "muse_spark", "vibevoice_asr")
+# Sections of multimodal rotary positions, by how many there are in a head. Default configs lack them.
+_SECTIONS = ([2, 1, 1], [1, 1, 0], [4, 2, 2], [2, 2, 4])
+
+
+class NotBuilt(Exception):
+    """A class can't be built small with what is known here, or doesn't run on text alone."""
+
+
+def outer_types() -> dict[str, type]:
+    """{model type: class} of the multimodal classes that are not in the causal-LM mapping too."""
+    names: dict[str, Any] = {}
+    for mapping in _MAPPINGS:
+        names |= getattr(modeling_auto, mapping, {})
+    single = {t: name if isinstance(name, str) else name[0] for t, name in names.items()}
+    found = {t: name for t, name in sorted(single.items()) if name not in {zoo.model_class(c).__name__ for c in _causal()}}
+    return {t: getattr(transformers, name) for t, name in found.items() if t not in TOO_LARGE}
+
+
+def _causal() -> list[str]:
+    return zoo.model_types()
+
+
+def build_outer(model_type: str, cls: type, backend: str) -> nn.Module:
+    """A small random model of a multimodal class, in eval mode.
+
+    Raises:
+        NotBuilt: See there.
+    """
+    reasons = []
+    for config in _configs(model_type):
+        try:
+            torch.manual_seed(0)
+            model = cls._from_config(config, attn_implementation=backend)  # type: ignore[attr-defined]  # a model
+            zoo.randomize(model)
+            with torch.no_grad():
+                model(**zoo.inputs(model, 2, 10))
+            return model
+        except Exception as error:  # the next way may do
+            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+    raise NotBuilt(reasons[-1] if reasons else "its config can't be made")
+
+
+def _configs(model_type: str) -> Iterator[Any]:
+    cls = CONFIG_MAPPING[model_type]
+    for make in (lambda: zoo.shrunk(cls, {}), lambda: shrink(cls())):
+        for sections in (None, *_SECTIONS):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    config = make()
+                    if sections:
+                        _set_sections(config, sections)
+            except Exception:  # a strict config takes no such sizes
+                break
+            yield config
+
+
+def _set_sections(config: Any, sections: list[int]) -> None:
+    text = config.get_text_config()
+    name = "rope_parameters" if hasattr(text, "rope_parameters") else "rope_scaling"
+    rope = {"rope_type": "default", **(getattr(text, name, None) or {}), "mrope_section": sections}
+    setattr(text, name, rope)

@@ -1,0 +1,103 @@
+"""The reference of the scan: a model without the patch, whose attention modules are handed explicit masks, on eager attention.
+
+The mask that the model makes by itself says which keys a layer may see: its past, within its window. The explicit mask lets
+two tokens of one text see each other where one of them could see the other before. Nothing here comes from the patch.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MASKS = ("attention_mask", "attn_mask", "mask")
+BIASES = ("alibi", "position_bias")  # of ALiBi: one for each key
+
+
+@contextmanager
+def explicit_masks(
+    model: nn.Module, allowed: Tensor, opens_windows: bool = False, window: int | None = None
+) -> Iterator[None]:
+    """A block in which each attention module of `model` gets an explicit mask.
+
+    Args:
+        model: An unpatched model. Call `open_buffers` on it first.
+        allowed: (batch, query, key) bool: the tokens of one text, without padding.
+        opens_windows: Whether layers with a window see all of the text too, as under a ready mask of the user.
+        window: The window of all layers, where the model's own mask leaves it out.
+    """
+    if window is not None and not opens_windows:
+        positions = torch.arange(allowed.shape[-1])
+        allowed = allowed & ((positions[:, None] - positions).abs() < window)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = _parameters(type(module))
+        given = dict(zip(names, args))
+
+        def put(name: str, value: Any) -> None:
+            (given if name in given else kwargs)[name] = value
+
+        for name in {**dict.fromkeys(names), **kwargs}:
+            value = given.get(name, kwargs.get(name))
+            if name in MASKS and isinstance(value, Tensor):
+                put(name, _explicit(value, allowed, opens_windows))
+            elif name in BIASES and isinstance(value, Tensor) and value.shape[-2] == 1:
+                bias = value[..., -allowed.shape[-1] :]  # MPT's is as long as the longest text
+                put(name, -(bias - bias.mT).abs())
+            elif name == "position_ids" and hasattr(module, "indexer"):
+                # MiniMax-M3's sparse layers find the future by comparing positions: from the last one, there is none.
+                put(name, torch.full_like(value, allowed.shape[-1] - 1))
+        return (*given.values(), *args[len(given) :]), kwargs
+
+    hooks = [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module in model.modules()
+        if re.search("Attention|Attn|MLA$", type(module).__name__) and {*MASKS, *BIASES} & {*_parameters(type(module))}
+    ]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def open_buffers(model: nn.Module) -> nn.Module:
+    """Mirror the buffers in which a model keeps a causal mask (GPT-2 of older releases, GPT-Neo, ...), in place."""
+    for buffer in model.buffers():
+        if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1 and _is_triangular(buffer):
+            buffer.copy_(torch.maximum(buffer, buffer.mT))
+    return model
+
+
+def _is_triangular(buffer: Tensor) -> bool:
+    return bool((buffer.tril() == buffer).all() and (buffer.diagonal(dim1=-2, dim2=-1) != 0).all())
+
+
+def _explicit(mask: Tensor, allowed: Tensor, opens_windows: bool) -> Tensor:
+    """The explicit form of a mask that a model made, in the same terms."""
+    length = allowed.shape[-1]
+    if mask.shape[-1] != length or mask.shape[-2] != length:
+        return mask  # padding alone, or the keys of another sequence
+    if mask.dim() == 2:  # CTRL's: 1 where the future is
+        return torch.minimum(mask, mask.mT)
+    allowed = allowed if mask.dim() == 3 else allowed[:, None]
+    if mask.is_floating_point():
+        seen = mask > torch.finfo(mask.dtype).min / 2
+        hidden = torch.finfo(mask.dtype).min if not torch.isinf(mask).any() else -torch.inf
+        seen = (seen | seen.mT | opens_windows) & allowed
+        return torch.zeros_like(mask).masked_fill(~seen, hidden)
+    # Families that made their own masks have said True for visible, or True for hidden. The first token sees no later one.
+    hides = bool(mask[..., 0, -1].all())
+    seen = mask.bool() ^ hides
+    seen = (seen | seen.mT | opens_windows) & allowed
+    return (seen ^ hides).to(mask.dtype)
+
+
+@cache
+def _parameters(cls: type) -> tuple[str, ...]:
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]  # a module
+    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
