@@ -20,7 +20,7 @@ BIASES = ("alibi", "position_bias")  # of ALiBi: one for each key
 
 @contextmanager
 def explicit_masks(
-    model: nn.Module, allowed: Tensor, opens_windows: bool = False, window: int | None = None
+    model: nn.Module, allowed: Tensor, opens_windows: bool = False, window: int | None = None, longest: int | None = None
 ) -> Iterator[None]:
     """A block in which each attention module of `model` gets an explicit mask.
 
@@ -29,10 +29,13 @@ def explicit_masks(
         allowed: (batch, query, key) bool: the tokens of one text, without padding.
         opens_windows: Whether layers with a window see all of the text too, as under a ready mask of the user.
         window: The window of all layers, where the model's own mask leaves it out.
+        longest: The window of layers whose own mask has one, where that is of another length.
     """
+    positions = torch.arange(allowed.shape[-1])
+    distance = (positions[:, None] - positions).abs()
     if window is not None and not opens_windows:
-        positions = torch.arange(allowed.shape[-1])
-        allowed = allowed & ((positions[:, None] - positions).abs() < window)
+        allowed = allowed & (distance < window)
+    near = allowed & (distance < longest) if longest is not None and not opens_windows else allowed
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = _parameters(type(module))
@@ -44,7 +47,7 @@ def explicit_masks(
         for name in {**dict.fromkeys(names), **kwargs}:
             value = given.get(name, kwargs.get(name))
             if name in MASKS and isinstance(value, Tensor):
-                put(name, _explicit(value, allowed, opens_windows))
+                put(name, _explicit(value, allowed, near, opens_windows))
             elif name in BIASES and isinstance(value, Tensor) and value.shape[-2] == 1:
                 bias = value[..., -allowed.shape[-1] :]  # MPT's is as long as the longest text
                 put(name, -(bias - bias.mT).abs())
@@ -77,23 +80,23 @@ def _is_triangular(buffer: Tensor) -> bool:
     return bool((buffer.tril() == buffer).all() and (buffer.diagonal(dim1=-2, dim2=-1) != 0).all())
 
 
-def _explicit(mask: Tensor, allowed: Tensor, opens_windows: bool) -> Tensor:
-    """The explicit form of a mask that a model made, in the same terms."""
+def _explicit(mask: Tensor, allowed: Tensor, near: Tensor, opens_windows: bool) -> Tensor:
+    """The explicit form of a mask that a model made, in the same terms; `near` is allowed where the mask has a window."""
     length = allowed.shape[-1]
-    if mask.shape[-1] != length or mask.shape[-2] != length:
+    if mask.shape[-2] != length or mask.shape[-1] not in (length, length + 1):
         return mask  # padding alone, or the keys of another sequence
+    mask = mask[..., :length]  # older releases leave room for one more key
     if mask.dim() == 2:  # CTRL's: 1 where the future is
         return torch.minimum(mask, mask.mT)
-    allowed = allowed if mask.dim() == 3 else allowed[:, None]
-    if mask.is_floating_point():
-        seen = mask > torch.finfo(mask.dtype).min / 2
-        hidden = torch.finfo(mask.dtype).min if not torch.isinf(mask).any() else -torch.inf
-        seen = (seen | seen.mT | opens_windows) & allowed
-        return torch.zeros_like(mask).masked_fill(~seen, hidden)
     # Families that made their own masks have said True for visible, or True for hidden. The first token sees no later one.
-    hides = bool(mask[..., 0, -1].all())
-    seen = mask.bool() ^ hides
-    seen = (seen | seen.mT | opens_windows) & allowed
+    hides = not mask.is_floating_point() and bool(mask[..., 0, -1].all())
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool() ^ hides
+    has_window = bool((allowed.tril() & ~(seen if mask.dim() == 3 else seen[:, 0])).any())
+    allowed = near if has_window else allowed
+    seen = (seen | seen.mT | opens_windows) & (allowed if mask.dim() == 3 else allowed[:, None])
+    if mask.is_floating_point():
+        hidden = -torch.inf if torch.isinf(mask).any() else torch.finfo(mask.dtype).min
+        return torch.zeros_like(mask).masked_fill(~seen, hidden)
     return (seen ^ hides).to(mask.dtype)
 
 

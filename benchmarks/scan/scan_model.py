@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import bidirect_patch.auto  # noqa: F401  (what is saved as bidirectional opens as bidirectional)
@@ -23,6 +24,8 @@ from .reference import explicit_masks, open_buffers
 FOLLOWED = "warned: CausalMaskWarning"
 # Families whose own masks leave out the window that their config has.
 WINDOW_LEFT_OUT = ("moshi",)
+# Until 4.40, an eager window of w reached distance w.
+WINDOW_REACHES_FURTHER = zoo.RELEASE < Version("4.40")
 NO_ROWS = torch.ones(1, 1, dtype=torch.bool)  # the real positions of what has none, as gradients
 Build = Callable[[str], nn.Module]  # backend -> model, with the same weights each time
 
@@ -43,7 +46,9 @@ class Scan:
         enable_bidirectional(choose(self.patched))
         self.ids = zoo.inputs(self.stock, BATCH, LENGTH)["input_ids"]
         config = self.twin.config
-        self.window = config.sliding_window if config.model_type in WINDOW_LEFT_OUT else None
+        self.windows = {"window": config.sliding_window} if config.model_type in WINDOW_LEFT_OUT else {}
+        if WINDOW_REACHES_FURTHER:
+            self.windows["longest"] = getattr(config, "sliding_window", None)
         base = [Case("no argument", {}), _case_of_padding()]
         self.has_reference = all(self._sees_all(case, self._twin) for case in base if not self._lacks(case))
 
@@ -78,7 +83,7 @@ class Scan:
             arguments["use_cache"] = False  # BigBird would take keys of other layers from a cache
         if case.texts:
             return {"logits": torch.cat([self._alone(text) for text in ids.split(case.texts, 1)], 1)}
-        with explicit_masks(self.twin, case.allowed, case.opens_windows, self.window):
+        with explicit_masks(self.twin, case.allowed, case.opens_windows, **self.windows):
             output = self._call(self.twin, arguments, ids)
         if case.kept is not None:
             for name in {"logits", "last_hidden_state"} & output.keys():  # the second is Moshi's
@@ -88,7 +93,7 @@ class Scan:
     def _alone(self, ids: Tensor) -> Tensor:
         """The logits of one of the texts of a packed row."""
         positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
-        with explicit_masks(self.twin, torch.ones(*ids.shape, ids.shape[1], dtype=torch.bool), window=self.window):
+        with explicit_masks(self.twin, torch.ones(*ids.shape, ids.shape[1], dtype=torch.bool), **self.windows):
             return _by_token(self._call(self.twin, {"position_ids": positions}, ids), detached=False)
 
     @torch.no_grad()
@@ -208,7 +213,7 @@ class Scan:
 
         def wanted() -> dict[str, Tensor]:
             model = copy.deepcopy(self.twin if self.has_reference else self.patched)
-            with explicit_masks(model, case.allowed, window=self.window) if self.has_reference else contextlib.nullcontext():
+            with explicit_masks(model, case.allowed, **self.windows) if self.has_reference else contextlib.nullcontext():
                 return gradients(model, lambda: self._call(model, case.arguments, self.ids))
 
         return compared(lambda: of_copy(self.patched), wanted, lambda: of_copy(self.stock), NO_ROWS)
