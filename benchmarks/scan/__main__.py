@@ -1,6 +1,6 @@
 """Scan every decoder class of the installed transformers for faults, and write the table in benchmarks/SCAN.md.
 
-    python -m benchmarks.scan [--only TYPE,TYPE] [--backends eager,sdpa]
+    python -m benchmarks.scan [--only TYPE,TYPE] [--backends eager,sdpa] [--rows FILE ...]
 
 Each class is built small and random and called with each argument that its signature names, with and without padding. What
 comes out must equal an unpatched twin under explicit masks, or be an error of this package. Rows of the installed release
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from . import table
-from .scan_release import scan_release
+from .scan_release import read_rows, scan_release
 
 
 def main() -> int:
@@ -24,14 +24,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scan", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="TYPE,TYPE", help="these model types alone; the table is not written")
     parser.add_argument("--backends", default="eager,sdpa", help="of the patched model (eager,sdpa)")
+    parser.add_argument("--rows", nargs="+", metavar="FILE", help="scan nothing; the table of what earlier runs have printed")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     only = {each for each in options.only.split(",") if each}
-    rows = []
-    for row in scan_release(only, tuple(options.backends.split(","))):
+    rows = [row for file in options.rows or () for row in read_rows(file)]
+    for row in () if options.rows else scan_release(only, tuple(options.backends.split(","))):
         print(json.dumps(row._asdict()), flush=True)
         rows.append(row)
     section, unexplained = table.section(rows)

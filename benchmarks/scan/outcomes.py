@@ -28,7 +28,7 @@ def compared(patched: Call, twin: Call, stock: Call, real: Tensor, kept: Any = N
     try:
         found = patched()
     except BidirectPatchError as error:
-        return f"our error: {type(error).__name__}"
+        return f"our error: {_in_words(error)}"
     except Exception as error:
         refusal = raised(stock)
         return f"stock refuses too: {refusal}" if refusal else f"crash: {_in_words(error)}"

@@ -1,19 +1,40 @@
 """Why outcomes that are not "equal" are right, or are known limits."""
 
 import re
-from typing import Any
 
 # What explains itself.
 NEEDS_NO_REASON = re.compile(r"equal$|by dependency$|stock refuses too")
 
-# (kind of model, model type, case, outcome), each a pattern of the whole text, and the reason.
-_REASONS: list[tuple[str, str, str, str, str]] = [
-    (".*", ".*", r"is_causal(, padded)?", "our error: ArgumentError", "it asks a bidirectional model for causal attention"),
-    (".*", ".*", "a cache", "our error: CacheError", "a bidirectional model keeps no KV cache"),
+# Case, outcome (both patterns of the whole text), and the reason.
+_REASONS: list[tuple[str, str, str]] = [
+    (
+        r"is_causal(, padded)?",
+        r"our error: ArgumentError: is_causal=True was given .*",
+        "it asks a bidirectional model for causal attention",
+    ),
+    (
+        r"a cache",
+        r"our error: CacheError: \w+ \(\w+\) was passed to a bidirectional model.*",
+        "a bidirectional model keeps no KV cache",
+    ),
+    (
+        r"encoder_(hidden_states|attention_mask)(, padded)?",
+        r"our error: ArgumentError: encoder_hidden_states were given to .*, which puts them before the tokens.*",
+        "the model makes one sequence of the encoder's states and the tokens",
+    ),
+    (
+        r"a ready mask, \w+",
+        r"our error: AttentionMaskError: the ready 4D attention_mask of .* must .*",
+        "the model's own mask code takes no ready mask, or another form of it; the error says what to give",
+    ),
+    (
+        r"position_ids of two texts in a row",
+        r"our error: AttentionMaskError: packed sequences .*can't be told apart by .*",
+        "the model's own mask code takes nothing but a 2D mask; the error says to use padding",
+    ),
 ]
 
 
-def why(row: Any, case: str, outcome: str) -> str | None:
-    """The reason for an outcome of a `Row`, None if there is none."""
-    given = (row.kind, row.model_type, case, outcome)
-    return next((reason for *patterns, reason in _REASONS if all(map(re.fullmatch, patterns, given))), None)
+def why(case: str, outcome: str) -> str | None:
+    """The reason for the outcome of a case, None if there is none."""
+    return next((reason for *patterns, reason in _REASONS if all(map(re.fullmatch, patterns, (case, outcome)))), None)

@@ -1,5 +1,6 @@
 """All models of a release, one after another."""
 
+import json
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from .cases import not_covered, parameters
 from .models import NotBuilt, build_outer, outer_types
 from .scan_model import Build, Scan, scan_inner
 
+NO_CROSS_ATTENTION = ("gpt_bigcode",)  # not implemented for its kind of attention
 REFUSED, NOT_BUILT, NOT_RUN = "refused", "not built", "not run"
 # Where a multimodal class keeps its text model, by release and family.
 _INNER = ("model.language_model", "model.text_model", "language_model.model", "language_model", "text_model", "model.decoder")
@@ -31,6 +33,12 @@ class Row(NamedTuple):
     seconds: float = 0.0
 
 
+def read_rows(file: str) -> list[Row]:
+    """The rows that a scan has printed, one a line, from a file."""
+    with open(file, encoding="utf-8") as lines:
+        return [Row(**json.loads(line)) for line in lines if line.startswith("{")]
+
+
 def scan_release(only: set[str], backends: tuple[str, ...]) -> Iterator[Row]:
     """The rows of the installed release; `only` these types, or all if it is empty."""
     for model_type in zoo.buildable_types():
@@ -45,7 +53,7 @@ def causal_lm(model_type: str) -> Build:
     """How the zoo's model of a type is built; with layers of cross-attention, where it has them if its config asks for it."""
     config = zoo.config(model_type)
     takes = "encoder_hidden_states" in parameters(zoo.model_class(model_type)) and hasattr(config, "add_cross_attention")
-    wanted = {"add_cross_attention": True} if takes else {}
+    wanted = {"add_cross_attention": True} if takes and model_type not in NO_CROSS_ATTENTION else {}
     return lambda backend: zoo.build(model_type, backend, **wanted)
 
 

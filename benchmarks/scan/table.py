@@ -26,7 +26,7 @@ replaces the section of the installed release. `--only llama,gemma3` prints the 
 | outcome | what was seen |
 |---|---|
 | equal | the same outputs as the reference, up to rounding (1e-4 of the largest value of each tensor) |
-| by dependency | no explicit mask can say what is right; a change of the last token moves each real position of its text, padding moves none |
+| by dependency | no mask can be handed to it; the last token moves each real position of its text, and padding moves none |
 | our error | an error of this package |
 | stock refuses too | the unpatched model raises an error for this call too |
 | other | listed below with its reason |
@@ -46,13 +46,14 @@ def section(rows: list[Row]) -> tuple[str, list[str]]:
             counts[case][_column(outcome)] += 1
             if NEEDS_NO_REASON.match(outcome):
                 continue
-            reason = why(row, case, outcome)
+            reason = why(case, outcome)
             if reason is None:
                 unexplained.append(f"{row.kind} {row.model_type} on {row.backend}, {case}: {outcome}")
             exceptions[(_short(outcome), reason or "UNEXPLAINED", case)].append(_name(row))
     total = sum(counts.values(), Counter())
     lines = [f"## transformers {transformers.__version__}", ""]
-    lines += [f"{len({(r.kind, r.cls) for r in seen})} classes: " + ", ".join(f"{total[c]} {c}" for c in COLUMNS if total[c]) + ".", ""]
+    classes = len({(row.kind, row.cls) for row in seen})
+    lines += [f"{classes} classes: " + ", ".join(f"{total[c]} {c}" for c in COLUMNS if total[c]) + ".", ""]
     lines += [f"| case | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {case} | " + " | ".join(str(n[c] or "") for c in COLUMNS) + " |" for case, n in counts.items()]
     by_reason: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
@@ -95,6 +96,8 @@ def _column(outcome: str) -> str:
 
 
 def _short(outcome: str) -> str:
+    """Without the message of an error of this package, which the reason stands for, and without figures."""
+    outcome = re.sub(r"(our error: \w+): .*", r"\1", outcome)
     return re.sub(r" by \de[-+]\d+ of its largest value", "", outcome).replace("|", "/")
 
 
