@@ -49,19 +49,17 @@ def test_each_argument_gives_what_an_explicit_mask_gives(model_type):
     check(scan_release.scan_class("causal LM", model_type, cls, build, SAMPLE[model_type]))
 
 
-def llava():
-    """What builds a small LLaVA, and its class."""
-    found = models.outer_types()
-    if "llava" not in found:
-        pytest.skip("not in this transformers")
-    return found["llava"], lambda backend: models.build_outer("llava", found["llava"], backend)
-
-
 @pytest.mark.filterwarnings("ignore::bidirect_patch.errors.LabelLeakWarning", "ignore::bidirect_patch.errors.CausalMaskWarning")
 def test_a_multimodal_model_and_its_text_model_alone():
-    cls, build = llava()
+    if "llava" not in models.outer_types():
+        pytest.skip("not in this transformers")
+
+    def build(backend):
+        return models.build_outer("llava", backend)
+
+    cls, inner = type(build("eager")), scan_release.inner_name(build("eager"))
     check(scan_release.scan_class("multimodal", "llava", cls, build, "eager"))
-    check(scan_release.scan_class("text model alone", "llava", cls, build, "eager", scan_release.inner_name(build("eager"))))
+    check(scan_release.scan_class("text model alone", "llava", cls, build, "eager", inner))
 
 
 def test_the_scan_sees_a_mask_that_is_causal(monkeypatch):

@@ -31,7 +31,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     only = {each for each in options.only.split(",") if each}
-    rows = [row for file in options.rows or () for row in read_rows(file)]
+    rows = read_rows(options.rows or ())
     for row in () if options.rows else scan_release(only, tuple(options.backends.split(","))):
         print(json.dumps(row._asdict()), flush=True)
         rows.append(row)

@@ -42,7 +42,7 @@ NOT_TRIED = {
     ),
     **dict.fromkeys(
         """encoder_outputs mm_encoder_outputs per_layer_inputs shared_kv_states cross_attention_states
-        cross_attention_mask full_text_row_masked_out_mask decoder_input_ids decoder_inputs_embeds
+        protein_input_ids protein_attention_mask cross_attention_mask full_text_row_masked_out_mask decoder_input_ids decoder_inputs_embeds
         decoder_attention_mask""".split(),
         "made by another model",
     ),
@@ -112,6 +112,9 @@ def cases(model: nn.Module, ids: Tensor) -> list[Case]:
         if name in takes or (hands_on and name in KNOWN_KEYWORDS):
             beside = {each: values[each][""] for each in BESIDE.get(name, ()) if each in takes}
             single += [(f"{name}{label}", {name: value, **beside}) for label, value in variants.items()]
+    if "encoder_hidden_states" in takes and ("output_attentions" in takes or hands_on):
+        both = {"output_attentions": True, "encoder_hidden_states": values["encoder_hidden_states"][""]}
+        single.append(("output_attentions, encoder_hidden_states", both))
     if "inputs_embeds" in takes:
         table = model.get_input_embeddings()
         table = table[0] if isinstance(table, nn.ModuleList) else table  # of Musicgen, which has one codebook here
@@ -172,6 +175,7 @@ def _values(ids: Tensor, model: nn.Module | None) -> dict[str, dict[str, Any]]:
         "position_ids": {"": positions.expand(BATCH, -1), " for all rows": positions[None], " from 3 on": positions[None] + 3},
         "cache_position": {"": positions},
         "token_type_ids": {"": zeros, " of two kinds": kinds},
+        "moe_mm_token_type_ids": {"": zeros},
         "mm_token_type_ids": {"": zeros},
         "task_type_ids": {"": zeros},
         "head_mask": {"": heads},

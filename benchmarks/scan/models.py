@@ -28,31 +28,28 @@ class NotBuilt(Exception):
     """A class can't be built small with what is known here, or doesn't run on text alone."""
 
 
-def outer_types() -> dict[str, type]:
-    """{model type: class} of the multimodal classes that are not in the causal-LM mapping too."""
+def outer_types() -> dict[str, str]:
+    """{model type: name of the class} of the multimodal classes that are not in the causal-LM mapping too."""
     names: dict[str, Any] = {}
     for mapping in _MAPPINGS:
         names |= getattr(modeling_auto, mapping, {})
-    single = {t: name if isinstance(name, str) else name[0] for t, name in names.items()}
-    found = {t: name for t, name in sorted(single.items()) if name not in {zoo.model_class(c).__name__ for c in _causal()}}
-    return {t: getattr(transformers, name) for t, name in found.items() if t not in TOO_LARGE}
+    single = {t: name if isinstance(name, str) else name[0] for t, name in sorted(names.items())}
+    causal = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    return {t: name for t, name in single.items() if t not in TOO_LARGE and name not in causal}
 
 
-def _causal() -> list[str]:
-    return zoo.model_types()
-
-
-def build_outer(model_type: str, cls: type, backend: str) -> nn.Module:
+def build_outer(model_type: str, backend: str) -> nn.Module:
     """A small random model of a multimodal class, in eval mode.
 
     Raises:
         NotBuilt: See there.
     """
+    cls = getattr(transformers, outer_types()[model_type])
     reasons = []
     for config in _configs(model_type):
         try:
             torch.manual_seed(0)
-            model = cls._from_config(config, attn_implementation=backend)  # type: ignore[attr-defined]  # a model
+            model = cls._from_config(config, attn_implementation=backend)
             zoo.randomize(model)
             with torch.no_grad():
                 model(**zoo.inputs(model, 2, 10))

@@ -13,6 +13,11 @@ _REASONS: list[tuple[str, str, str]] = [
         "it asks a bidirectional model for causal attention",
     ),
     (
+        r"is_causal(, padded)?",
+        r"bidirectional all the same",
+        "the class does not hand the keyword to its attention: in stock it changes nothing either",
+    ),
+    (
         r"a cache",
         r"our error: CacheError: \w+ \(\w+\) was passed to a bidirectional model.*",
         "a bidirectional model keeps no KV cache",

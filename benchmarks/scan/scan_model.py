@@ -21,6 +21,7 @@ from .cases import BATCH, LENGTH, REAL, Case, cases, padded, parameters
 from .outcomes import BY_DEPENDENCY, EQUAL, compared, raised, unlike
 from .reference import explicit_masks, open_buffers
 
+NOT_CAUSAL = "bidirectional all the same"
 FOLLOWED = "warned: CausalMaskWarning"
 # Families whose own masks leave out the window that their config has.
 WINDOW_LEFT_OUT = ("moshi",)
@@ -52,9 +53,12 @@ class Scan:
         base = [Case("no argument", {}), _case_of_padding()]
         self.has_reference = all(self._sees_all(case, self._twin) for case in base if not self._lacks(case))
 
-    def outcomes(self) -> dict[str, str]:
-        """{case: outcome}."""
-        found = {case.name: self.outcome(case) for case in cases(self.stock, self.ids)}
+    def outcomes(self, only_with_encoder: bool = False) -> dict[str, str]:
+        """{case: outcome}; `only_with_encoder` those in which states of an encoder are given."""
+        every = cases(self.stock, self.ids)
+        if only_with_encoder:
+            return {case.name: self.outcome(case) for case in every if "encoder_hidden_states" in case.arguments}
+        found = {case.name: self.outcome(case) for case in every}
         for name, run in {
             "saved and opened": self._saved,
             "saved, opened causal and enabled": self._enabled_again,
@@ -96,10 +100,14 @@ class Scan:
         with explicit_masks(self.twin, torch.ones(*ids.shape, ids.shape[1], dtype=torch.bool), **self.windows):
             return _by_token(self._call(self.twin, {"position_ids": positions}, ids), detached=False)
 
-    @torch.no_grad()
     def outcome(self, case: Case) -> str:
         """The outcome of one case; see `outcomes`."""
+        outcome = self._outcome(case)
+        asks_for_causal = case.arguments.get("is_causal") is True
+        return NOT_CAUSAL if asks_for_causal and outcome in (EQUAL, BY_DEPENDENCY) else outcome
 
+    @torch.no_grad()
+    def _outcome(self, case: Case) -> str:
         def stock() -> Any:
             return self._call(self.stock, case.arguments, self.ids)
 

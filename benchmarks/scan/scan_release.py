@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from .models import NotBuilt, build_outer, outer_types
 from .scan_model import Build, Scan, scan_inner
 
 NO_CROSS_ATTENTION = ("gpt_bigcode",)  # not implemented for its kind of attention
+CROSS = "with cross-attention"
 REFUSED, NOT_BUILT, NOT_RUN = "refused", "not built", "not run"
 # Where a multimodal class keeps its text model, by release and family.
 _INNER = ("model.language_model", "model.text_model", "language_model.model", "language_model", "text_model", "model.decoder")
@@ -23,7 +24,7 @@ _INNER = ("model.language_model", "model.text_model", "language_model.model", "l
 class Row(NamedTuple):
     """What came of one class on one backend: its outcomes, or why there are none."""
 
-    kind: str  # "causal LM", "multimodal" or "text model alone"
+    kind: str  # "causal LM", "with cross-attention", "multimodal" or "text model alone"
     model_type: str
     cls: str
     backend: str
@@ -33,39 +34,50 @@ class Row(NamedTuple):
     seconds: float = 0.0
 
 
-def read_rows(file: str) -> list[Row]:
-    """The rows that a scan has printed, one a line, from a file."""
-    with open(file, encoding="utf-8") as lines:
-        return [Row(**json.loads(line)) for line in lines if line.startswith("{")]
+def read_rows(files: Iterable[str]) -> list[Row]:
+    """The rows that scans have printed, one a line; a row of a later file replaces the same one of an earlier file."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            found = [Row(**json.loads(line)) for line in lines if line.startswith("{")]
+        rows |= {(row.kind, row.model_type, row.backend): row for row in found}
+    return list(rows.values())
 
 
 def scan_release(only: set[str], backends: tuple[str, ...]) -> Iterator[Row]:
     """The rows of the installed release; `only` these types, or all if it is empty."""
     for model_type in zoo.buildable_types():
         if not only or model_type in only:
-            yield from _rows("causal LM", model_type, zoo.model_class(model_type), causal_lm(model_type), backends)
-    for model_type, cls in outer_types().items():
+            cls = zoo.model_class(model_type)
+            yield from _rows("causal LM", model_type, cls, causal_lm(model_type), backends)
+            if has_cross_attention(model_type):
+                yield from _rows(CROSS, model_type, cls, causal_lm(model_type, add_cross_attention=True), backends)
+    for model_type in outer_types():
         if not only or model_type in only:
-            yield from _outer_rows(model_type, cls, backends)
+            yield from _outer_rows(model_type, backends)
 
 
-def causal_lm(model_type: str) -> Build:
-    """How the zoo's model of a type is built; with layers of cross-attention, where it has them if its config asks for it."""
-    config = zoo.config(model_type)
-    takes = "encoder_hidden_states" in parameters(zoo.model_class(model_type)) and hasattr(config, "add_cross_attention")
-    wanted = {"add_cross_attention": True} if takes and model_type not in NO_CROSS_ATTENTION else {}
-    return lambda backend: zoo.build(model_type, backend, **wanted)
+def causal_lm(model_type: str, **overrides: Any) -> Build:
+    """How the zoo's model of a type is built."""
+    return lambda backend: zoo.build(model_type, backend, **overrides)
 
 
-def _outer_rows(model_type: str, cls: type, backends: tuple[str, ...]) -> Iterator[Row]:
+def has_cross_attention(model_type: str) -> bool:
+    """Whether a type has layers of cross-attention if its config asks for them."""
+    takes = "encoder_hidden_states" in parameters(zoo.model_class(model_type))
+    return takes and model_type not in NO_CROSS_ATTENTION and hasattr(zoo.config(model_type), "add_cross_attention")
+
+
+def _outer_rows(model_type: str, backends: tuple[str, ...]) -> Iterator[Row]:
+    name = outer_types()[model_type]
     try:
-        build_outer(model_type, cls, "eager")
+        cls = type(build_outer(model_type, "eager"))
     except NotBuilt as error:
-        yield Row("multimodal", model_type, cls.__name__, "eager", False, {}, f"{NOT_BUILT}: {error}")
+        yield Row("multimodal", model_type, name, "eager", False, {}, f"{NOT_BUILT}: {error}")
         return
 
     def build(backend: str) -> nn.Module:
-        return build_outer(model_type, cls, backend)
+        return build_outer(model_type, backend)
 
     yield from _rows("multimodal", model_type, cls, build, backends)
     inner = inner_name(build("eager"))
@@ -103,7 +115,7 @@ def scan_class(kind: str, model_type: str, cls: type, build: Build, backend: str
             outcomes, has_reference = scan_inner(build, lambda model: model.get_submodule(inner), backend), True
         else:
             scan = Scan(build, backend)
-            outcomes, has_reference = scan.outcomes(), scan.has_reference
+            outcomes, has_reference = scan.outcomes(kind == CROSS), scan.has_reference
         outcomes |= {f"argument {name}": "not tried" for name in not_covered(cls)}
         row = row._replace(has_reference=has_reference, outcomes=outcomes)
     except UnsupportedModelError as error:

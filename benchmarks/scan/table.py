@@ -31,7 +31,8 @@ replaces the section of the installed release. `--only llama,gemma3` prints the 
 | stock refuses too | the unpatched model raises an error for this call too |
 | other | listed below with its reason |
 
-"text model alone" is a multimodal model of which only the text model inside is enabled.
+"with cross-attention": the config asks for it, and states of an encoder are given. "text model alone": a multimodal model of
+which only the text model inside is enabled.
 """
 
 
@@ -102,7 +103,7 @@ def _short(outcome: str) -> str:
 
 
 def _name(row: Row) -> str:
-    return row.model_type + (", text model alone" if row.kind == "text model alone" else "")
+    return row.model_type if row.kind in ("causal LM", "multimodal") else f"{row.model_type}, {row.kind}"
 
 
 def _joined(cases: dict[str, list[str]]) -> str:
