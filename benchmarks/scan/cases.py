@@ -42,8 +42,8 @@ NOT_TRIED = {
     ),
     **dict.fromkeys(
         """encoder_outputs mm_encoder_outputs per_layer_inputs shared_kv_states cross_attention_states
-        protein_input_ids protein_attention_mask cross_attention_mask full_text_row_masked_out_mask decoder_input_ids decoder_inputs_embeds
-        decoder_attention_mask""".split(),
+        protein_input_ids protein_attention_mask cross_attention_mask full_text_row_masked_out_mask decoder_input_ids
+        decoder_inputs_embeds decoder_attention_mask""".split(),
         "made by another model",
     ),
     **dict.fromkeys(("input_ids", "attention_mask"), "in every case, or in those with padding"),

@@ -6,21 +6,28 @@ two tokens of one text see each other where one of them could see the other befo
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
+from tests.helpers.zoo import RELEASE
+
 MASKS = ("attention_mask", "attn_mask", "mask")
+# Families whose eager masks have no window (Moshi), or have it in all layers, and not in those that the config says; in which
+# releases. FlashAttention follows the config.
+OWN_WINDOWS = {"moshi": "", "qwen2_moe": ">=4.53,<5"}
+Windows = Callable[[nn.Module], int | None]
 BIASES = ("alibi", "position_bias")  # of ALiBi: one for each key
 
 
 @contextmanager
 def explicit_masks(
-    model: nn.Module, allowed: Tensor, opens_windows: bool = False, window: int | None = None, longest: int | None = None
+    model: nn.Module, allowed: Tensor, opens_windows: bool = False, windows: Windows | None = None, longest: int | None = None
 ) -> Iterator[None]:
     """A block in which each attention module of `model` gets an explicit mask.
 
@@ -28,13 +35,11 @@ def explicit_masks(
         model: An unpatched model. Call `open_buffers` on it first.
         allowed: (batch, query, key) bool: the tokens of one text, without padding.
         opens_windows: Whether layers with a window see all of the text too, as under a ready mask of the user.
-        window: The window of all layers, where the model's own mask leaves it out.
+        windows: Gives the window of an attention module, where the model's own masks have others; see `told_windows`.
         longest: The window of layers whose own mask has one, where that is of another length.
     """
     positions = torch.arange(allowed.shape[-1])
     distance = (positions[:, None] - positions).abs()
-    if window is not None and not opens_windows:
-        allowed = allowed & (distance < window)
     near = allowed & (distance < longest) if longest is not None and not opens_windows else allowed
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -46,7 +51,11 @@ def explicit_masks(
 
         for name in {**dict.fromkeys(names), **kwargs}:
             value = given.get(name, kwargs.get(name))
-            if name in MASKS and isinstance(value, Tensor):
+            if name in MASKS and windows is not None:
+                window = None if opens_windows else windows(module)
+                seen = allowed if window is None else allowed & (distance < window)
+                put(name, torch.zeros(seen[:, None].shape).masked_fill(~seen[:, None], torch.finfo(torch.float32).min))
+            elif name in MASKS and isinstance(value, Tensor):
                 put(name, _explicit(value, allowed, near, opens_windows))
             elif name in BIASES and isinstance(value, Tensor) and value.shape[-2] == 1:
                 bias = value[..., -allowed.shape[-1] :]  # MPT's is as long as the longest text
@@ -66,6 +75,15 @@ def explicit_masks(
     finally:
         for each in hooks:
             each.remove()
+
+
+def told_windows(model: nn.Module) -> Windows | None:
+    """The window of an attention module by the config, in families whose own eager masks do not follow it; else None."""
+    config = model.config
+    if RELEASE not in SpecifierSet(OWN_WINDOWS.get(config.model_type, "<0")):
+        return None
+    first = getattr(config, "max_window_layers", 0)
+    return lambda module: config.sliding_window if module.layer_idx >= first else None
 
 
 def open_buffers(model: nn.Module) -> nn.Module:

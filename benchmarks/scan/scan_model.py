@@ -19,12 +19,10 @@ from tests.helpers import zoo
 
 from .cases import BATCH, LENGTH, REAL, Case, cases, padded, parameters
 from .outcomes import BY_DEPENDENCY, EQUAL, compared, raised, unlike
-from .reference import explicit_masks, open_buffers
+from .reference import explicit_masks, open_buffers, told_windows
 
 NOT_CAUSAL = "bidirectional all the same"
 FOLLOWED = "warned: CausalMaskWarning"
-# Families whose own masks leave out the window that their config has.
-WINDOW_LEFT_OUT = ("moshi",)
 # Until 4.40, an eager window of w reached distance w.
 WINDOW_REACHES_FURTHER = zoo.RELEASE < Version("4.40")
 NO_ROWS = torch.ones(1, 1, dtype=torch.bool)  # the real positions of what has none, as gradients
@@ -46,10 +44,9 @@ class Scan:
         self.patched = copy.deepcopy(self.stock)
         enable_bidirectional(choose(self.patched))
         self.ids = zoo.inputs(self.stock, BATCH, LENGTH)["input_ids"]
-        config = self.twin.config
-        self.windows = {"window": config.sliding_window} if config.model_type in WINDOW_LEFT_OUT else {}
+        self.windows: dict[str, Any] = {"windows": told_windows(self.twin)}
         if WINDOW_REACHES_FURTHER:
-            self.windows["longest"] = getattr(config, "sliding_window", None)
+            self.windows["longest"] = getattr(self.twin.config, "sliding_window", None)
         base = [Case("no argument", {}), _case_of_padding()]
         self.has_reference = all(self._sees_all(case, self._twin) for case in base if not self._lacks(case))
 
@@ -90,8 +87,7 @@ class Scan:
         with explicit_masks(self.twin, case.allowed, case.opens_windows, **self.windows):
             output = self._call(self.twin, arguments, ids)
         if case.kept is not None:
-            for name in {"logits", "last_hidden_state"} & output.keys():  # the second is Moshi's
-                output[name] = output[name][:, case.kept]
+            return {"logits": output.logits[:, case.kept]}
         return output
 
     def _alone(self, ids: Tensor) -> Tensor:
