@@ -31,7 +31,7 @@ NOT_TRIED = {
         image_hidden_states image_grid_thw video_grid_thw vision_feature_layer vision_feature_select_strategy
         pixel_attention_mask pixel_values_images image_encoder_embeddings perceiver_embeddings image_embeds
         image_embeds_position_mask second_per_grid_ts rope_deltas aspect_ratio_mask aspect_ratio_ids
-        high_res_pixel_values pixel_mask vision_feature_layers image_outputs second_grid_thw""".split(),
+        tile_fine_mask router_labels high_res_pixel_values pixel_mask vision_feature_layers image_outputs second_grid_thw""".split(),
         "an image or a video",
     ),
     **dict.fromkeys(

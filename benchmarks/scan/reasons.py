@@ -2,6 +2,8 @@
 
 import re
 
+from .cases import BATCH, LENGTH
+
 # What explains itself.
 NEEDS_NO_REASON = re.compile(r"equal$|by dependency$|stock refuses too")
 
@@ -36,6 +38,11 @@ _REASONS: list[tuple[str, str, str]] = [
         r"position_ids of two texts in a row",
         r"our error: AttentionMaskError: packed sequences .*can't be told apart by .*",
         "the model's own mask code takes nothing but a 2D mask; the error says to use padding",
+    ),
+    (
+        r".*",
+        rf"our error: AttentionMaskError: a ready 4D attention_mask of shape \({BATCH}, 1, {LENGTH}, {LENGTH + 1}\).*",
+        "the model around the text model makes a causal mask with a column too many; the error says to enable that model",
     ),
 ]
 
