@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .not_tried import NOT_TRIED
+
 BATCH, LENGTH = 2, 10
 REAL = (10, 7)  # tokens of each row, where it is padded
 TEXT = (6, 4)  # lengths of two texts that are packed into one row
@@ -23,31 +25,6 @@ BESIDE = {
     "output_router_logits": ("labels",),
 }
 
-# Arguments that are not tried, and why.
-NOT_TRIED = {
-    **dict.fromkeys(
-        """pixel_values pixel_values_videos image_patches image_patches_indices image_pixel_values image_sizes
-        image_attention_mask image_position_ids video_position_ids num_frames_per_video interpolate_pos_encoding
-        image_hidden_states image_grid_thw video_grid_thw vision_feature_layer vision_feature_select_strategy
-        pixel_attention_mask pixel_values_images image_encoder_embeddings perceiver_embeddings image_embeds
-        image_embeds_position_mask second_per_grid_ts rope_deltas aspect_ratio_mask aspect_ratio_ids
-        tile_fine_mask router_labels high_res_pixel_values pixel_mask vision_feature_layers image_outputs second_grid_thw""".split(),
-        "an image or a video",
-    ),
-    **dict.fromkeys(
-        """input_features input_features_mask audio_input_features audio_embed_sizes audio_attention_mask padding_mask
-        feature_attention_mask audio_feature_lengths use_audio_in_video video_second_per_grid audio_codes
-        user_audio_codes moshi_audio_codes input_values""".split(),
-        "sound",
-    ),
-    **dict.fromkeys(
-        """encoder_outputs mm_encoder_outputs per_layer_inputs shared_kv_states cross_attention_states
-        protein_input_ids protein_attention_mask cross_attention_mask full_text_row_masked_out_mask decoder_input_ids
-        decoder_inputs_embeds decoder_attention_mask""".split(),
-        "made by another model",
-    ),
-    **dict.fromkeys(("input_ids", "attention_mask"), "in every case, or in those with padding"),
-}
 KEEPS = ("logits_to_keep", "num_logits_to_keep")
 CACHES = ("past_key_values", "cache", "cache_params", "past_buckets_states", "mems", "state")
 
