@@ -34,7 +34,7 @@ def check(row):
     unexplained = {
         case: outcome
         for case, outcome in row.outcomes.items()
-        if not reasons.NEEDS_NO_REASON.match(outcome) and reasons.why(case, outcome) is None
+        if not reasons.NEEDS_NO_REASON.match(outcome) and reasons.why(row.kind, case, outcome) is None
     }
     assert not unexplained
     assert list(row.outcomes.values()).count("equal") >= FEWEST // 2

@@ -47,7 +47,7 @@ def section(rows: list[Row]) -> tuple[str, list[str]]:
             counts[case][_column(outcome)] += 1
             if NEEDS_NO_REASON.match(outcome):
                 continue
-            reason = why(case, outcome)
+            reason = why(row.kind, case, outcome)
             if reason is None:
                 unexplained.append(f"{row.kind} {row.model_type} on {row.backend}, {case}: {outcome}")
             exceptions[(_short(outcome), reason or "UNEXPLAINED", case)].append(_name(row))

@@ -191,7 +191,7 @@ def _check_cache(kwargs: dict[str, Any]) -> None:
         raise CacheError(
             f"{given} ({type(kwargs[given]).__name__}) was passed to a bidirectional model: a KV cache only has a meaning while "
             "attention is causal. Leave it out (prefix tuning can't), or run causally inside `with "
-            "bidirectional(model, enabled=False):`"
+            "bidirectional(model, enabled=False):`. If a model around this one made it, call enable_bidirectional on that model"
         )
 
 
