@@ -162,7 +162,12 @@ class Scan:
     def _reopened(self, enables: bool) -> nn.Module:
         before, policy.enables = policy.enables, enables
         try:
-            with tempfile.TemporaryDirectory() as folder, zoo.foreign_tower(self.stock.config.model_type):
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                zoo.foreign_tower(self.stock.config.model_type),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")  # that it is opened as a causal model, as is wanted
                 self.patched.save_pretrained(folder)
                 backend = self.stock.config._attn_implementation
                 return type(self.stock).from_pretrained(folder, attn_implementation=backend).eval()
