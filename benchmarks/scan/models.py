@@ -53,6 +53,7 @@ def build_outer(model_type: str, backend: str) -> nn.Module:
             zoo.randomize(model)
             with torch.no_grad():
                 model(**zoo.inputs(model, 2, 10))
+                model(**zoo.inputs(model, 2, 10), attention_mask=torch.ones(2, 10, dtype=torch.long))
             return model
         except Exception as error:  # the next way may do
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")

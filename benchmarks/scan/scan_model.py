@@ -286,7 +286,9 @@ def scan_inner(build: Build, choose: Callable[[nn.Module], nn.Module], backend: 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scan = Scan(build, backend, choose)
+        enabled = scan.patched
         for case in cases(scan.stock, scan.ids):
+            scan.patched = copy.deepcopy(enabled)  # it warns of the first mask that it is given
             outcome = scan.outcome(case)
             warned = any(issubclass(each.category, CausalMaskWarning) for each in caught)
             found[case.name] = FOLLOWED if outcome.startswith("differs") and warned else outcome
