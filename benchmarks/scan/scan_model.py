@@ -41,8 +41,10 @@ class Scan:
     """
 
     def __init__(self, build: Build, backend: str = "eager", choose: Callable[[nn.Module], nn.Module] = lambda m: m) -> None:
-        self.twin = open_buffers(build("eager"))
-        self.stock = build(backend)
+        model = build("eager")
+        self.stock = copy.deepcopy(model) if backend == "eager" else build(backend)
+        self.stock.load_state_dict(model.state_dict())  # some weights are drawn from memory as it is
+        self.twin = open_buffers(model)
         self.patched = copy.deepcopy(self.stock)
         enable_bidirectional(choose(self.patched))
         self.ids = zoo.inputs(self.stock, BATCH, LENGTH)["input_ids"]
