@@ -6,7 +6,6 @@ from torch import nn
 
 from ..swap.record import before_patch
 
-
 # Kinds of layers whose window is over what they generate, in their KV cache: a text sees all of itself (Unlimited-OCR). A miss:
 # the layer looks less far than in the causal model. A wrong match: it looks further.
 _WINDOW_OF_CACHE = ("reference_sliding_attention",)
