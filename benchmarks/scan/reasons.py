@@ -56,7 +56,7 @@ _REASONS: list[tuple[str, str, str, str]] = [
     (
         INNER,
         r".*",
-        r"our error: CacheError: past_key_values \(\w+\) was passed to a bidirectional model.*",
+        r"our error: CacheError: \w+ \(\w+\) was passed to a bidirectional model.*",
         "the model around the text model makes a KV cache for it; the error says to enable that model",
     ),
     (

@@ -8,7 +8,7 @@ import transformers
 
 from .outcomes import BY_DEPENDENCY, EQUAL
 from .reasons import NEEDS_NO_REASON, why
-from .scan_release import NOT_BUILT, NOT_RUN, REFUSED, Row
+from .scan_release import CROSS, NOT_BUILT, NOT_RUN, REFUSED, Row
 
 FILE = Path(__file__).parent.parent / "SCAN.md"
 COLUMNS = (EQUAL, BY_DEPENDENCY, "our error", "stock refuses too", "other")
@@ -21,7 +21,8 @@ logits, loss, hidden states, attention weights.
 
     python -m benchmarks.scan
 
-replaces the section of the installed release. `--only llama,gemma3` prints the section of these types.
+replaces the section of the installed release. `--only llama,gemma3` prints the section of these types, and `--rows FILE ...`
+writes it from what several runs have printed. Of releases before the newest, the sections hold classes that differ in kind.
 
 | outcome | what was seen |
 |---|---|
@@ -53,8 +54,9 @@ def section(rows: list[Row]) -> tuple[str, list[str]]:
             exceptions[(_short(outcome), reason or "UNEXPLAINED", case)].append(_name(row))
     total = sum(counts.values(), Counter())
     lines = [f"## transformers {transformers.__version__}", ""]
-    classes = len({(row.kind, row.cls) for row in seen})
-    lines += [f"{classes} classes: " + ", ".join(f"{total[c]} {c}" for c in COLUMNS if total[c]) + ".", ""]
+    on = Counter(row.backend for row in seen if row.kind != CROSS)
+    classes = ", ".join(f"{count} models on {backend}" for backend, count in on.items())
+    lines += [f"{classes}: " + ", ".join(f"{total[c]} {c}" for c in COLUMNS if total[c]) + ".", ""]
     lines += [f"| case | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {case} | " + " | ".join(str(n[c] or "") for c in COLUMNS) + " |" for case, n in counts.items()]
     by_reason: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
