@@ -9,7 +9,7 @@ import torch
 from .helpers import zoo
 
 scan_release = pytest.importorskip("benchmarks.scan.scan_release", reason="the benchmarks come with the checkout alone")
-from benchmarks.scan import models, reasons, scan_model  # noqa: E402
+from benchmarks.scan import models, reasons, scan_model, table  # noqa: E402
 from benchmarks.scan.cases import LENGTH, cases  # noqa: E402
 
 # Rotary positions, a mask in a buffer, ALiBi, a window, experts, kinds of tokens and cross-attention, windows in some layers.
@@ -77,3 +77,11 @@ def test_the_scan_sees_a_mask_that_is_causal(monkeypatch):
     assert {name for name in outcomes if "padded" in name} - fine == {
         name for name in outcomes if "padded" in name and "is_causal" not in name.split(",")[0]
     } | ({"is_causal off, padded"} & outcomes.keys())
+
+
+def test_a_row_without_a_reason_is_told_and_the_table_has_none():
+    outcomes = {"no argument": "equal", "labels": "differs: loss by 1e-01 of its largest value"}
+    text, unexplained = table.section([scan_release.Row("causal LM", "toy", "ToyForCausalLM", "eager", True, outcomes)])
+    assert unexplained == ["causal LM toy on eager, labels: differs: loss by 1e-01 of its largest value"]
+    assert "| differs: loss | UNEXPLAINED | labels | toy |" in text
+    assert "UNEXPLAINED" not in table.FILE.read_text(encoding="utf-8")

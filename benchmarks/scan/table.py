@@ -57,8 +57,9 @@ def section(rows: list[Row]) -> tuple[str, list[str]]:
     on = Counter(row.backend for row in seen if row.kind != CROSS)
     classes = ", ".join(f"{count} models on {backend}" for backend, count in on.items())
     lines += [f"{classes}: " + ", ".join(f"{total[c]} {c}" for c in COLUMNS if total[c]) + ".", ""]
-    lines += [f"| case | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {case} | " + " | ".join(str(n[c] or "") for c in COLUMNS) + " |" for case, n in counts.items()]
+    columns = [column for column in COLUMNS if total[column]]
+    lines += [f"| case | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {case} | " + " | ".join(str(n[c] or "") for c in columns) + " |" for case, n in counts.items()]
     by_reason: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
     for (outcome, reason, case), names in exceptions.items():
         by_reason[outcome, reason][case] = names
