@@ -33,7 +33,8 @@ def mirrored_mask(mask: Any, true_hides: bool = False, span: Span = Span()) -> A
     """A causal mask, mirrored.
 
     A key that doesn't see itself is padding. Columns past the last query are cut off. A mask of another shape is for padding
-    alone, and is returned as it is, but with sink tokens.
+    alone, and is returned as it is, but with sink tokens. A row of a bool mask in which something is seen, but no key sees
+    itself, is read the wrong way round: it stays causal, so that the check of a small model sees it.
 
     Args:
         mask: (batch, 1 or heads, n, n or more), bool or additive, which may hold ALiBi; or a BlockMask; or a dict of such.
@@ -61,8 +62,10 @@ def mirrored_mask(mask: Any, true_hides: bool = False, span: Span = Span()) -> A
     both = seen | seen.mT
     if span.sinks:
         both = both & past_sinks(real & (real.cumsum(-1) <= span.sinks), span.sees_sinks)
-    both = with_padding(both, real[..., :, None], real[..., None, :], real.any(-1)[..., None, None])
+    any_real = real.any(-1)[..., None, None]
+    both = with_padding(both, real[..., :, None], real[..., None, :], any_real)
     if is_bool:
+        both = torch.where(any_real | ~seen.flatten(-2).any(-1)[..., None, None], both, seen)
         return ~both if true_hides else both  # not ^: a trace can't record it with a Python bool
     bias = _falling(mask.diagonal(dim1=-2, dim2=-1).masked_fill(~real, 0))
     return torch.where(both, bias, torch.finfo(mask.dtype).min)

@@ -8,7 +8,15 @@ from torch.jit._trace import is_tracing
 
 from ..errors import ArgumentError, AttentionMaskError, CacheError
 from ..model.config import backend_of, text_config
-from ..model.facts import CACHES, given_input, mask_parameter, names_in_forward, parameter_names, takes_any_keyword
+from ..model.facts import (
+    CACHES,
+    given_input,
+    mask_parameter,
+    names_in_forward,
+    parameter_names,
+    puts_states_first,
+    takes_any_keyword,
+)
 from ..model.sinks import Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
@@ -41,6 +49,7 @@ class BidirectionalModel(LetsReadyMaskPass):
 
         def arguments(model: Any, settings: ModelSettings, kwargs: dict[str, Any], called_by_outer: bool) -> dict[str, Any]:
             _check_cache(kwargs)
+            _check_states(original, kwargs)
             if "use_cache" in names:
                 kwargs["use_cache"] = False
             if takes_is_causal:  # transformers puts it above the modules' own flag
@@ -184,7 +193,16 @@ def _check_cache(kwargs: dict[str, Any]) -> None:
         raise CacheError(
             f"{given} ({type(kwargs[given]).__name__}) was passed to a bidirectional model: a KV cache only has a meaning while "
             "attention is causal. Leave it out (prefix tuning can't), or run causally inside `with "
-            "bidirectional(model, enabled=False):`"
+            "bidirectional(model, enabled=False):`. If a model around this one made it, call enable_bidirectional on that model"
+        )
+
+
+def _check_states(cls: type, kwargs: dict[str, Any]) -> None:
+    """Raise ArgumentError for states of an encoder that the model would put before the tokens, which the mask is for."""
+    if kwargs.get("encoder_hidden_states") is not None and puts_states_first(cls):
+        raise ArgumentError(
+            f"encoder_hidden_states were given to {cls.__name__}, which puts them before the tokens: a bidirectional model takes "
+            "tokens alone. Leave them out, or call the model inside `with bidirectional(model, enabled=False):`"
         )
 
 

@@ -132,7 +132,7 @@ def _check(mask: Tensor, batch: int, length: int, heads: int, backend: Backend) 
         raise AttentionMaskError(
             f"a ready 4D attention_mask of shape {tuple(mask.shape)} for input of {batch} x {length} tokens: give "
             f"({batch}, 1, {length}, {length}), with {heads} instead of the 1 for one mask per head, or the 2D mask "
-            f"({batch}, {length})"
+            f"({batch}, {length}). If a model around this one made the mask, call enable_bidirectional on that model"
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise AttentionMaskError(

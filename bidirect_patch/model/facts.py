@@ -203,6 +203,15 @@ def counts_mask(cls: type) -> bool:
 
 
 @per_class
+def puts_states_first(cls: type) -> bool:
+    """Whether the class's forward puts `encoder_hidden_states` before the tokens (MusicGen Melody), by the name of `torch.cat`.
+
+    A miss: the model fails, since the mask is shorter than what it is for. A wrong match: cross-attention is refused.
+    """
+    return "encoder_hidden_states" in parameter_names(cls) and "cat" in names_in_forward(cls)
+
+
+@per_class
 def reads_layer_kinds(cls: type) -> bool:
     """Whether the class's forward reads which kind each layer is."""
     return any(_names_any(f, LAYER_KIND) for f in forwards(cls))

@@ -6,6 +6,10 @@ from torch import nn
 
 from ..swap.record import before_patch
 
+# Kinds of layers whose window is over what they generate, in their KV cache: a text sees all of itself (Unlimited-OCR). A miss:
+# the layer looks less far than in the causal model. A wrong match: it looks further.
+_WINDOW_OF_CACHE = ("reference_sliding_attention",)
+
 
 class Span(NamedTuple):
     """`window`: |q - k| < window. `chunk`: q // chunk == k // chunk, counted from the start of the sequence. None: no limit.
@@ -55,7 +59,7 @@ def span_of(attention: nn.Module, path: str, config: Any, reads_layer_kinds: boo
     kind = kinds[index] if kinds and index < len(kinds) else None
     if kind is not None and "chunk" in kind:
         return Span(chunk=getattr(config, "attention_chunk_size", None))
-    if kind == "full_attention":
+    if kind == "full_attention" or kind in _WINDOW_OF_CACHE:
         return Span()
     own = before_patch(attention, "sliding_window")
     if own is not None or hasattr(attention, "sliding_window"):

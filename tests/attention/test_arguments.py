@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bidirect_patch import bidirectional, enable_bidirectional
 from bidirect_patch.attention.dense import additive, dense_mask, hides_nothing
 from bidirect_patch.attention.padding_and_packing import (
     Sequences,
@@ -15,8 +16,10 @@ from bidirect_patch.attention.padding_and_packing import (
     starts,
 )
 from bidirect_patch.attention.versions import HAS_MASKING_UTILS
-from bidirect_patch.errors import AttentionMaskError
+from bidirect_patch.errors import ArgumentError, AttentionMaskError
 from bidirect_patch.model.windows import Span
+
+from ..helpers import zoo
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -266,3 +269,15 @@ def test_a_captured_graph_keeps_what_the_example_lacked(mask):
     traced = torch.jit.trace(seen, (row("1111"), row("0123")), check_trace=False)
     for positions in ("0123", "0101"):
         assert torch.equal(traced(row(mask), row(positions)), seen(row(mask), row(positions)))
+
+
+def test_states_that_a_model_puts_before_the_tokens_are_refused():
+    """MusicGen Melody makes one sequence of both, for which a mask of the tokens alone is too short."""
+    if "musicgen_melody" not in zoo.buildable_types():
+        pytest.skip("not in this transformers")
+    model = enable_bidirectional(zoo.build("musicgen_melody"))
+    given = dict(**zoo.inputs(model, 2, 6), encoder_hidden_states=torch.randn(2, 3, model.config.hidden_size))
+    with pytest.raises(ArgumentError, match="encoder_hidden_states were given to MusicgenMelodyDecoder"):
+        model(**given)
+    with bidirectional(model, enabled=False):
+        assert model(**given).logits.shape[1] == 9

@@ -51,6 +51,13 @@ def test_bool_masks_that_say_what_is_hidden(causal, expected):
     assert torch.equal(mirrored_mask(~matrix(causal), true_hides=True), ~matrix(expected))
 
 
+@pytest.mark.parametrize("true_hides", [False, True])
+def test_a_bool_mask_that_is_read_the_wrong_way_round_stays_causal(true_hides):
+    """Mirrored, it would hide everything, and a softmax over nothing attends to all tokens alike: Bloom until 4.40."""
+    mask = matrix("1000 1100 1110 1111") if true_hides else ~matrix("1000 1100 1110 1111")
+    assert torch.equal(mirrored_mask(mask, true_hides), mask)
+
+
 @each_mask
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_additive_masks(causal, expected, dtype):

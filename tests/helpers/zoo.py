@@ -60,14 +60,15 @@ def config(model_type: str, **overrides) -> PretrainedConfig:
     cls, wanted = CONFIG_MAPPING[model_type], model_class(model_type).config_class
     if not issubclass(cls, wanted) and wanted.__module__ == cls.__module__:
         cls = wanted
-    return _shrunk(cls, OVERRIDES.get(model_type, {}) | overrides)
+    return shrunk(cls, OVERRIDES.get(model_type, {}) | overrides)
 
 
 def model_class(model_type):
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
 
 
-def _shrunk(cls: type, overrides: dict) -> PretrainedConfig:
+def shrunk(cls: type, overrides: dict) -> PretrainedConfig:
+    """A config of this class with the sizes of `SIZES`, and `overrides` in it."""
     default = vars(_default(cls, overrides))
     common = SIZES | TOKENS if "vocab_size" in default else SIZES
     kwargs = {name: value for name, value in common.items() if name in default or name in (cls.attribute_map or {})}
@@ -77,7 +78,7 @@ def _shrunk(cls: type, overrides: dict) -> PretrainedConfig:
         kwargs["num_hidden_layers"] = len(kwargs["layer_types"])
     for name, value in default.items():
         if isinstance(value, PretrainedConfig):
-            kwargs[name] = _shrunk(type(value), overrides.get(name, {})).to_diff_dict()
+            kwargs[name] = shrunk(type(value), overrides.get(name, {})).to_diff_dict()
             kwargs[name].pop("transformers_version", None)  # a strict config refuses it
         elif name in overrides:
             kwargs[name] = overrides[name]
@@ -100,10 +101,15 @@ def build(model_type: str, attn_implementation: str = "eager", seed: int = 0, **
     one token does to another is far above rounding and nothing is switched off by an initial zero.
     """
     torch.manual_seed(seed)
-    with _foreign_tower(model_type), warnings.catch_warnings():
+    with foreign_tower(model_type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = model_class(model_type)._from_config
         model = made(config(model_type, **overrides), attn_implementation=attn_implementation)
+    return randomize(model)
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Draw the weights of a model as `build` does, in place; float32, in eval mode."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
@@ -118,7 +124,7 @@ def build(model_type: str, attn_implementation: str = "eager", seed: int = 0, **
 
 
 @contextlib.contextmanager
-def _foreign_tower(model_type):
+def foreign_tower(model_type):
     """Put nothing where a sub-model comes from a package outside transformers; text never passes through it."""
     if model_type not in FOREIGN_TOWER:
         yield

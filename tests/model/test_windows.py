@@ -1,11 +1,13 @@
 """Which layer has which window or chunk, by family."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 
 from bidirect_patch.model.find import decoders
-from bidirect_patch.model.windows import Span
+from bidirect_patch.model.windows import Span, span_of
 
 FULL, W, C = Span(), Span(window=4), Span(chunk=4)
 COMMON = dict(
@@ -111,3 +113,10 @@ def test_whether_a_span_hides_anything(span, length, hides):
 )
 def test_the_limit_is_the_smaller_one(span, limit):
     assert span.limit == limit
+
+
+def test_a_window_over_what_is_generated_is_none_for_a_text():
+    """Unlimited-OCR, whose KV cache keeps all of the prompt: as the causal model, each layer sees all of a text."""
+    config = SimpleNamespace(layer_types=["reference_sliding_attention", "sliding_attention"], sliding_window=4)
+    spans = [span_of(torch.nn.Identity(), f"layers.{i}.self_attn", config, reads_layer_kinds=True) for i in range(2)]
+    assert spans == [FULL, W]
