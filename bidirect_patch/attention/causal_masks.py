@@ -17,29 +17,34 @@ from ..swap.classes import is_open, original
 from ..swap.recording import values_are_unknown
 from .mixed import models_under_way
 
-_judged: "WeakSet[nn.Module]" = WeakSet()
+_warned: "WeakSet[nn.Module]" = WeakSet()
+_judged_by_block_mask: "WeakSet[nn.Module]" = WeakSet()  # which has to be written out, so that the first one decides
 
 
 def warn_if_causal(model: nn.Module, mask: Any) -> None:
     """Warn, once per model, if a ready mask lets tokens see earlier ones and no later one, though later ones see them.
 
-    The first mask that can tell decides; later ones cost nothing.
+    Of most masks the two diagonals beside the main one say that it isn't so, and no more is read.
 
     Args:
         model: to whose patched forward the mask was given.
         mask: (batch, heads, length, length), bool (True is visible) or additive; a BlockMask; or a dict of such by kind of layer.
     """
-    if values_are_unknown() or model in _judged:
+    if values_are_unknown() or model in _warned:
         return
     by_kind = mask if isinstance(mask, dict) else {"": mask}
-    seen = {kind: each for kind, given in by_kind.items() if (each := _visible(given)) is not None and each.tril(-1).any()}
+    if any(map(_is_block_mask, by_kind.values())):
+        if model in _judged_by_block_mask:
+            return
+        _judged_by_block_mask.add(model)
+    seen = {kind: each for kind, given in by_kind.items() if (each := _visible(given)) is not None and _may_be_causal(each)}
     if not seen:
         return
-    _judged.add(model)
     enough = 0 if _is_made_outside(model) else 1  # who gives a mask by hand may want some tokens to be causal
     shares = {kind: share for kind, each in seen.items() if (share := causal_share(each)) and share >= enough}
     if not shares:
         return
+    _warned.add(model)
     kinds = ", ".join(filter(None, shares))
     share = max(shares.values())
     tokens = "no token sees a later one" if share == 1 else f"{share:.0%} of the tokens see no later one"
@@ -78,9 +83,18 @@ def causal_share(seen: Tensor) -> float:
     return float(causal.sum() / is_seen.sum())
 
 
+def _may_be_causal(seen: Tensor) -> bool:
+    """Whether a token is seen by the one behind it, and doesn't see that one."""
+    return bool((seen.diagonal(-1, -2, -1) & ~seen.diagonal(1, -2, -1)).any())
+
+
+def _is_block_mask(mask: Any) -> bool:
+    return type(mask).__name__ == "BlockMask"
+
+
 def _visible(mask: Any) -> Tensor | None:
     """(batch, heads, length, length), True where visible, of a square mask whose values can be read."""
-    if type(mask).__name__ == "BlockMask":
+    if _is_block_mask(mask):
         from torch.nn.attention.flex_attention import create_mask
 
         batch, heads, queries, keys = mask.shape

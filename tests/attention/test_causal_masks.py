@@ -33,6 +33,15 @@ def test_a_causal_mask_is_followed_and_said_once(backend, mask):
         moves(model, attention_mask=mask)
 
 
+def test_a_causal_mask_after_an_open_one_is_said_too():
+    model = enable_bidirectional(llama())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert moves(model, attention_mask=torch.ones(1, 1, N, N).bool()) == BOTH
+    with pytest.warns(CausalMaskWarning, match="no token sees a later one"):
+        assert moves(model, attention_mask=LOWER) == CAUSAL
+
+
 @pytest.mark.parametrize(
     "visible",
     [
