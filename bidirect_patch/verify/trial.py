@@ -111,6 +111,7 @@ def _layer_class(layer: nn.Module) -> type:
 
 
 def problem_of(report: AttentionReport, where: str) -> str:
+    """What a report says to be wrong, and where it was seen, in words; "" if nothing is wrong."""
     # Not compared with what the causal layers reached: older releases let windows reach too far, or ignored them.
     if report.is_bidirectional:
         return ""
