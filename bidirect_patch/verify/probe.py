@@ -276,14 +276,24 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def run_as_it_is(model: PreTrainedModel) -> None:
-    """Run a model on what `Probe` would give it, without a mask and with a mask of ones, and look at nothing."""
-    with left_as_it_was(model), torch.no_grad():
+def run_as_it_is(model: PreTrainedModel) -> Tensor:
+    """Run a model on what `Probe` would give it, without a mask and with a mask of ones.
+
+    Returns:
+        (features,), what the first layer made of the last token, without a mask; empty if no layer could be watched.
+    """
+    with left_as_it_was(model):
         probe = Probe(model, LENGTH)
+        probe.gradients = False
         ids = probe.ids.expand(*probe.grid)
-        model(input_ids=ids)
+        try:
+            last = probe.run({"input_ids": ids})[0].outputs[0, -1]
+        except UnseenLayersError:
+            last = torch.empty(0)
         if "attention_mask" in probe.takes:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return last
 
 
 @contextmanager

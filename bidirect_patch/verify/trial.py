@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..attention.handling import MaskHandling
@@ -18,10 +18,12 @@ from ..model.tiny import tiny_like
 from ..model.windows import Span
 from ..swap.apply import apply
 from ..swap.classes import is_sharded, original
+from .dependence import relative_distance
 from .probe import decoder_layers, run_as_it_is
 from .report import BIDIRECTIONAL, AttentionReport, attention_report
 
 MOST_SINKS = 3  # in a small model: more show nothing else
+SAME = 0.03  # relative distance of two outputs that are the same but for rounding, in bfloat16 too
 
 
 class Trial(NamedTuple):
@@ -36,12 +38,12 @@ def best_trial(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> Trial |
     """The best trial with a small model of the class; None if such a model shows nothing of this one."""
     try:
         small = _small(decoder)
-        run_as_it_is(small)  # what its class keeps of a causal run, the patched run must not take
+        last = run_as_it_is(small)  # what its class keeps of a causal run, the patched run must not take
     except Exception:  # it can't be made or run, for whatever reason
         return None
     if not classes_of(decoder) <= frozenset().union(*map(classes_of, decoders(small))):
         return None  # a layer or attention of another class was put in
-    trial = _best(decoder, small, handlings)
+    trial = _best(decoder, small, handlings, last)
     return trial if not trial.problem or _is_seen_unpatched(decoder) else None
 
 
@@ -54,18 +56,18 @@ def _is_seen_unpatched(decoder: Decoder) -> bool:
     return True
 
 
-def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...]) -> Trial:
-    best = _try(decoder, handlings[0], small)
+def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: Tensor) -> Trial:
+    best = _try(decoder, handlings[0], small, last)
     for handling in handlings[1:]:
         if not best.problem or (decoder.unsupported_layers and best.right_layers):
             break
-        trial = _try(decoder, handling, _small(decoder))
+        trial = _try(decoder, handling, _small(decoder), last)
         if not trial.problem or trial.right_layers > best.right_layers:
             best = trial
     return best
 
 
-def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel) -> Trial:
+def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: Tensor) -> Trial:
     cls = original(type(decoder.module))
     found = [each.with_sinks(_sinks_of_small(decoder, each)) for each in decoders(small)]
     handlings = [handling if original(type(each.module)) is cls else None for each in found]
@@ -75,7 +77,28 @@ def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel) -> Tr
     except (UnsupportedModelError, AttentionMaskError) as error:
         return Trial(handling, -1, f"a small random model of its class doesn't run any more: {error}")
     right = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
-    return Trial(handling, right, problem_of(report, "a small random model of its class") or _beyond_span(report, found))
+    problem = problem_of(report, "a small random model of its class") or _beyond_span(report, found)
+    return Trial(handling, right, problem or _last_token_moved(decoder, handling, small, last))
+
+
+def _last_token_moved(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: Tensor) -> str:
+    """Whether a mask that the model's own code makes was read the wrong way round: where all is hidden, all is seen alike.
+
+    The last token sees all of a text in the causal model already, so that the first layer does the same with it.
+
+    Args:
+        decoder: whose class it is.
+        handling: how the small model was patched.
+        small: the patched small model.
+        last: (features,), what its first layer made of the last token without the patch.
+    """
+    first = decoder.spans[0]
+    if handling.kind == "ready" or first.limit is not None or not first.sees_sinks:
+        return ""
+    now = run_as_it_is(small)
+    if now.shape == last.shape and bool(relative_distance(now, last) < SAME):
+        return ""
+    return "the first layer of a small random model of its class does something else with the last token than without the patch"
 
 
 def _sinks_of_small(decoder: Decoder, small: Decoder) -> Sinks:

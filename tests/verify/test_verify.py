@@ -8,7 +8,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from bidirect_patch import enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
+from bidirect_patch.swap.classes import is_open
+from bidirect_patch.verify import proof, trial
 
+from ..helpers import zoo
 from ..helpers.versions import TRANSFORMERS
 from ..reliability.small import BOTH, CAUSAL, SIZES, llama, moves
 
@@ -94,3 +97,19 @@ def test_a_kernel_that_stays_causal_is_not_switched_to(causal_kernel):
     assert moves(model) == BOTH and is_bidirectional(model)
     model.set_attn_implementation("eager")
     assert moves(model) == BOTH and is_bidirectional(model)
+
+
+def test_a_first_layer_that_does_something_else_with_the_last_token_is_refused(monkeypatch):
+    """As one does that hides everything, where a mask that the model's own code makes is read the wrong way round."""
+    run, others = trial.run_as_it_is, []
+
+    def run_otherwise(model):
+        others.append(any(map(is_open, model.modules())))
+        return run(model) * (1 + others[-1])
+
+    monkeypatch.setattr(trial, "run_as_it_is", run_otherwise)
+    monkeypatch.setattr(proof, "_trials", {})
+    model = zoo.build("bloom")
+    with pytest.raises(UnsupportedModelError, match="something else with the last token"):
+        enable_bidirectional(model)
+    assert any(others) and not is_bidirectional(model)
