@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": "find a model's best setup before any training",
     "mntp": "train a model for masked next token prediction",
     "simcse": "train it further with SimCSE or on supervised pairs",
+    "words": "train and evaluate a word-level task: parts of speech, names",
 }
 USAGE = f"""\
 usage: bidirect-patch COMMAND ...
@@ -31,6 +32,10 @@ A causal decoder becomes a bidirectional encoder in three steps:
      The commands of the next two steps do this by themselves.
   2. mntp    {COMMANDS["mntp"]}
   3. simcse  {COMMANDS["simcse"]}
+
+For labels of words instead of embeddings:
+
+  words   {COMMANDS["words"]}
 
 To look before you train:
 

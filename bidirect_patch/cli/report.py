@@ -46,8 +46,9 @@ class Report:
         self.trainer.save_metrics(prefix, metrics)
 
     def add_line(self, prefix: str, label: str, metrics: dict[str, float]) -> None:
-        """Add one evaluation to the table alone."""
-        cells = (f"{metrics[f'{prefix}_{c.metric}']:{c.width}{c.form}}" for c in self.columns)
+        """Add one evaluation to the table alone. A metric that it lacks is left empty."""
+        values = [(metrics.get(f"{prefix}_{c.metric}"), c) for c in self.columns]
+        cells = (" " * c.width if value is None else f"{value:{c.width}{c.form}}" for value, c in values)
         self.lines.append(f"{label:28}" + "".join(cells))
 
     def add_result(self, untrained: str) -> None:
