@@ -39,11 +39,11 @@ def write_model(folder, adds_bos=True, **sizes):
 
 
 def sentences(count, seed=0):
-    """Words and two kinds of labels: whether a word has an "s", and spans, which depend on the word after."""
+    """Words and two kinds of labels: whether a word's number is high, and spans, which depend on the word after."""
     rng = random.Random(seed)
     for _ in range(count):
         words = [f"n{rng.randrange(NUMBERS)}{rng.choice(['', 's'])}" for _ in range(rng.randrange(2, 8))]
-        tags = ["PLURAL" if word.endswith("s") else "SINGULAR" for word in words]
+        tags = ["HIGH" if word[1] >= "3" else "LOW" for word in words]
         spans = ["O" if not after or after[1] < "3" else "B-ODD" for after in [*words[1:], ""]]
         spans = ["I-ODD" if one == before == "B-ODD" else one for before, one in zip(["O", *spans], spans)]
         yield {"tokens": words, "pos_tags": tags, "ner_tags": spans}
