@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from packaging.version import Version
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from . import mntp_runs
@@ -28,6 +28,7 @@ def write_model(folder, adds_bos=True, **sizes):
     vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "##s", *(f"n{i}" for i in range(NUMBERS))])}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.WordPiece()
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     tokenizer = PreTrainedTokenizerFast(

@@ -80,8 +80,7 @@ def _make_trainer(settings: Settings, data: Data) -> tuple[WordsTrainer, Any]:
     tokenizer, sink_token = with_sink_token(load_tokenizer(model), model.sink_token, sinks.num_sink_tokens)
     if not tokenizer.is_fast:
         raise ConfigError("words needs a tokenizer of the tokenizers library, which knows each token's word")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _fit_for_pipelines(tokenizer)
     check_reading(reading, tokenizer, sinks.num_sink_tokens)
     length = min(task.max_seq_length or LONGEST, tokenizer.model_max_length, limit or LONGEST * LONGEST)
     if length <= sinks.num_sink_tokens:
@@ -139,6 +138,14 @@ def _choose_reading(settings: Settings, trained: Trained | None) -> Reading:
     reading = trained.reading if trained else Reading()
     reading = reading if asked is None else reading._replace(next_token=asked == "next_token")
     return reading if merge is None else reading._replace(merge=merge)
+
+
+def _fit_for_pipelines(tokenizer: Any) -> None:
+    """Have a tokenizer pad, and give no more than a decoder takes, once it is saved and opened again too."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 
 
 def _check_batches(training: Any, rows: Any) -> None:
