@@ -63,6 +63,9 @@ class RunTrainer(Trainer):
                 "the weights are no numbers any more after training: give a lower learning_rate; nothing is saved"
             )
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the model card to the run, which writes its own."""
+
     def save_run(self) -> None:
         """Write the result and the state of the run to output_dir."""
         self.save_model()

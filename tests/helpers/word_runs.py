@@ -54,12 +54,16 @@ def write_sentences(path, rows):
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".iob2":
-        blocks = ("".join(f"{i}\t{w}\t{t}\t-\t-\n" for i, (w, t) in enumerate(zip(r["tokens"], r["ner_tags"]), 1)) for r in rows)
+        blocks = (
+            "".join(f"{i}\t{w}\t{t}\t-\t-\n" for i, (w, t) in enumerate(zip(r["tokens"], r["ner_tags"]), 1))
+            for r in rows
+        )
         path.write_text("# one = text\n" + "\n".join(blocks))
     elif path.suffix == ".conllu":
         empty = "\t_" * 6
         blocks = (
-            "".join(f"{i}\t{w}\t_\t{t}{empty}\n" for i, (w, t) in enumerate(zip(r["tokens"], r["pos_tags"]), 1)) for r in rows
+            "".join(f"{i}\t{w}\t_\t{t}{empty}\n" for i, (w, t) in enumerate(zip(r["tokens"], r["pos_tags"]), 1))
+            for r in rows
         )
         path.write_text("\n".join("# text = one\n" + block for block in blocks))
     else:

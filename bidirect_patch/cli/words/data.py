@@ -130,5 +130,7 @@ def _hold_out(rows: list[Sentence], task: TaskArguments) -> dict[Split, list[Sen
     end = round(len(rows) * task.validation_split_percentage / 100)
     if end in (0, len(rows)):
         share = f"validation_split_percentage={task.validation_split_percentage}"
-        raise ConfigError(f"too few sentences ({len(rows)}) to hold out {share} of them for do_eval: give validation_file")
+        raise ConfigError(
+            f"too few sentences ({len(rows)}) to hold out {share} of them for do_eval: give validation_file"
+        )
     return {"validation": rows[:end], "train": rows[end:]}

@@ -106,7 +106,11 @@ def _conll(path: Path, text: str, names: Sequence[str] | None) -> Iterator[Colum
         count = count or len(rows[0])
         known = names or CONLL[:count]
         if len(known) != count or count < 2:
-            given = f"columns names {len(known)}" if names else "2 to 4 are known by themselves: give columns, a name for each"
+            given = (
+                f"columns names {len(known)}"
+                if names
+                else "2 to 4 are known by themselves: give columns, a name for each"
+            )
             _refuse(path, number, f"there are {count} columns, and {given}")
         for offset, row in enumerate(rows):
             if len(row) != count:

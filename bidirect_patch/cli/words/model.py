@@ -57,7 +57,9 @@ def find_source(settings: ModelArguments) -> Source:
     if own:
         base = own.get("base_model_name_or_path")
         if not base:
-            raise ConfigError(f"{name} is an adapter that names no base: give the base, and this as peft_model_name_or_path")
+            raise ConfigError(
+                f"{name} is an adapter that names no base: give the base, and this as peft_model_name_or_path"
+            )
         settings, adapters = replace(settings, model_name_or_path=base), [str(name), *adapters]
     found = (sinks_on_disk(adapter) for adapter in reversed(adapters))
     return Source(settings, adapters, next((sinks for sinks in found if sinks != NO_SINKS), NO_SINKS))
@@ -140,6 +142,8 @@ def load_model(source: Source, labels: Sequence[str], *, new_classifier: bool) -
             check_depth(backbone, adapter)
             backbone = PeftModel.from_pretrained(backbone, adapter).merge_and_unload()
         vars(backbone).pop("peft_config", None)  # older releases of PEFT leave it there
+    if source.adapters:
+        enable_bidirectional(model, **sinks._asdict())  # where bidirect_patch.auto is imported, it has an adapter's own
     if not settings.bidirectional:
         disable_bidirectional(model)
     setattr(model, model.base_model_prefix, with_lora(backbone.requires_grad_(False), settings))

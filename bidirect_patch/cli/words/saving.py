@@ -51,7 +51,9 @@ def save_classifier(tagger: WordTagger, folder: str) -> None:
     weights = {name: tensor.contiguous() for name, tensor in head_of(model).state_dict().items()}
     save_file(weights, os.path.join(folder, CLASSIFIER))
     with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
-        json.dump({"labels": _labels(model), **tagger.reading._asdict(), **_facts(model)}, file, indent=2, ensure_ascii=False)
+        json.dump(
+            {"labels": _labels(model), **tagger.reading._asdict(), **_facts(model)}, file, indent=2, ensure_ascii=False
+        )
         file.write("\n")
 
 
@@ -63,7 +65,9 @@ def read_trained(folder: str) -> Trained:
     """
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
-        theirs = ". LLM2Vec's classifier.pt can't be read" if os.path.isfile(os.path.join(folder, "classifier.pt")) else ""
+        theirs = (
+            ". LLM2Vec's classifier.pt can't be read" if os.path.isfile(os.path.join(folder, "classifier.pt")) else ""
+        )
         raise ConfigError(f"cls_addr: {folder} holds no {FILE}, so no classifier of this command{theirs}")
     said = read_json(path)
     labels = said.pop("labels", None)
@@ -84,7 +88,9 @@ def load_classifier(tagger: WordTagger, folder: str) -> None:
     model = tagger.model
     trained = read_trained(folder)
     if trained.labels != _labels(model):
-        raise ConfigError(f"it was trained for the labels {_few(trained.labels)}, and this run has {_few(_labels(model))}")
+        raise ConfigError(
+            f"it was trained for the labels {_few(trained.labels)}, and this run has {_few(_labels(model))}"
+        )
     if trained.reading != tagger.reading:
         raise ConfigError(f"it was trained with {trained.reading.in_words}, and this run has {tagger.reading.in_words}")
     for name, value in _facts(model).items():

@@ -30,7 +30,8 @@ class ModelArguments(mntp.ModelArguments):
     )
     peft_addr: str | None = field(default=None, metadata={"help": "LLM2Vec's name for peft_model_name_or_path."})
     cls_addr: str | None = field(
-        default=None, metadata={"help": "Evaluate the classifier in this folder: a checkpoint or a result of this command."}
+        default=None,
+        metadata={"help": "Evaluate the classifier in this folder: a checkpoint or a result of this command."},
     )
     model_class: Literal["custom", "auto"] = field(default="custom", metadata={"help": "custom: a decoder."})
     bidirectional: bool = field(default=True, metadata={"help": "Use bidirectional attention."})
@@ -43,7 +44,9 @@ class TaskArguments:
 
     train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Words and labels: .conllu, .iob2, .conll (CoNLL-2003's columns) or .jsonl files, or folders of them."},
+        metadata={
+            "help": "Words and labels: .conllu, .iob2, .conll (CoNLL-2003's columns) or .jsonl files, or folders of them."
+        },
     )
     validation_file: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     test_file: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on once, at the end."})
@@ -51,10 +54,13 @@ class TaskArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
     task: str | None = field(
         default=None,
-        metadata={"help": "The column of labels: pos_tags, chunk_tags, ner_tags, ... Default: the only one, else pos_tags."},
+        metadata={
+            "help": "The column of labels: pos_tags, chunk_tags, ner_tags, ... Default: the only one, else pos_tags."
+        },
     )
     columns: list[str] | None = field(
-        default=None, metadata={"help": "Names of the columns of .conll files: tokens, and one for each kind of label; _: none."}
+        default=None,
+        metadata={"help": "Names of the columns of .conll files: tokens, and one for each kind of label; _: none."},
     )
     retroactive_labels: RetroactiveLabels | None = field(
         default=None,
@@ -192,9 +198,13 @@ def _check_model(model: ModelArguments) -> None:
             raise ConfigError("peft_addr is another name of peft_model_name_or_path: give one of them")
         model.peft_model_name_or_path = model.peft_addr
     if not model.use_fast_tokenizer:
-        raise ConfigError("words needs a tokenizer of the tokenizers library, which knows each token's word: use_fast_tokenizer")
+        raise ConfigError(
+            "words needs a tokenizer of the tokenizers library, which knows each token's word: use_fast_tokenizer"
+        )
     if not model.bidirectional and (model.num_sink_tokens or model.num_sinkless_layers):
-        raise ConfigError("a causal model has no sink tokens: give bidirectional, or no num_sink_tokens and num_sinkless_layers")
+        raise ConfigError(
+            "a causal model has no sink tokens: give bidirectional, or no num_sink_tokens and num_sinkless_layers"
+        )
 
 
 def _check_data(task: TaskArguments, training: WordsTrainingArguments) -> None:

@@ -57,7 +57,9 @@ class WordTagger(nn.Module):
         logits = head_of(self.model)(word_states(states, word_ids, labels.shape[1], merge=self.reading.merge))
         counted = (labels >= 0) & (labels < logits.shape[-1])
         targets = labels.where(counted, -100)
-        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(labels.shape)
+        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(
+            labels.shape
+        )
         return {"loss": losses.sum() / counted.sum(), "logits": logits, "losses": losses}
 
 
@@ -101,5 +103,7 @@ def head_of(model: Any) -> Any:
     layers = [child for name, child in model.named_children() if name != model.base_model_prefix]
     if [type(layer) for layer in layers] != [nn.Dropout, nn.Linear] or layers[1].bias is None:
         kinds = ", ".join(type(layer).__name__ for layer in layers)
-        raise ConfigError(f"words needs a classifier of dropout and one linear layer; {type(model).__name__} has {kinds}")
+        raise ConfigError(
+            f"words needs a classifier of dropout and one linear layer; {type(model).__name__} has {kinds}"
+        )
     return nn.Sequential(*layers)

@@ -82,7 +82,9 @@ def encode(
         if reading.next_token:
             words = [*words[1:], NO_WORD]
         there = set(words)
-        wanted = [numbers.setdefault(label, len(numbers)) if label is not None else IGNORED for label in sentence.labels]
+        wanted = [
+            numbers.setdefault(label, len(numbers)) if label is not None else IGNORED for label in sentence.labels
+        ]
         scored = [label if number in there else IGNORED for number, label in enumerate(wanted)]
         lost += sum(label != IGNORED for label in wanted) - sum(label != IGNORED for label in scored)
         if any(label != IGNORED for label in scored):
@@ -90,7 +92,9 @@ def encode(
     unknown = list(numbers)[len(labels) :]
     if unknown:
         names = ", ".join(unknown)
-        logger.warning("the classifier has no label %s, which words of the %s data have: these count as errors", names, split)
+        logger.warning(
+            "the classifier has no label %s, which words of the %s data have: these count as errors", names, split
+        )
     if lost:
         why = f"they are beyond max_seq_length={length}, or give no token"
         logger.warning("%d words of the %s data are not scored: %s", lost, split, why)
@@ -99,7 +103,9 @@ def encode(
     return rows
 
 
-def words_of_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]], sequences: Sequence[int | None]) -> list[int]:
+def words_of_tokens(
+    words: Sequence[str], offsets: Sequence[tuple[int, int]], sequences: Sequence[int | None]
+) -> list[int]:
     """The number of the word that each token of a sentence belongs to.
 
     Args:

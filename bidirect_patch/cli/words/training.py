@@ -18,6 +18,7 @@ from ..progress import hide_bars_in_files
 from ..report import Report, say_what_is_next
 from ..settings import transformers_errors
 from ..sink_token import with_sink_token
+from .card import write_words_card
 from .collator import WordCollator
 from .data import Data, Split, load_data
 from .evaluation import are_spans, check_seqeval, make_report, most_frequent_labels
@@ -41,7 +42,9 @@ def train(settings: Settings) -> None:
     data = load_data(settings)
     trainer, tests = _make_trainer(settings, data)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError("words saves parts of the model alone, and can't do that with sharded weights: run it under DDP")
+        raise ConfigError(
+            "words saves parts of the model alone, and can't do that with sharded weights: run it under DDP"
+        )
     report = make_report(trainer)
     if training.do_train and checkpoint is None and training.should_save:
         put_aside_checkpoints(str(training.output_dir))
@@ -60,6 +63,7 @@ def train(settings: Settings) -> None:
         report.add("test", "test data", trainer.evaluate(tests, metric_key_prefix="test"))
     report.show()
     if training.do_train:
+        write_words_card(settings, trainer, report)
         say_what_is_next(trainer, *_next_step(settings, trainer))
 
 
@@ -160,7 +164,9 @@ def _check_ids(model: Any, rows: dict[Any, list[dict[str, list[int]]]]) -> None:
     there = len(model.get_input_embeddings().weight)
     largest = max(max(row["input_ids"]) for each in rows.values() for row in each)
     if largest >= there:
-        raise ConfigError(f"the tokenizer gives the id {largest}, and the model has {there} embeddings: give its own tokenizer")
+        raise ConfigError(
+            f"the tokenizer gives the id {largest}, and the model has {there} embeddings: give its own tokenizer"
+        )
 
 
 def _check_space(settings: Settings, model: Any, reading: Reading) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.version import Version
+from transformers import AutoTokenizer, LlamaModel
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
@@ -24,7 +25,6 @@ pytest.importorskip("datasets", reason="the training commands need the extra [tr
 peft = pytest.importorskip("peft", reason="the training commands need the extra [train]")
 if not HAS_CLASSES:
     pytest.skip("this transformers has no LlamaForTokenClassification", allow_module_level=True)
-from transformers import AutoTokenizer, LlamaModel
 
 READINGS = [(labels, merge) for labels in ("same_token", "next_token") for merge in (False, True)]
 
@@ -107,7 +107,9 @@ def test_states_labels_loss_and_predictions(settings, place, tmp_path, reference
     model = enable_bidirectional(LlamaForTokenClassification.from_pretrained(place / "model", num_labels=2))
     model.score.load_state_dict({"weight": weight, "bias": bias})
     reading = Reading(labels_at == "next_token", merge)
-    encoded = encode([Sentence(row["tokens"], row["pos_tags"]) for row in rows], tokenizer, list(numbers), 64, reading, "test")
+    encoded = encode(
+        [Sentence(row["tokens"], row["pos_tags"]) for row in rows], tokenizer, list(numbers), 64, reading, "test"
+    )
     batch = WordCollator(tokenizer.pad_token_id)(encoded)
     scored = batch["labels"] != -100
     with torch.no_grad():
@@ -183,7 +185,11 @@ def test_a_published_file_of_each_kind_trains_and_its_pair_tests(published_place
     test |= {"cls_addr": f"{name}/checkpoint-3000", "output_dir": f"{name}/results/checkpoint-3000"}
     for file, written in (("train.json", train), ("test.json", test)):
         Path(file).write_text(json.dumps(written))
-    replaced = {"dataset_name": published_place / "data", "attn_implementation": "sdpa", "cache_dir": tmp_path / "cache"}
+    replaced = {
+        "dataset_name": published_place / "data",
+        "attn_implementation": "sdpa",
+        "cache_dir": tmp_path / "cache",
+    }
     if kind == "bi-mntp-simcse":
         replaced |= {"model_name_or_path": published_place / "mntp", "peft_addr": published_place / "simcse"}
     else:

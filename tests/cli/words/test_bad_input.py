@@ -42,7 +42,10 @@ needs_classes = pytest.mark.skipif(not HAS_CLASSES, reason="this transformers ha
         ({"max_seq_length": 1}, "max_seq_length must be at least 2; got 1"),
         ({"max_train_samples": 0}, "max_train_samples must be at least 1"),
         ({"validation_split_percentage": 0}, "validation_split_percentage must be from 1 to 99; got 0"),
-        ({"metric_for_best_model": "bleu"}, "metric_for_best_model must be loss, accuracy, f1, precision or recall; got 'bleu'"),
+        (
+            {"metric_for_best_model": "bleu"},
+            "metric_for_best_model must be loss, accuracy, f1, precision or recall; got 'bleu'",
+        ),
         ({"bidirectional": False, "num_sink_tokens": 1}, "a causal model has no sink tokens"),
         ({"num_sink_tokens": 1, "retroactive_labels": "next_token"}, "a sink token there sees no text"),
         ({"num_sink_tokens": 64}, "max_seq_length must be above num_sink_tokens=64; got 64"),
@@ -51,7 +54,10 @@ needs_classes = pytest.mark.skipif(not HAS_CLASSES, reason="this transformers ha
         ({"sink_token": "nowhere"}, "sink_token=nowhere: this is no token"),
         ({"use_fast_tokenizer": False}, "words needs a tokenizer of the tokenizers library"),
         ({"learning_rate": -1}, "learning_rate must be 0 or more; got -1.0"),
-        ({"dataloader_drop_last": True, "per_device_train_batch_size": 4096}, "a batch takes 4096 sentences, and there are 120"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 4096},
+            "a batch takes 4096 sentences, and there are 120",
+        ),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere holds no whole checkpoint"),
     ],
 )
@@ -115,7 +121,9 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(capsys, settings, pl
     name = "model.layers.1.mlp.up_proj.weight"
     del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert f"lacks 1 weights of LlamaForTokenClassification: {name} first" in refused(capsys, settings | {"model_name_or_path": str(folder)})
+    assert f"lacks 1 weights of LlamaForTokenClassification: {name} first" in refused(
+        capsys, settings | {"model_name_or_path": str(folder)}
+    )
     weights[name] = torch.zeros(3, 3)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert name in refused(capsys, settings | {"model_name_or_path": str(folder)})
@@ -126,7 +134,10 @@ def classifier(settings, place):
     """A classifier that was trained with next_token, and the settings that evaluate it."""
     assert run(settings | {"retroactive_labels": "next_token", "max_steps": 1}) == 0
     kept = ("model_name_or_path", "cache_dir", "report_to", "use_cpu")
-    tested = {name: settings[name] for name in kept} | {"cls_addr": settings["output_dir"], "test_file": str(place / "test.conllu")}
+    tested = {name: settings[name] for name in kept} | {
+        "cls_addr": settings["output_dir"],
+        "test_file": str(place / "test.conllu"),
+    }
     return tested | {"output_dir": settings["output_dir"] + "-tested"}
 
 
@@ -134,7 +145,10 @@ def classifier(settings, place):
     "change, says",
     [
         ({}, None),
-        ({"retroactive_labels": "same_token"}, "it was trained with retroactive_labels=next_token, merge_subwords=false, and this run"),
+        (
+            {"retroactive_labels": "same_token"},
+            "it was trained with retroactive_labels=next_token, merge_subwords=false, and this run",
+        ),
         ({"merge_subwords": True}, "and this run has retroactive_labels=next_token, merge_subwords=true"),
         ({"bidirectional": False}, "it was trained with bidirectional=True, and this run has bidirectional=False"),
         ({"layers": 1}, "it was trained with num_hidden_layers=2, and this run has num_hidden_layers=1"),

@@ -33,7 +33,16 @@ CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n# NN I
 
 
 def read(folder, path, *flags):
-    argv = ["--model_name_or_path", "m", "--do_train", "--train_file", str(path), "--output_dir", str(folder / "out"), *flags]
+    argv = [
+        "--model_name_or_path",
+        "m",
+        "--do_train",
+        "--train_file",
+        str(path),
+        "--output_dir",
+        str(folder / "out"),
+        *flags,
+    ]
     data = load_data(parse(argv))
     return data.sentences["train"], data.labels
 
@@ -54,7 +63,13 @@ def test_iob2(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "task, labels", [("pos_tags", ["NNP", "VBZ"]), ("chunk_tags", ["B-NP", "B-VP"]), ("ner_tags", ["B-ORG", "O"]), (None, ["NNP", "VBZ"])]
+    "task, labels",
+    [
+        ("pos_tags", ["NNP", "VBZ"]),
+        ("chunk_tags", ["B-NP", "B-VP"]),
+        ("ner_tags", ["B-ORG", "O"]),
+        (None, ["NNP", "VBZ"]),
+    ],
 )
 def test_conll(tmp_path, task, labels):
     flags = ["--task", task] if task else []
@@ -77,7 +92,11 @@ def test_columns_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["tokens", "words"])
 def test_json_lines(tmp_path, name):
     """Several kinds of labels; numbers are labels too; what has no label for each word is none."""
-    path = write(tmp_path, "a.jsonl", f'{{"{name}": ["A", "b"], "pos_tags": [1, 0], "ner": ["O", "O"], "id": 7, "few": ["O"]}}\n\n')
+    path = write(
+        tmp_path,
+        "a.jsonl",
+        f'{{"{name}": ["A", "b"], "pos_tags": [1, 0], "ner": ["O", "O"], "id": 7, "few": ["O"]}}\n\n',
+    )
     assert read(tmp_path, path)[0] == [Sentence(["A", "b"], ["1", "0"])]
     assert read(tmp_path, path, "--task", "ner")[1] == ["O"]
     with pytest.raises(ConfigError, match="has no column of labels few: give task; it has pos_tags, ner"):
@@ -89,7 +108,19 @@ def test_a_folder_and_several_files(tmp_path):
     for name in ("a.iob2", "b.iob2"):
         write(tmp_path / "data", name, IOB2)
     assert len(read(tmp_path, tmp_path / "data")[0]) == 2
-    assert len(read(tmp_path, tmp_path / "data" / "a.iob2", "--max_train_samples", "1", "--train_file", str(tmp_path / "data"))[0]) == 1
+    assert (
+        len(
+            read(
+                tmp_path,
+                tmp_path / "data" / "a.iob2",
+                "--max_train_samples",
+                "1",
+                "--train_file",
+                str(tmp_path / "data"),
+            )[0]
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +165,16 @@ def test_a_file_that_is_no_text(tmp_path):
 
 def test_sentences_are_held_out(tmp_path):
     path = write(tmp_path, "a.iob2", "\n\n".join(f"w{i} O" for i in range(20)))
-    argv = ["--model_name_or_path", "m", "--do_train", "--do_eval", "--train_file", str(path), "--output_dir", str(tmp_path / "o")]
+    argv = [
+        "--model_name_or_path",
+        "m",
+        "--do_train",
+        "--do_eval",
+        "--train_file",
+        str(path),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
     data = load_data(parse([*argv, "--validation_split_percentage", "25"])).sentences
     assert [s.words[0] for s in data["validation"]] == [f"w{i}" for i in range(5)] and len(data["train"]) == 15
     with pytest.raises(ConfigError, match=r"too few sentences \(20\) to hold out validation_split_percentage=1"):
@@ -146,12 +186,23 @@ def test_a_data_set_whose_labels_are_numbers_with_names(tmp_path):
     import datasets
 
     features = datasets.Features(
-        {"tokens": datasets.Sequence(datasets.Value("string")), "pos_tags": datasets.Sequence(datasets.ClassLabel(names=["Z", "A", "M"]))}
+        {
+            "tokens": datasets.Sequence(datasets.Value("string")),
+            "pos_tags": datasets.Sequence(datasets.ClassLabel(names=["Z", "A", "M"])),
+        }
     )
     rows = {"tokens": [["a", "b"], ["c"]], "pos_tags": [[1, 0], [1]]}
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train-00000.parquet")
-    argv = ["--model_name_or_path", "m", "--do_train", "--dataset_name", str(tmp_path / "set"), "--cache_dir", str(tmp_path / "c")]
+    argv = [
+        "--model_name_or_path",
+        "m",
+        "--do_train",
+        "--dataset_name",
+        str(tmp_path / "set"),
+        "--cache_dir",
+        str(tmp_path / "c"),
+    ]
     argv += ["--output_dir", str(tmp_path / "o"), "--task"]
     data = load_data(parse([*argv, "pos_tags"]))
     assert data.labels == ["Z", "A", "M"]

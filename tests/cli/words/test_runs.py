@@ -109,7 +109,11 @@ def test_labels_that_depend_on_the_next_word_need_both_directions(settings, tmp_
         pairs = (row["tokens"][:2] for row in sentences(count, seed=len(name)))
         rows = ({"tokens": words, "ner_tags": ["B-ODD" if int(words[1][1]) % 2 else "O"] * 2} for words in pairs)
         write_sentences(tmp_path / f"{name}.iob2", list(rows))
-    settings |= {"train_file": str(tmp_path / "train.iob2"), "validation_file": str(tmp_path / "dev.iob2"), "do_eval": True}
+    settings |= {
+        "train_file": str(tmp_path / "train.iob2"),
+        "validation_file": str(tmp_path / "dev.iob2"),
+        "do_eval": True,
+    }
     settings |= {"max_steps": 100, "learning_rate": 0.1, "per_device_train_batch_size": 32}
     causal = settings | {"bidirectional": False, "output_dir": settings["output_dir"] + "-causal"}
     assert run(settings) == run(causal) == 0
@@ -123,7 +127,9 @@ def test_lora_is_trained_and_merged(settings, place):
 
     assert run(settings | {"lora_r": 4, "layers": 1}) == 0
     saved, base = (load_file(Path(f) / "model.safetensors") for f in (settings["output_dir"], place / "model"))
-    assert not torch.equal(saved["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        saved["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"]
+    )
     assert not [name for name in saved if "lora" in name or "layers.1" in name]
     assert not list(Path(settings["output_dir"]).glob("adapter*"))
 
@@ -149,10 +155,17 @@ def test_the_adapter_of_the_step_before_is_merged_first(settings, place, tmp_pat
 
 
 @pytest.mark.parametrize("reading", [("next_token", True), ("next_token", False), ("same_token", True)])
-def test_what_transformers_class_can_not_read_is_written_as_a_classifier_alone(settings, place, tmp_path, capsys, reading):
+def test_what_transformers_class_can_not_read_is_written_as_a_classifier_alone(
+    settings, place, tmp_path, capsys, reading
+):
     """And the command that is printed evaluates it: the same figures."""
     labels, merge = reading
-    settings |= {"retroactive_labels": labels, "merge_subwords": merge, "test_file": str(place / "test.conllu"), "lora_r": 2}
+    settings |= {
+        "retroactive_labels": labels,
+        "merge_subwords": merge,
+        "test_file": str(place / "test.conllu"),
+        "lora_r": 2,
+    }
     assert run(settings) == 0
     out = capsys.readouterr().out
     assert "reads a word at its own first token, and this one was trained with retroactive_labels=" in out
@@ -200,7 +213,10 @@ def test_the_tagger_gives_the_logits_of_the_stock_class(place):
     torch.manual_seed(0)
     model = enable_bidirectional(LlamaForTokenClassification.from_pretrained(place / "model", num_labels=5).eval())
     assert is_bidirectional(model) and str(attention_report(model))
-    rows = [{"input_ids": [BOS, 4, 3, 5], "word_ids": [-1, 0, 0, 1], "labels": [0, 1]}, {"input_ids": [BOS, 6], "word_ids": [-1, 0], "labels": [2]}]
+    rows = [
+        {"input_ids": [BOS, 4, 3, 5], "word_ids": [-1, 0, 0, 1], "labels": [0, 1]},
+        {"input_ids": [BOS, 6], "word_ids": [-1, 0], "labels": [2]},
+    ]
     with torch.no_grad():
         found = WordTagger(model, Reading()).eval()(**WordCollator(0)(rows))
         alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
@@ -212,7 +228,10 @@ def test_the_tagger_gives_the_logits_of_the_stock_class(place):
 
 
 def test_evaluation_is_over_words_and_not_over_batches(settings, place, tmp_path):
-    rows = [{"tokens": ["n0"] * 6, "pos_tags": ["LOW"] * 6}, *({"tokens": ["n5"], "pos_tags": ["LOW"]} for _ in range(3))]
+    rows = [
+        {"tokens": ["n0"] * 6, "pos_tags": ["LOW"] * 6},
+        *({"tokens": ["n5"], "pos_tags": ["LOW"]} for _ in range(3)),
+    ]
     write_sentences(tmp_path / "dev.conllu", rows)
     settings |= {"validation_file": str(tmp_path / "dev.conllu"), "do_eval": True, "max_steps": 80}
     assert run(settings | {"per_device_eval_batch_size": 1}) == 0
@@ -226,7 +245,11 @@ def test_a_saved_model_is_evaluated_and_trained_further(settings, place, tmp_pat
     """It keeps its labels, its sinks and its token, without any flag."""
     settings |= {"num_sink_tokens": 1, "sink_token": "eos", "test_file": str(place / "test.conllu")}
     assert run(settings) == 0
-    again = {k: v for k, v in settings.items() if k not in ("do_train", "num_sink_tokens", "sink_token", "train_file", "validation_file")}
+    again = {
+        k: v
+        for k, v in settings.items()
+        if k not in ("do_train", "num_sink_tokens", "sink_token", "train_file", "validation_file")
+    }
     again |= {"model_name_or_path": settings["output_dir"], "output_dir": str(tmp_path / "again")}
     assert run(again) == 0
     assert results(again)["test_loss"] == pytest.approx(results(settings)["test_loss"], rel=1e-5)
@@ -238,34 +261,60 @@ def test_a_saved_model_is_evaluated_and_trained_further(settings, place, tmp_pat
         ids = AutoTokenizer.from_pretrained(tmp_path / "further")("n0")["input_ids"]
     assert (config.num_sink_tokens, config.is_causal, ids[:2]) == (1, False, [2, BOS])
     found = results({"output_dir": str(tmp_path / "further")})
-    assert found["test_loss"] == pytest.approx(results(settings)["test_loss"], rel=1e-5), "it went on from the classifier"
+    assert found["test_loss"] == pytest.approx(results(settings)["test_loss"], rel=1e-5), (
+        "it went on from the classifier"
+    )
 
 
 def test_unknown_labels_count_as_errors(settings, place, tmp_path):
     assert run(settings | {"max_steps": 80}) == 0
     rows = [{"tokens": ["n0", "n0s"], "pos_tags": ["LOW", "NEW"]}]
     write_sentences(tmp_path / "test.conllu", rows)
-    tested = {"model_name_or_path": settings["output_dir"], "test_file": str(tmp_path / "test.conllu"), "output_dir": str(tmp_path / "t")}
+    tested = {
+        "model_name_or_path": settings["output_dir"],
+        "test_file": str(tmp_path / "test.conllu"),
+        "output_dir": str(tmp_path / "t"),
+    }
     assert run(tested | {"use_cpu": True, "report_to": "none"}) == 0
     found = results(tested)
     assert found["test_accuracy"] == 0.5 and np.isfinite(found["test_loss"])
 
 
 def test_the_best_checkpoint_is_the_result(settings, place, auto):
-    settings |= {"do_eval": True, "evaluation_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
-    settings |= {"max_steps": 20, "learning_rate": 30.0, "load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    settings |= {
+        "do_eval": True,
+        "evaluation_strategy": "steps",
+        "eval_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 5,
+    }
+    settings |= {
+        "max_steps": 20,
+        "learning_rate": 30.0,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+    }
     assert run(settings) == 0
     folder = Path(settings["output_dir"])
     state = json.loads((folder / "checkpoint-20" / "trainer_state.json").read_text())
     scores = {entry["step"]: entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry}
     assert results(settings)["eval_accuracy"] == pytest.approx(max(scores.values()))
     assert len(set(scores.values())) > 1
-    assert {path.name for path in (folder / "checkpoint-5").iterdir()} >= {"classifier.safetensors", "words.json", "optimizer.pt"}
+    assert {path.name for path in (folder / "checkpoint-5").iterdir()} >= {
+        "classifier.safetensors",
+        "words.json",
+        "optimizer.pt",
+    }
     assert not (folder / "checkpoint-5" / "model.safetensors").exists()
 
 
 def test_the_table_shows_each_evaluation(settings, place, capsys):
-    settings |= {"do_eval": True, "test_file": str(place / "test.conllu"), "evaluation_strategy": "steps", "eval_steps": 5}
+    settings |= {
+        "do_eval": True,
+        "test_file": str(place / "test.conllu"),
+        "evaluation_strategy": "steps",
+        "eval_steps": 5,
+    }
     assert run(settings) == 0
     out = capsys.readouterr().out
     table = [line.split("  ")[0] for line in out[out.rindex("word-level task") :].splitlines()[2:9]]

@@ -18,7 +18,12 @@ from bidirect_patch.cli.words.data import Sentence
 from bidirect_patch.cli.words.tagger import word_states
 from bidirect_patch.cli.words.tokens import Reading, check_reading, encode, words_of_tokens
 
-TEXTS = [["The", "cat", "sat", "down", "."], ["Ça", "coûte", "12,50", "€"], ["a"], ["(", "ab-cd", ")", "naïve", "🙂🙂", "x"]]
+TEXTS = [
+    ["The", "cat", "sat", "down", "."],
+    ["Ça", "coûte", "12,50", "€"],
+    ["a"],
+    ["(", "ab-cd", ")", "naïve", "🙂🙂", "x"],
+]
 
 
 def of_llamas_kind(prepends):
@@ -86,10 +91,15 @@ def test_words_beyond_the_limit_are_not_scored(tmp_path, caplog):
 def test_a_label_that_the_classifier_lacks_has_a_number_of_its_own(tmp_path, caplog):
     tokenizer = write_model(tmp_path)
     (row,) = encode([Sentence(["n0", "n1", "n2"], ["C", "B", "D"])], tokenizer, ["A", "B"], 9, Reading(), "test")
-    assert row["labels"] == [2, 1, 3] and "the classifier has no label C, D, which words of the test data have" in caplog.text
+    assert (
+        row["labels"] == [2, 1, 3]
+        and "the classifier has no label C, D, which words of the test data have" in caplog.text
+    )
 
 
-@pytest.mark.parametrize("adds_bos, sinks, says", [(False, 0, "this tokenizer puts none there: give sink_token"), (True, 1, "sees no text")])
+@pytest.mark.parametrize(
+    "adds_bos, sinks, says", [(False, 0, "this tokenizer puts none there: give sink_token"), (True, 1, "sees no text")]
+)
 def test_a_first_word_that_cannot_be_read_at_the_token_before_is_refused(tmp_path, adds_bos, sinks, says):
     tokenizer = write_model(tmp_path, adds_bos)
     check_reading(Reading(), tokenizer, sinks)
