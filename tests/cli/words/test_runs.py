@@ -346,3 +346,34 @@ def test_in_the_folder_the_sink_stays_causal(settings, auto):
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     assert torch.equal(logits[0, 0], logits[1, 0]) and not torch.equal(logits[0, 1], logits[1, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["Bloom", "Falcon", "Gemma", "GPT2", "GPTBigCode", "GPTNeoX", "Mistral", "Mpt", "Persimmon", "Phi", "Phi3", "Qwen2"]
+)
+def test_the_tagger_gives_the_logits_of_the_stock_class_of_a_family(kind):
+    import transformers
+
+    from bidirect_patch.cli.words.collator import WordCollator
+    from bidirect_patch.cli.words.tagger import WordTagger
+    from bidirect_patch.cli.words.tokens import Reading
+    from bidirect_patch.errors import UnsupportedModelError
+    from bidirect_patch.model.shrink import shrink
+
+    if not hasattr(transformers, f"{kind}ForTokenClassification"):
+        pytest.skip(f"this transformers has no {kind}ForTokenClassification")
+    torch.manual_seed(0)
+    config = shrink(getattr(transformers, f"{kind}Config")(num_labels=5))
+    model = getattr(transformers, f"{kind}ForTokenClassification")(config).eval()
+    try:
+        enable_bidirectional(model)
+    except UnsupportedModelError as error:
+        pytest.skip(str(error))
+    rows = [{"input_ids": [1, 4, 3, 5], "word_ids": [-1, 0, 0, 1], "labels": [0, 1]}]
+    rows.append({"input_ids": [1, 6], "word_ids": [-1, 0], "labels": [2]})
+    with torch.no_grad():
+        found = WordTagger(model, Reading()).eval()(**WordCollator(0)(rows))["logits"]
+        one, other = (model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows)
+    torch.testing.assert_close(found[0], one[[1, 3]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1, 0], other[1], rtol=1e-4, atol=1e-5)
