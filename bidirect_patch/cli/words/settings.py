@@ -169,6 +169,9 @@ def parse(argv: list[str]) -> Settings:
     check_dropout(model, "classifier_dropout")
     check_range("max_seq_length", task.max_seq_length, Range(2, LONGEST_SEQUENCE))
     check_counts(task, "max_train_samples", "max_eval_samples", "stop_after_n_steps")
+    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+        if getattr(training, name, None):
+            raise ConfigError(f"{name} is not for words: take it out")
     metric = str(training.metric_for_best_model or METRICS[0]).removeprefix("eval_")
     if metric not in METRICS:
         raise ConfigError(f"metric_for_best_model must be {', '.join(METRICS[:-1])} or {METRICS[-1]}; got {metric!r}")

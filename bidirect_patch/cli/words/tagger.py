@@ -32,6 +32,10 @@ class WordTagger(nn.Module):
         """As the model's own."""
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the model's own: the name of transformers 5.24, whose Trainer calls it."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+
     def train(self, mode: bool = True) -> "WordTagger":
         """Set the mode. A backbone that is frozen has no dropout."""
         super().train(mode)

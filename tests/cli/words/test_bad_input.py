@@ -58,6 +58,8 @@ needs_classes = pytest.mark.skipif(not HAS_CLASSES, reason="this transformers ha
             {"dataloader_drop_last": True, "per_device_train_batch_size": 4096},
             "a batch takes 4096 sentences, and there are 120",
         ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not for words: take it out"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha is not for words: take it out"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere holds no whole checkpoint"),
     ],
 )

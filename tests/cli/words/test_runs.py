@@ -348,6 +348,22 @@ def test_in_the_folder_the_sink_stays_causal(settings, auto):
     assert torch.equal(logits[0, 0], logits[1, 0]) and not torch.equal(logits[0, 1], logits[1, 1])
 
 
+def test_checkpointing_and_batches_of_like_lengths_train_to_the_same_weights(settings):
+    """Layers that are computed again in the backward pass give the same; sentences in another order do not, but train too."""
+    from safetensors.torch import load_file
+
+    settings |= {"lora_r": 4, "lora_dropout": 0.0, "classifier_dropout": 0.0, "max_steps": 3}
+    found = []
+    for number, change in enumerate(({}, {"gradient_checkpointing": True}, {"group_by_length": True})):
+        own = settings | change | {"output_dir": f"{settings['output_dir']}-{number}"}
+        assert run(own) == 0
+        found.append(load_file(Path(own["output_dir"]) / "model.safetensors"))
+    plain, again, grouped = found
+    for name in plain:
+        torch.testing.assert_close(again[name], plain[name], rtol=1e-4, atol=1e-5)
+    assert any(not torch.allclose(grouped[name], plain[name]) for name in plain)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["Bloom", "Falcon", "Gemma", "GPT2", "GPTBigCode", "GPTNeoX", "Mistral", "Mpt", "Persimmon", "Phi", "Phi3", "Qwen2"]
