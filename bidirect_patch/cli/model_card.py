@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..attention.model_forward import holds_bidirectional
+from ..attention.model_forward import holds_open
 from ..model.sinks import NO_SINKS
 from ..verify.mode import sinks_in
 from .output_folder import writing
@@ -61,7 +61,7 @@ def write_card(
 
 def attention_in_words(model: Any, sink_token: str | None) -> str:
     """What attends to what in a model, and the token that its tokenizer puts before each text because it was asked to."""
-    if not holds_bidirectional(model):
+    if not holds_open(model):
         return "causal"
     sinks = sinks_in(model)
     if sinks == NO_SINKS:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoints.guard import opening_sinks
-from ..checkpoints.load import saved_sinks
+from ..checkpoints.marks import saved_sinks
 from ..errors import ConfigError, UnsupportedModelError
 from ..model.sinks import Sinks
 from ..model.tiny import tiny_like

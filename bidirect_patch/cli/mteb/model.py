@@ -10,8 +10,8 @@ from sentence_transformers import SentenceTransformer
 from ... import load_llm2vec
 from ...attention.versions import DTYPE_ARGUMENT
 from ...checkpoints.guard import opening_sinks
-from ...checkpoints.load import read_json as read_json_of
-from ...checkpoints.load import says_bidirectional, sinks_on_disk
+from ...checkpoints.marks import is_marked, sinks_on_disk
+from ...checkpoints.marks import read_json as read_json_of
 from ...errors import ConfigError
 from ...model.sinks import NO_SINKS
 from ...patch import enable_bidirectional
@@ -79,7 +79,7 @@ def _open(name: str, options: dict[str, Any]) -> Any:
     """An encoder of sentence-transformers, bidirectional if it was saved so, with the sinks that it was saved with."""
     with loading(name), opening_sinks():
         model = SentenceTransformer(name, model_kwargs=options)
-    if says_bidirectional(name):
+    if is_marked(name):
         enable_bidirectional(model, **sinks_on_disk(name)._asdict())
     return model
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForTokenClassification, __version_
 from transformers.utils import logging as transformers_logging
 
 from ...checkpoints.guard import opening_sinks
-from ...checkpoints.load import read_json, saved_sinks, sinks_on_disk
 from ...checkpoints.loading import without_peft_warning
+from ...checkpoints.marks import read_json, saved_sinks, sinks_on_disk
 from ...errors import ConfigError
 from ...model.config import parts
 from ...model.sinks import NO_SINKS, Sinks

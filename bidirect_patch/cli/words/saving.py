@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 
-from ...attention.model_forward import holds_bidirectional
+from ...attention.model_forward import holds_open
 from ...errors import ConfigError
 from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights
@@ -128,7 +128,7 @@ def _labels(model: Any) -> list[str]:
 
 def _facts(model: Any) -> dict[str, Any]:
     layers = getattr(model.config, "num_hidden_layers", None)
-    return {"bidirectional": holds_bidirectional(model), **sinks_in(model)._asdict(), "num_hidden_layers": layers}
+    return {"bidirectional": holds_open(model), **sinks_in(model)._asdict(), "num_hidden_layers": layers}
 
 
 def _few(labels: list[str]) -> str:
