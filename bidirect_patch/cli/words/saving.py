@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ...attention.model_forward import holds_open
 from ...errors import ConfigError
+from ...model.sinks import Sinks
 from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights
 from ..settings import read_json
@@ -76,6 +77,9 @@ def read_trained(folder: str) -> Trained:
         raise ConfigError(f"{path}: labels must be a list of strings; got {labels!r:.80}")
     if not all(isinstance(value, bool) for value in reading.values()):
         raise ConfigError(f"{path}: {' and '.join(reading)} must be true or false; got {reading}")
+    for name in ("lora_r", *Sinks._fields):
+        if not isinstance(said.get(name), int) or isinstance(said[name], bool) or said[name] < 0:
+            raise ConfigError(f"{path}: {name} must be a number of 0 or more; got {said.get(name)!r}")
     return Trained(labels, Reading(**reading), said)
 
 
@@ -127,8 +131,14 @@ def _labels(model: Any) -> list[str]:
 
 
 def _facts(model: Any) -> dict[str, Any]:
-    layers = getattr(model.config, "num_hidden_layers", None)
-    return {"bidirectional": holds_open(model), **sinks_in(model)._asdict(), "num_hidden_layers": layers}
+    layers, adapter = getattr(model.config, "num_hidden_layers", None), adapter_of(model)
+    rank = 0 if adapter is None else adapter.peft_config[adapter.active_adapter].r
+    return {
+        "bidirectional": holds_open(model),
+        **sinks_in(model)._asdict(),
+        "num_hidden_layers": layers,
+        "lora_r": rank,
+    }
 
 
 def _few(labels: list[str]) -> str:

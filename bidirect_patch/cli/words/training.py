@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from transformers import set_seed
@@ -24,7 +25,7 @@ from .data import Data, Split, load_data
 from .evaluation import are_spans, check_seqeval, make_report, most_frequent_labels
 from .model import Source, check_model, find_source, load_model, saved_labels
 from .saving import Trained, is_whole, load_classifier, read_trained
-from .settings import Settings
+from .settings import ModelArguments, Settings
 from .tagger import WordTagger
 from .tokens import Reading, check_reading, encode
 from .trainer import WordsTrainer
@@ -75,13 +76,16 @@ def _add_baseline(prefix: str, label: str, data: Data, split: Split, trainer: Wo
 def _make_trainer(settings: Settings, data: Data) -> tuple[WordsTrainer, Any]:
     """The trainer, and the test data."""
     model, task, training = settings
+    trained = read_trained(model.cls_addr) if model.cls_addr else None
+    if trained is not None:
+        _take_over(model, trained)
     source = find_source(model)
-    labels, new_classifier, trained = _choose_labels(settings, source, data)
+    labels, new_classifier = _choose_labels(settings, source, data, trained)
     reading = _choose_reading(settings, trained)
     if are_spans(labels):
         check_seqeval()
     limit, sinks = check_model(source)  # before the sentences are prepared
-    tokenizer, sink_token = with_sink_token(load_tokenizer(model), model.sink_token, sinks.num_sink_tokens)
+    tokenizer, sink_token = with_sink_token(_load_tokenizer(model), model.sink_token, sinks.num_sink_tokens)
     if not tokenizer.is_fast:
         raise ConfigError("words needs a tokenizer of the tokenizers library, which knows each token's word")
     _fit_for_pipelines(tokenizer)
@@ -116,16 +120,24 @@ def _make_trainer(settings: Settings, data: Data) -> tuple[WordsTrainer, Any]:
     return trainer, rows.get("test")
 
 
-def _choose_labels(settings: Settings, source: Source, data: Data) -> tuple[list[str], bool, Trained | None]:
-    """The labels that are told apart, whether the classifier is a new one, and what the one in cls_addr was trained for."""
+def _take_over(model: ModelArguments, trained: Trained) -> None:
+    """Have the model that a classifier was trained on, where the settings do not say otherwise. Changes them in place."""
+    model.lora_r = model.lora_r or trained.facts["lora_r"]
+    if model.num_sink_tokens is None:
+        model.num_sink_tokens = trained.facts["num_sink_tokens"]
+        if model.num_sinkless_layers is None and model.num_sink_tokens:
+            model.num_sinkless_layers = trained.facts["num_sinkless_layers"]
+
+
+def _choose_labels(settings: Settings, source: Source, data: Data, trained: Trained | None) -> tuple[list[str], bool]:
+    """The labels that are told apart, and whether the classifier is a new one."""
     model, task, training = settings
-    if model.cls_addr:
-        trained = read_trained(model.cls_addr)
-        return trained.labels, True, trained  # its weights are put in the place of the new ones
+    if trained is not None:
+        return trained.labels, True  # its weights are put in the place of the new ones
     own = saved_labels(source)
     if own is not None and not task.merge_subwords and task.retroactive_labels != "next_token":
         if not training.do_train or set(data.labels) <= set(own):
-            return own, False, None
+            return own, False
     if not training.do_train:
         raise ConfigError(
             f"{model.model_name_or_path} has no classifier to evaluate"
@@ -133,7 +145,7 @@ def _choose_labels(settings: Settings, source: Source, data: Data) -> tuple[list
         )
     if len(data.labels) < 2:
         raise ConfigError(f"all words have one label, {data.labels[0]}: there is nothing to tell apart")
-    return data.labels, True, None
+    return data.labels, True
 
 
 def _choose_reading(settings: Settings, trained: Trained | None) -> Reading:
@@ -142,6 +154,13 @@ def _choose_reading(settings: Settings, trained: Trained | None) -> Reading:
     reading = trained.reading if trained else Reading()
     reading = reading if asked is None else reading._replace(next_token=asked == "next_token")
     return reading if merge is None else reading._replace(merge=merge)
+
+
+def _load_tokenizer(model: ModelArguments) -> Any:
+    """The tokenizer of the model; that which was saved with the classifier, where one is evaluated."""
+    if model.cls_addr and not model.tokenizer_name:
+        model = replace(model, tokenizer_name=model.cls_addr, gguf_file=None)
+    return load_tokenizer(model)
 
 
 def _fit_for_pipelines(tokenizer: Any) -> None:

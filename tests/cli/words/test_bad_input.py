@@ -155,7 +155,7 @@ def classifier(settings, place):
         ({"bidirectional": False}, "it was trained with bidirectional=True, and this run has bidirectional=False"),
         ({"layers": 1}, "it was trained with num_hidden_layers=2, and this run has num_hidden_layers=1"),
         ({"cls_addr": "nowhere"}, "cls_addr: nowhere holds no words.json, so no classifier of this command"),
-        ({"lora_r": 2}, "can't read the classifier in"),
+        ({"lora_r": 2}, "it was trained with lora_r=0, and this run has lora_r=2"),
     ],
 )
 @needs_classes
@@ -172,6 +172,11 @@ def test_a_classifier_of_another_kind(capsys, classifier, change, says):
         ("words.json", b"{", "is not JSON"),
         ("words.json", b'{"labels": 3}', "labels must be a list of strings; got 3"),
         ("words.json", b'{"labels": ["a"], "merge": 1}', "next_token and merge must be true or false"),
+        (
+            "words.json",
+            b'{"labels": ["a"], "next_token": true, "merge": true}',
+            "lora_r must be a number of 0 or more; got None",
+        ),
         ("classifier.safetensors", b"", "can't read the classifier in"),
     ],
 )

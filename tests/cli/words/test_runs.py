@@ -180,6 +180,24 @@ def test_what_transformers_class_can_not_read_is_written_as_a_classifier_alone(
         assert again[name] == pytest.approx(results(settings)[name], rel=1e-5)
 
 
+def test_a_classifier_is_evaluated_on_the_model_that_it_was_trained_on_without_a_flag(settings, place, tmp_path):
+    """Its adapter, its sinks and the token that was put before each sentence; a checkpoint as well as a result."""
+    settings |= {
+        "merge_subwords": True,
+        "lora_r": 2,
+        "num_sink_tokens": 2,
+        "num_sinkless_layers": 1,
+        "sink_token": "eos",
+    }
+    settings |= {"test_file": str(place / "test.conllu"), "save_strategy": "steps", "save_steps": 10}
+    assert run(settings) == 0
+    kept = {name: settings[name] for name in ("model_name_or_path", "test_file", "use_cpu", "report_to")}
+    for number, folder in enumerate((settings["output_dir"], f"{settings['output_dir']}/checkpoint-10")):
+        tested = kept | {"cls_addr": folder, "output_dir": str(tmp_path / f"tested{number}")}
+        assert run(tested) == 0
+        assert results(tested)["test_loss"] == pytest.approx(results(settings)["test_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("next_token", [False, True])
 @pytest.mark.parametrize("merge", [False, True])
 def test_where_labels_are_read(settings, place, next_token, merge):
@@ -366,7 +384,21 @@ def test_checkpointing_and_batches_of_like_lengths_train_to_the_same_weights(set
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["Bloom", "Falcon", "Gemma", "GPT2", "GPTBigCode", "GPTNeoX", "Mistral", "Mpt", "Persimmon", "Phi", "Phi3", "Qwen2"]
+    "kind",
+    [
+        "Bloom",
+        "Falcon",
+        "Gemma",
+        "GPT2",
+        "GPTBigCode",
+        "GPTNeoX",
+        "Mistral",
+        "Mpt",
+        "Persimmon",
+        "Phi",
+        "Phi3",
+        "Qwen2",
+    ],
 )
 def test_the_tagger_gives_the_logits_of_the_stock_class_of_a_family(kind):
     import transformers
