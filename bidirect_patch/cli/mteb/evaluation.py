@@ -77,7 +77,7 @@ def evaluate(flags: Any) -> None:
     if instructions is None and encoder.uses_instructions:
         instructions = {}
     make_output_dir(flags.output_dir)
-    model = InstructedEncoder(encoder, instructions, _revision(flags, instructions))
+    model = InstructedEncoder(encoder, instructions, _revision(encoder, flags, instructions))
     cache = mteb.ResultCache(cache_path=flags.output_dir)
     for task in tasks:
         result = _evaluate_task(model, task, cache, flags)
@@ -109,10 +109,10 @@ def _read_instructions(path: str | None) -> dict[str, str] | None:
     return instructions
 
 
-def _revision(flags: Any, instructions: Mapping[str, str] | None) -> str:
+def _revision(encoder: Encoder, flags: Any, instructions: Mapping[str, str] | None) -> str:
     """What tells the results of one encoder from those of another of its name: its files, and all that changes its vectors."""
-    said: list[Any] = [flags.model, flags.peft_model_name_or_path, flags.torch_dtype, instructions]
-    for name in filter(None, (flags.model, flags.peft_model_name_or_path)):
+    said: list[Any] = [encoder.sources, flags.torch_dtype, instructions]
+    for name in encoder.sources:
         for file in sorted(Path(name).rglob("*")) if os.path.isdir(name) else [Path(name)]:
             if file.is_file() and file.suffix != ".md":
                 said.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])

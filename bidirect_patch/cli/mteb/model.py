@@ -30,12 +30,14 @@ class Encoder(NamedTuple):
         name: What it is called in the results.
         uses_instructions: Whether it was trained with instructions.
         write: Writes an instruction as the prompt that stands before a text.
+        sources: The folders, files and hub names that it was made from.
     """
 
     model: Any
     name: str
     uses_instructions: bool
     write: Callable[[str], str]
+    sources: tuple[str, ...] = ()
 
 
 def load(flags: Any) -> Encoder:
@@ -51,14 +53,16 @@ def load(flags: Any) -> Encoder:
         if adapter:
             raise ConfigError("peft_model_name_or_path is of LLM2Vec: give it in the settings file")
         folder = os.path.basename(os.path.dirname(os.path.abspath(name)))
-        return Encoder(_from_settings(name, flags), folder or called, False, as_prompt)
+        model, sources = _from_settings(name, flags)
+        return Encoder(model, folder or called, False, as_prompt, sources)
     is_llm2vec = bool(read_json_of(name, "llm2vec_config.json", {}))
     options = {DTYPE_ARGUMENT: flags.torch_dtype, "attn_implementation": flags.attn_implementation}
     if read_json_of(name, "config_sentence_transformers.json", {}):
         if adapter:
             raise ConfigError(f"{name} is a whole encoder already: give no peft_model_name_or_path")
         model = _open(name, options)
-        return Encoder(model, called, is_llm2vec or any(model.prompts.values()), _llm2vec if is_llm2vec else as_prompt)
+        uses = is_llm2vec or any(model.prompts.values())
+        return Encoder(model, called, uses, _llm2vec if is_llm2vec else as_prompt, (name,))
     is_adapter = bool(read_json_of(name, "adapter_config.json", {}))
     if not (adapter or is_adapter or is_llm2vec):
         raise ConfigError(
@@ -72,7 +76,7 @@ def load(flags: Any) -> Encoder:
             )
     loaded = load_llm2vec(name, adapter, **options)
     called = os.path.basename(os.path.abspath(adapter)) if adapter and os.path.exists(adapter) else adapter or called
-    return Encoder(loaded, called, True, _llm2vec)
+    return Encoder(loaded, called, True, _llm2vec, tuple(filter(None, (name, adapter))))
 
 
 def _open(name: str, options: dict[str, Any]) -> Any:
@@ -84,8 +88,8 @@ def _open(name: str, options: dict[str, Any]) -> Any:
     return model
 
 
-def _from_settings(path: str, flags: Any) -> Any:
-    """The encoder that a sweep has chosen, from its settings."""
+def _from_settings(path: str, flags: Any) -> tuple[Any, tuple[str, ...]]:
+    """The encoder that a sweep has chosen, from its settings, and what it is made from."""
     settings = read_json(path)
     known = {f.name for f in fields(EncoderArguments)}
     unknown = sorted(settings.keys() - known)
@@ -94,7 +98,8 @@ def _from_settings(path: str, flags: Any) -> Any:
     own = {"torch_dtype": flags.torch_dtype, "attn_implementation": flags.attn_implementation}
     model, limit = load_encoder(EncoderArguments(**own | settings | {"simcse_dropout": 0.0, "lora_r": 0}), {})
     model[0].max_seq_length = limit
-    return model
+    named = (settings.get(name) for name in ("model_name_or_path", "peft_model_name_or_path"))
+    return model, (path, *filter(None, named))
 
 
 def _llm2vec(instruction: str) -> str:

@@ -119,6 +119,10 @@ def test_the_settings_of_a_sweep(place, tmp_path):
     encoder, _ = load_encoder(EncoderArguments(**settings, simcse_dropout=0.0, lora_r=0), {})
     assert result.get_score() == pytest.approx(spearman_of(encoder.encode, place / "pairs.csv"), abs=1e-4)
     assert path.parent.parent.name == "swept"
+    (place / "model" / "config.json").touch()  # another model, for all that is known
+    flags = ["mteb", str(tmp_path / "swept" / "settings.json"), "--tasks", str(place / "pairs.csv")]
+    assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert len(list(Path(tmp_path, "out", "results", "swept").glob("*/pairs.json"))) == 2
 
 
 def test_what_is_there_already_is_taken_and_another_encoder_of_that_name_is_not(place, tmp_path, monkeypatch):
