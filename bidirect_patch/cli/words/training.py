@@ -52,7 +52,7 @@ def train(settings: Settings) -> None:
     if training.do_train and training.do_eval:
         _add_baseline("baseline", "each word's commonest label", data, "validation", trainer, report)
         if checkpoint is None:
-            report.add("before", "before training", trainer.evaluate(metric_key_prefix="before"))
+            report.add("before", "before training", trainer.evaluate_before("before"))
             report.show()
     if training.do_train:
         _train_from(checkpoint, trainer, steps)

@@ -15,6 +15,7 @@ from bidirect_patch.checkpoints.guard import opening_sinks
 from bidirect_patch.cli import main
 
 from ...helpers.explicit_masks import sink_masks
+from ...helpers.processes import in_two_ranks
 from ...helpers.word_runs import (
     BOS,
     HAS_CLASSES,
@@ -364,6 +365,25 @@ def test_in_the_folder_the_sink_stays_causal(settings, auto):
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     assert torch.equal(logits[0, 0], logits[1, 0]) and not torch.equal(logits[0, 1], logits[1, 1])
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_what_one_does(settings):
+    """With an evaluation before, after which accelerate would leave each to its own gradients."""
+    from safetensors.torch import load_file
+
+    settings |= {"do_eval": True, "max_steps": 6, "lora_r": 4, "lora_dropout": 0.0, "classifier_dropout": 0.0}
+    settings |= {"per_device_train_batch_size": 4}
+    alone = settings | {"gradient_accumulation_steps": 2, "output_dir": settings["output_dir"] + "-alone"}
+    path = Path(settings["output_dir"]).with_suffix(".json")
+    path.write_text(json.dumps(settings))
+    out = "".join(in_two_ranks("-m", "bidirect_patch", "words", path))
+    assert out.count("after 6 steps") == 1
+    assert run(alone) == 0
+    ours, expected = (load_file(Path(each["output_dir"]) / "model.safetensors") for each in (settings, alone))
+    assert all(torch.allclose(ours[key], expected[key], atol=1e-4) for key in expected)
+    for name in ("before_loss", "eval_loss", "eval_accuracy", "eval_words"):
+        assert results(settings)[name] == pytest.approx(results(alone)[name], rel=1e-3)
 
 
 def test_checkpointing_and_batches_of_like_lengths_train_to_the_same_weights(settings):
