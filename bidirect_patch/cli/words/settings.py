@@ -127,7 +127,7 @@ PRESETS = {
         "max_seq_length": 256,
         "per_device_train_batch_size": 16,
         "learning_rate": 5e-3,
-        "max_steps": 400,
+        "max_steps": 200,
     }
 }
 

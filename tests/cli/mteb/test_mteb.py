@@ -69,9 +69,10 @@ def spearman_of(encode, path):
 
 def evaluated(out, *flags):
     """The result of the one task, as mteb reads it."""
+    package = mteb()
     assert main(["mteb", *map(str, flags), "--output_dir", str(out)]) == 0
     (path,) = Path(out, "results").glob("*/*/pairs.json")
-    return mteb().TaskResult.from_disk(path), path
+    return package.TaskResult.from_disk(path), path
 
 
 def test_an_encoder_of_this_package_with_its_sinks(place, tmp_path, capsys):
