@@ -90,7 +90,7 @@ def _make_trainer(settings: Settings, data: Data) -> tuple[WordsTrainer, Any]:
         raise ConfigError("words needs a tokenizer of the tokenizers library, which knows each token's word")
     _fit_for_pipelines(tokenizer)
     check_reading(reading, tokenizer, sinks.num_sink_tokens)
-    length = min(task.max_seq_length or LONGEST, tokenizer.model_max_length, limit or LONGEST * LONGEST)
+    length = min(filter(None, (task.max_seq_length or LONGEST, tokenizer.model_max_length, limit)))
     if length <= sinks.num_sink_tokens:
         raise ConfigError(f"max_seq_length must be above num_sink_tokens={sinks.num_sink_tokens}; got {length}")
     rows = {split: encode(each, tokenizer, labels, length, reading, split) for split, each in data.sentences.items()}
