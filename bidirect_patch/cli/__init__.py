@@ -21,6 +21,8 @@ COMMANDS = {
     "sweep": "find a model's best setup before any training",
     "mntp": "train a model for masked next token prediction",
     "simcse": "train it further with SimCSE or on supervised pairs",
+    "words": "train and evaluate a word-level task: parts of speech, names",
+    "mteb": "evaluate an encoder on tasks of MTEB",
 }
 USAGE = f"""\
 usage: bidirect-patch COMMAND ...
@@ -32,11 +34,16 @@ A causal decoder becomes a bidirectional encoder in three steps:
   2. mntp    {COMMANDS["mntp"]}
   3. simcse  {COMMANDS["simcse"]}
 
-To look before you train:
+For labels of words instead of embeddings:
+
+  words   {COMMANDS["words"]}
+
+To look before you train, and after:
 
   check   {COMMANDS["check"]}
   sweep   {COMMANDS["sweep"]}
   demo    {COMMANDS["demo"]}
+  mteb    {COMMANDS["mteb"]}
 
 For example (MODEL is a folder or a name on the hub; texts.txt, a text a line):
 

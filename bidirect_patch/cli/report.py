@@ -32,6 +32,7 @@ class Report:
         self.trainer = trainer
         self.title = title
         self.columns = columns
+        self.rows: list[list[str]] = []  # of the table, the name of an evaluation and its values as they are shown
         self.lines = [f"{'':28}" + "".join(f"{column.title:>{column.width}}" for column in columns)]
 
     def add(self, prefix: str, label: str, metrics: dict[str, float]) -> None:
@@ -46,9 +47,11 @@ class Report:
         self.trainer.save_metrics(prefix, metrics)
 
     def add_line(self, prefix: str, label: str, metrics: dict[str, float]) -> None:
-        """Add one evaluation to the table alone."""
-        cells = (f"{metrics[f'{prefix}_{c.metric}']:{c.width}{c.form}}" for c in self.columns)
+        """Add one evaluation to the table alone. A metric that it lacks is left empty."""
+        values = [(metrics.get(f"{prefix}_{c.metric}"), c) for c in self.columns]
+        cells = [" " * c.width if value is None else f"{value:{c.width}{c.form}}" for value, c in values]
         self.lines.append(f"{label:28}" + "".join(cells))
+        self.rows.append([label, *cells])
 
     def add_result(self, untrained: str) -> None:
         """Add the evaluations of the schedule to the table, then evaluate the result and add it to the table and the file.

@@ -34,6 +34,14 @@ class RunTrainer(Trainer):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
+    def evaluate_before(self, prefix: str) -> dict[str, float]:
+        """Evaluate before the first step, with this prefix of the metrics' names."""
+        metrics = self.evaluate(metric_key_prefix=prefix)
+        # accelerate takes a model that it prepared for evaluation for one that is ready to be trained. It would leave that
+        # model without DDP, and each rank would train alone, on its own gradients.
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return metrics
+
     def load_finished(self, checkpoint: str) -> None:
         """Take a checkpoint of the last step as the result, or the best one if that is asked for. Nothing is left to train."""
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
@@ -62,6 +70,9 @@ class RunTrainer(Trainer):
             raise ConfigError(
                 "the weights are no numbers any more after training: give a lower learning_rate; nothing is saved"
             )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the model card to the run, which writes its own."""
 
     def save_run(self) -> None:
         """Write the result and the state of the run to output_dir."""

@@ -1,4 +1,4 @@
-"""Running the training command, and reading what it leaves."""
+"""Running a training command, and reading what it leaves."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 from bidirect_patch.cli import main
 
 
-def run(settings, *flags):
+def run(settings, *flags, command="mntp"):
     """Run in this process; the exit code."""
     path = Path(settings["output_dir"]).with_suffix(".json")
     path.write_text(json.dumps(settings))
-    return main(["mntp", str(path), *flags])
+    return main([command, str(path), *flags])
 
 
 def results(settings):
@@ -40,15 +40,15 @@ def batches(settings, collator, lengths, size=8):
     return [collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def refused(capsys, settings, *flags):
+def refused(capsys, settings, *flags, command="mntp"):
     """The error of a run that is refused before anything is made."""
-    said = error_line(capsys, settings, *flags)
+    said = error_line(capsys, settings, *flags, command=command)
     assert not Path(settings["output_dir"]).exists()
     return said
 
 
-def error_line(capsys, settings, *flags):
-    assert run(settings, *flags) == 2
+def error_line(capsys, settings, *flags, command="mntp"):
+    assert run(settings, *flags, command=command) == 2
     lines = capsys.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith("bidirect-patch: error: ")]
     assert len(said) == 1 and said[0] == lines[-1] and "Traceback" not in "".join(lines)

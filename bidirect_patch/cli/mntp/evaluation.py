@@ -54,9 +54,6 @@ def evaluate_baselines(trainer: Any, model: PreTrainedModel, report: Report) -> 
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     with bidirectional(model, enabled=False):
-        report.add("causal", "causal, before training", trainer.evaluate(metric_key_prefix="causal"))
-    report.add("before", "bidirectional, untrained", trainer.evaluate(metric_key_prefix="before"))
+        report.add("causal", "causal, before training", trainer.evaluate_before("causal"))
+    report.add("before", "bidirectional, untrained", trainer.evaluate_before("before"))
     report.show()
-    # accelerate takes a model that it prepared for evaluation for one that is ready to be trained. It would leave that
-    # model without DDP, and each rank would train alone, on its own gradients.
-    model.__dict__.pop("_is_accelerate_prepared", None)

@@ -1,28 +1,21 @@
 """The tokenizer and the model that are trained for masked next token prediction."""
 
-import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ...checkpoints.guard import opening_sinks
 from ...checkpoints.marks import saved_sinks
-from ...errors import ConfigError, UnsupportedModelError
 from ...mntp.head import apply_mntp_head
-from ...model.sinks import Sinks
-from ...model.tiny import tiny_like
 from ...patch import enable_bidirectional
-from ..layers import check_layers, keep_layers, number_of_layers
-from ..loading import loading
+from ..layers import keep_layers
 from ..lora import with_lora
-from ..sinks import check_sinkless, choose_sinks
+from ..model_facts import ModelFacts, load_part, look_at
+from ..sinks import choose_sinks
 from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .settings import ModelArguments
-
-POSITIONS = "max_position_embeddings"  # in every config; some have it under another name too
 
 
 def load_tokenizer(settings: ModelArguments) -> Any:
@@ -32,39 +25,15 @@ def load_tokenizer(settings: ModelArguments) -> Any:
         ConfigError: There is no such tokenizer.
     """
     name = settings.tokenizer_name or settings.model_name_or_path
-    return _load(AutoTokenizer, name, settings, use_fast=settings.use_fast_tokenizer)
-
-
-class ModelFacts(NamedTuple):
-    """What is known of a model before it is loaded.
-
-    Attributes:
-        limit: The largest number of tokens that it can read, or None if it has no such limit.
-        sinks: The sink tokens and sinkless layers that it gets: those of the settings, else those that it was saved with.
-    """
-
-    limit: int | None
-    sinks: Sinks
+    return load_part(AutoTokenizer, name, settings, use_fast=settings.use_fast_tokenizer)
 
 
 def check_model(settings: ModelArguments) -> ModelFacts:
-    """Raise the errors of `load_model` that concern the model's class and backend.
-
-    This reads the config alone and builds a small random model from it, which is faster than loading the weights.
-    """
-    config = _load(AutoConfig, settings.model_name_or_path, settings)
-    sinks = choose_sinks(settings, saved_sinks(config))
-    if settings.layers is not None:
-        check_layers(config, settings.layers)
-    check_sinkless(sinks.num_sinkless_layers, settings.layers or number_of_layers(config))
-    try:
-        with loading(str(settings.model_name_or_path)):
-            small = tiny_like(config, settings.attn_implementation, settings.trust_remote_code)
-    except UnsupportedModelError:  # the model itself may load all the same, or its error says more
-        return ModelFacts(None, sinks)
-    fewer = min(sinks.num_sinkless_layers, number_of_layers(small.config) or 0)
-    apply_mntp_head(enable_bidirectional(small, num_sink_tokens=sinks.num_sink_tokens, num_sinkless_layers=fewer))
-    return ModelFacts(getattr(config, POSITIONS, None) if _has_position_table(small) else None, sinks)
+    """Raise the errors of `load_model` that concern the model's class and backend, from its config alone."""
+    facts, small = look_at(settings)
+    if small is not None:
+        apply_mntp_head(small)
+    return facts
 
 
 def load_model(settings: ModelArguments) -> PreTrainedModel:
@@ -76,7 +45,7 @@ def load_model(settings: ModelArguments) -> PreTrainedModel:
         UnsupportedModelError: The model cannot be made bidirectional.
     """
     dtype = getattr(torch, settings.torch_dtype, settings.torch_dtype)  # "auto" stays a string
-    model = _load(
+    model = load_part(
         AutoModelForCausalLM,
         settings.model_name_or_path,
         settings,
@@ -112,29 +81,3 @@ def add_adapter(model: PreTrainedModel, settings: ModelArguments, new_rows: Sequ
 def adapter_of(model: PreTrainedModel) -> PeftModel | None:
     """Return the backbone with its adapter, or None if there is no adapter."""
     return model.base_model if isinstance(model.base_model, PeftModel) else None
-
-
-def _has_position_table(small: PreTrainedModel) -> bool:
-    """Say whether a small model fails on a text that is longer than its config allows, as with learned positions."""
-    limit = getattr(small.config, POSITIONS, None)
-    return isinstance(limit, int) and _reads(small, limit) and not _reads(small, limit + 1)
-
-
-def _reads(small: PreTrainedModel, length: int) -> bool:
-    try:
-        with torch.no_grad():
-            small(input_ids=torch.ones(1, length, dtype=torch.long))
-    except Exception:  # which one depends on the model, and on the backend
-        return False
-    return True
-
-
-def _load(auto_class: Any, name: str | None, settings: ModelArguments, **options: Any) -> Any:
-    options |= {"cache_dir": settings.cache_dir, "revision": settings.model_revision, "token": settings.token}
-    options |= {"trust_remote_code": settings.trust_remote_code}
-    if settings.gguf_file:
-        options["gguf_file"] = settings.gguf_file
-    if name and os.path.isabs(name) and not os.path.isdir(name):
-        raise ConfigError(f"can't load {name!r}: there is no such folder")
-    with loading(repr(name)), opening_sinks():
-        return auto_class.from_pretrained(name, **options)

@@ -18,6 +18,7 @@ from ..progress import hide_bars_in_files
 from ..report import say_what_is_next
 from ..settings import transformers_errors
 from ..sink_token import with_sink_token
+from .card import write_mntp_card
 from .collator import make_collator
 from .data import Beginning, load_sequences, sequence_length
 from .evaluation import evaluate_baselines, make_report
@@ -48,6 +49,7 @@ def train(settings: Settings) -> None:
         report.add_result("bidirectional")
     report.show()
     if training.do_train:
+        write_mntp_card(settings, trainer, model, report)
         adapter = adapter_of(model)
         new_rows = adapter is not None and trains_rows(adapter)
         of_base = _flags_of_base(settings.model, trainer.sink_token, sinks_in(model)) if adapter is not None else []

@@ -17,6 +17,7 @@ from ..pairs import load_pairs
 from ..progress import hide_bars_in_files
 from ..report import say_what_is_next
 from ..settings import transformers_errors
+from .card import write_encoder_card
 from .checks import check_batches, check_known_tokens, check_space_for
 from .data import Examples, first_example, load_examples
 from .evaluation import PairEvaluator, evaluate_before, make_report
@@ -50,6 +51,7 @@ def train(settings: Settings) -> None:
         report.add_result("as it was loaded")
         report.show()
     if training.do_train:
+        write_encoder_card(settings, trainer, report)
         folder = str(training.output_dir)
         opened = f"SentenceTransformer({folder!r})"
         has_sinks = sinks_in(trainer.model) != NO_SINKS

@@ -1,0 +1,75 @@
+"""The model card of a trained encoder."""
+
+from typing import Any
+
+from ...model.sinks import NO_SINKS
+from ...verify.mode import sinks_in
+from ..model_card import (
+    adapter_in_words,
+    attention_in_words,
+    files_in_words,
+    layers_in_words,
+    public_name,
+    steps_in_words,
+    write_card,
+)
+from ..report import Report
+from ..sink_token import first_token
+from .settings import Settings
+from .trainer import SimCSETrainer
+
+
+def write_encoder_card(settings: Settings, trainer: SimCSETrainer, report: Report) -> None:
+    """Write the card to the folder of the run, whose model is merged by now."""
+    encoder, texts, training = settings
+    name, model = str(encoder.model_name_or_path), trainer.model
+    sinks = sinks_in(model)
+    left_out = (
+        f", without the {'sink token' if sinks.num_sink_tokens == 1 else 'sink tokens'}" if sinks != NO_SINKS else ""
+    )
+    prompts = ", ".join(f"`{prompt}`" for prompt in model.prompts)
+    write_card(
+        trainer,
+        report,
+        title=f"A text encoder from {public_name(name)}",
+        base=name,
+        facts={
+            "attention": attention_in_words(
+                model, first_token(model.tokenizer) if left_out or encoder.sink_token else None
+            ),
+            "layers": layers_in_words(encoder.layers),
+            "pooling": f"{encoder.pooling_mode}{left_out}",
+            "prompts": prompts or None,
+            "adapter of the step before": f"`{public_name(a)}`" if (a := encoder.peft_model_name_or_path) else None,
+            "trained": adapter_in_words(encoder.lora_r, "all weights") + (", merged" if encoder.lora_r else ""),
+            "training data": _data(texts.dataset_file_path, trainer.train_dataset),
+            "training": f"{steps_in_words(trainer)}, contrastive, scale {encoder.loss_scale:g}",
+            "evaluation": f"cosines on {files_in_words(texts.validation_file)}" if training.do_eval else None,
+        },
+        use=_use(public_name(str(training.output_dir))),
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+    )
+
+
+def _data(path: str | None, train: Any) -> str:
+    sets = list(train.values()) if isinstance(train, dict) else [train]
+    first = sets[0]
+    has_three = "negative" in first.column_names
+    rows = first[:100]
+    single = not has_three and rows["anchor"] == rows["positive"]
+    kind = (
+        "single texts, each its own positive"
+        if single
+        else "rows of query, positive and negative"
+        if has_three
+        else "pairs"
+    )
+    return files_in_words(path, count=sum(map(len, sets)), kind=kind)
+
+
+def _use(folder: str) -> str:
+    return (
+        "import bidirect_patch.auto\nfrom sentence_transformers import SentenceTransformer\n\n"
+        f'encoder = SentenceTransformer("{folder}")\nprint(encoder.encode(["A cat sat down."]).shape)'
+    )

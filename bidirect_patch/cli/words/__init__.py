@@ -1,0 +1,28 @@
+"""`bidirect-patch words`: a word-level task, after LLM2Vec's run_word_task.py and test_word_task.py.
+
+Part-of-speech tags, chunks or names: a linear layer on the states of each word's tokens, which are frozen or get a LoRA adapter.
+"""
+
+from .. import extra_needed
+
+
+def run(argv: list[str]) -> int:
+    """Train and evaluate as `[CONFIG.json] [--name value ...]` says.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        BackendError: A package that training needs is not installed.
+        ConfigError: A setting, a file or a model cannot be used.
+    """
+    with extra_needed("train", subject="training"):
+        import accelerate  # noqa: F401  (transformers' Trainer needs it)
+        import datasets  # noqa: F401
+        import peft  # noqa: F401
+    # Imported here: these modules need the packages above.
+    from .settings import parse
+    from .training import train
+
+    train(parse(argv))
+    return 0
