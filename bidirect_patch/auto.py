@@ -6,6 +6,7 @@ through PEFT or through transformers, with the sink tokens that it was saved wit
 once this package is in use, and an error for a folder with sink tokens.
 """
 
+import warnings
 from typing import Any
 
 import wrapt
@@ -13,13 +14,15 @@ from transformers import PreTrainedModel
 
 from .checkpoints import guard, hooks, policy
 from .checkpoints.marks import is_marked, saved_sinks, sinks_on_disk, was_marked
+from .model.sinks import NO_SINKS
 from .patch import enable_bidirectional
+from .verify.mode import sinks_in
 
 
 def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
-    if policy.enables and was_marked(model):
+    if policy.enables() and was_marked(model):
         enable_bidirectional(model, **saved_sinks(model)._asdict())
     return result
 
@@ -27,8 +30,15 @@ def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
 def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model, where, _ = hooks.adapter_arguments(model, args, kwargs)
-    if policy.enables and where is not None and is_marked(where, **kwargs):
-        enable_bidirectional(model, **sinks_on_disk(where, **kwargs)._asdict())
+    if policy.enables() and where is not None and is_marked(where, **kwargs):
+        sinks, before = sinks_on_disk(where, **kwargs), sinks_in(model)
+        if before not in (NO_SINKS, sinks):
+            warnings.warn(
+                f"the adapter {where} belongs to a model with {sinks.in_words}, and is loaded onto one with {before.in_words}, "
+                "which is changed to the adapter's. For others, call enable_bidirectional with them afterwards",
+                stacklevel=3,
+            )
+        enable_bidirectional(model, **sinks._asdict())
     return result
 
 
@@ -38,7 +48,7 @@ def _install_peft(module: Any) -> None:
 
 hooks.install()
 guard.install()
-policy.enables = True
+policy.auto_is_imported = True
 hooks.put(PreTrainedModel, "from_pretrained", _load_model)
 hooks.put(PreTrainedModel, "load_adapter", _load_adapter)
 wrapt.register_post_import_hook(_install_peft, "peft.peft_model")

@@ -75,7 +75,7 @@ def loading_enables(monkeypatch, enables):
     from bidirect_patch import auto  # noqa: F401  (it puts the hooks in place)
     from bidirect_patch.checkpoints import policy
 
-    monkeypatch.setattr(policy, "enables", enables)
+    monkeypatch.setattr(policy, "auto_is_imported", enables)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -25,7 +25,7 @@ def opening_is_as_before(monkeypatch):
     """The scan imports `bidirect_patch.auto`, and says for each case what opening does."""
     from bidirect_patch.checkpoints import policy
 
-    monkeypatch.setattr(policy, "enables", False)
+    monkeypatch.setattr(policy, "auto_is_imported", False)
 
 
 def check(row):

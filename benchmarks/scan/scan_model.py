@@ -162,7 +162,7 @@ class Scan:
         return [case for case in (Case("no argument", {}), _case_of_padding()) if not self._lacks(case)]
 
     def _reopened(self, enables: bool) -> nn.Module:
-        before, policy.enables = policy.enables, enables
+        before, policy.auto_is_imported = policy.auto_is_imported, enables
         try:
             with (
                 tempfile.TemporaryDirectory() as folder,
@@ -174,7 +174,7 @@ class Scan:
                 backend = self.stock.config._attn_implementation
                 return type(self.stock).from_pretrained(folder, attn_implementation=backend).eval()
         finally:
-            policy.enables = before
+            policy.auto_is_imported = before
 
     def _outcome_of(self, model: nn.Module) -> str:
         """The base cases on another model than the patched one."""

@@ -4,13 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-enables = False  # whether loading enables it by itself, since `bidirect_patch.auto` was imported
+auto_is_imported = False
 _caller_enables: ContextVar[bool] = ContextVar("_caller_enables", default=False)
+
+
+def enables() -> bool:
+    """Whether loading enables what is loaded now, since `bidirect_patch.auto` was imported."""
+    return auto_is_imported and not _caller_enables.get()
 
 
 def warns() -> bool:
     """Whether nobody enables what is loaded now, so that loading warns of it."""
-    return not (enables or _caller_enables.get())
+    return not (auto_is_imported or _caller_enables.get())
 
 
 @contextmanager

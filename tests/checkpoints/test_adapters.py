@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.checkpoints.guard import opening_sinks
 from bidirect_patch.checkpoints.marks import is_marked
+from bidirect_patch.verify.mode import sinks_in
 
 from ..helpers.saved import WAYS_TO_LOAD, config_of, encode, load_adapter, lora, reaches_back, same
 from ..helpers.tiny_models import tiny_model
@@ -73,6 +75,21 @@ def test_without_auto_loading_onto_a_causal_base_warns(tmp_path, only_warns, thr
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the adapter")
         load_adapter(enable_bidirectional(tiny_model()), tmp_path, through)  # where it belongs
+
+
+def test_an_adapter_changes_the_sinks_of_its_model_and_says_so(tmp_path, auto):
+    peft = pytest.importorskip("peft")
+    enable_bidirectional(lora(tiny_model())).save_pretrained(tmp_path)
+    base = enable_bidirectional(tiny_model(), num_sink_tokens=1)
+    with pytest.warns(UserWarning, match="num_sink_tokens=0, .* onto one with num_sink_tokens=1"):
+        model = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    assert sinks_in(model) == (0, 0) and reaches_back(model.eval())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the adapter")
+        base = enable_bidirectional(tiny_model(), num_sink_tokens=1)
+        with opening_sinks():  # who loads it enables it
+            model = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    assert sinks_in(model) == (1, 0)
 
 
 def test_a_folder_with_an_adapter_opens_through_transformers_too(tmp_path, auto):

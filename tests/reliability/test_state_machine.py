@@ -425,7 +425,7 @@ class Orders(RuleBasedStateMachine):
             whole.save_pretrained(folder)
             reads_flag = TRANSFORMERS >= Version("5.2") and one.mode in (False, NO_SINKS)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(policy, "enables", not reads_flag)
+                patch.setattr(policy, "auto_is_imported", not reads_flag)
                 opened = type(whole).from_pretrained(folder) if depth else LlamaForCausalLM.from_pretrained(folder)
         vars(one.model.config).update(config)  # transformers writes into the config of a causal model that it saves
         opened = opened.to(one.model.dtype).eval()

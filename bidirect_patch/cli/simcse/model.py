@@ -73,7 +73,6 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
             check_depth(model, settings.peft_model_name_or_path)
             with without_peft_warning():
                 model = PeftModel.from_pretrained(model, settings.peft_model_name_or_path).merge_and_unload()
-            enable_bidirectional(model, **sinks._asdict())  # where bidirect_patch.auto is imported, it has the adapter's own
     if not settings.bidirectional:
         disable_bidirectional(model)
     module.model = model = with_lora(model.requires_grad_(True), settings)  # PEFT froze what it was put on

@@ -142,8 +142,6 @@ def load_model(source: Source, labels: Sequence[str], *, new_classifier: bool) -
             check_depth(backbone, adapter)
             backbone = PeftModel.from_pretrained(backbone, adapter).merge_and_unload()
         vars(backbone).pop("peft_config", None)  # older releases of PEFT leave it there
-    if source.adapters:
-        enable_bidirectional(model, **sinks._asdict())  # where bidirect_patch.auto is imported, it has an adapter's own
     if not settings.bidirectional:
         disable_bidirectional(model)
     setattr(model, model.base_model_prefix, with_lora(backbone.requires_grad_(False), settings))
