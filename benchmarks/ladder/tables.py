@@ -10,8 +10,9 @@ from benchmarks.ladder.rows import CAUSAL_ROW, UNTRAINED, Row
 from benchmarks.ladder.texts import TASKS, group_of
 from bidirect_patch.cli.sweep.scores import DRAWS, Bootstrap, interval
 
-# A line of a table: how it is read, and for each column its value and its value in each draw, (1 + draws,).
-Line = tuple[str, dict[str, np.ndarray]]
+# A line of a table: its notes, and for each column its value and its value in each draw, (1 + draws,).
+Line = tuple[Sequence[str], dict[str, np.ndarray]]
+HOW = "how it is read"
 
 
 class Table:
@@ -19,23 +20,26 @@ class Table:
 
     Args:
         columns: What is measured.
+        notes: The columns before these, which have no interval.
     """
 
-    def __init__(self, columns: Iterable[str]) -> None:
-        self.columns = list(columns)
+    def __init__(self, columns: Iterable[str], notes: Sequence[str] = (HOW,)) -> None:
+        self.columns, self.notes = list(columns), notes
         self.lines: dict[str, Line] = {}
         self.against: list[tuple[str, str]] = []
 
-    def add(self, name: str, how: str, values: Sequence[dict[str, np.ndarray]], against: Iterable[str] = ()) -> None:
+    def add(
+        self, name: str, notes: Sequence[str], values: Sequence[dict[str, np.ndarray]], against: Iterable[str] = ()
+    ) -> None:
         """Add a line, the mean of several seeds; `against` names the lines that it is set beside."""
         mean = {column: np.mean([value[column] for value in values], axis=0) for column in values[0]}
-        self.lines[name] = how, mean
+        self.lines[name] = notes, mean
         self.against += [(name, other) for other in against]
 
     def __str__(self) -> str:
-        rows = [["", "how it is read", *self.columns]]
-        for name, (how, values) in self.lines.items():
-            rows.append([name, how, *(f"{interval(values[c]):}" if c in values else "" for c in self.columns)])
+        rows = [["", *self.notes, *self.columns]]
+        for name, (notes, values) in self.lines.items():
+            rows.append([name, *notes, *(f"{interval(values[c]):}" if c in values else "" for c in self.columns)])
         ahead = [["ahead by", *self.columns]]
         for name, other in self.against:
             if other in self.lines and other != name:
@@ -66,12 +70,14 @@ def sentences(results: Mapping[Row, Any], scores: Mapping[str, np.ndarray], teac
     """
     draws = {name: Bootstrap(values) for name, values in scores.items()}
     groups = dict.fromkeys(group_of(name) for name in scores)
-    table = Table(["dev", *groups])
+    table = Table(groups, (HOW, "dev"))
 
     def values(line: Any) -> dict[str, np.ndarray]:
         drawn = {name: draws[name].drawn(np.array(line["cosines"][name])) for name in line["cosines"]}
-        means = {g: np.mean([v for name, v in drawn.items() if group_of(name) == g], axis=0) for g in groups}
-        return means | {"dev": np.full(1 + DRAWS, line["dev"])}
+        return {g: np.mean([v for name, v in drawn.items() if group_of(name) == g], axis=0) for g in groups}
+
+    def notes(lines: Sequence[Any]) -> tuple[str, str]:
+        return _hows(lines), f"{np.mean([line['dev'] for line in lines]):.1f}"
 
     untrained = {"causal": "causal", "sink": "bidirectional, 1 sink token", "opened": "bidirectional"}
     untrained["sinkless"] = f"{untrained['sink']}, hidden from the last layer"
@@ -83,10 +89,10 @@ def sentences(results: Mapping[Row, Any], scores: Mapping[str, np.ndarray], teac
             same = f"{UNTRAINED}, {untrained.get(row.attention, '')}"
             causal = f"{UNTRAINED}, causal" if row.recipe == UNTRAINED else str(row._replace(attention=CAUSAL_ROW))
             hidden = f"{UNTRAINED}, causal, first token hidden from the last layer"
-            others = [causal, hidden] if row.recipe == UNTRAINED else [causal, same]
-            table.add(title, _hows(lines), [values(line) for line in lines], others)
+            others = [causal, same] if row.steps else [causal, hidden] if title != causal else []
+            table.add(title, notes(lines), [values(line) for line in lines], others)
     if teacher is not None:
-        table.add("the teacher itself", "", [values(teacher[""])])
+        table.add("the teacher itself", notes([teacher[""]]), [values(teacher[""])])
     return str(table)
 
 
@@ -112,7 +118,7 @@ def retrieval(results: Mapping[Row, Any]) -> str:
         row = next(iter(group))
         lines = [results[each] for each in group]
         hows = "; ".join(f"{key}: {each['how']}" for key, each in lines[0].items())
-        table.add(name, hows, [values(line) for line in lines], _others(row))
+        table.add(name, [hows], [values(line) for line in lines], _others(row))
     return str(table)
 
 
@@ -125,10 +131,10 @@ def _counted(results: Mapping[Row, Any], columns: Sequence[str], value: Callable
             hows = "; ".join(f"{task}: {each['how']}" for task, each in lines[0].items())
             title = f"{row.recipe}, {key}" if key else name
             others = [name, *_others(row)] if key else _others(row)
-            if row.recipe == UNTRAINED and not key:
+            if row.recipe == UNTRAINED and row.attention != CAUSAL_ROW:
                 others.append(f"{UNTRAINED}, causal + next state")
             counts = [{task: value(np.array(each["counts"])) for task, each in line.items()} for line in lines]
-            table.add(title, hows, counts, dict.fromkeys(others))
+            table.add(title, [hows], counts, dict.fromkeys(others))
     return str(table)
 
 

@@ -84,7 +84,7 @@ def _of_contrast(plan: Plan, row: Row, step: str) -> Settings:
         "pooling_mode": "mean" if bidirectional else "weighted_mean",
     }
     if step == "teacher":
-        return settings | {"teacher": plan.teacher, "max_train_samples": 2 * BATCH * plan.steps}
+        return settings | {"teacher": plan.teacher, "max_train_samples": BATCH * plan.steps}
     return settings | {"loss_scale": 20.0}
 
 
