@@ -12,7 +12,7 @@ from benchmarks.ladder.rows import ATTENTIONS, Row
 from benchmarks.ladder.training import Plan, model_settings, trained
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
-from bidirect_patch.checkpoints.load import sinks_on_disk
+from bidirect_patch.checkpoints.marks import sinks_on_disk
 from bidirect_patch.cli.simcse.model import load_encoder
 from bidirect_patch.cli.simcse.settings import EncoderArguments
 from bidirect_patch.cli.sweep.model import Source, load_model, load_tokenizer

@@ -8,7 +8,7 @@ import torch
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
-from bidirect_patch.checkpoints.load import sinks_on_disk
+from bidirect_patch.checkpoints.marks import sinks_on_disk
 
 from ...helpers.simcse_runs import run
 
