@@ -24,7 +24,7 @@ from bidirect_patch.cli.sweep.texts import token_ids, with_first_token
 
 TO_CHOOSE = 200  # questions at most
 CUTOFF = 10  # of the mean reciprocal rank
-AT_A_TIME = 64  # questions
+AT_A_TIME = 40  # texts of each side
 
 # By depth: the states of each text's tokens after the first one, (tokens, width).
 States = Mapping[int, list[Tensor]]
@@ -98,16 +98,19 @@ def _by_maxsim(asked: States, paragraphs: States, choose: np.ndarray) -> Iterato
         for centred in (False, True):
             centre = torch.cat(paragraphs[depth]).mean(0) if centred else 0.0
             one, two = ([normalize(t - centre, dim=-1) for t in side[depth]] for side in (asked, paragraphs))
-            b, b_mask = _padded(two)
+            yield f"{'centred, ' if centred else ''}{depth}", lambda chosen, a=one, b=two: _maxsim([a[i] for i in chosen], b)
 
-            def scores(chosen: np.ndarray, one: Any = one, b: Tensor = b, b_mask: Tensor = b_mask) -> np.ndarray:
-                rows = []
-                for start in range(0, len(chosen), AT_A_TIME):
-                    a, a_mask = _padded([one[i] for i in chosen[start : start + AT_A_TIME]])
-                    rows.append(similarity.maxsim(a, b, a_mask=a_mask, b_mask=b_mask).numpy())
-                return np.concatenate(rows)
 
-            yield f"{'centred, ' if centred else ''}{depth}", scores
+def _maxsim(one: list[Tensor], two: list[Tensor]) -> np.ndarray:
+    """sentence-transformers' MaxSim of each text with each other one, (texts, other texts); some at a time, alike in length."""
+    found = np.empty((len(one), len(two)), dtype=np.float32)
+    rows, columns = (sorted(range(len(side)), key=lambda i, side=side: len(side[i])) for side in (one, two))
+    for row in (rows[i : i + AT_A_TIME] for i in range(0, len(rows), AT_A_TIME)):
+        a, a_mask = _padded([one[i] for i in row])
+        for column in (columns[i : i + AT_A_TIME] for i in range(0, len(columns), AT_A_TIME)):
+            b, b_mask = _padded([two[i] for i in column])
+            found[np.ix_(row, column)] = similarity.maxsim(a, b, a_mask=a_mask, b_mask=b_mask).numpy()
+    return found
 
 
 def _padded(states: list[Tensor]) -> tuple[Tensor, Tensor]:
