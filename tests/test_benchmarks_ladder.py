@@ -52,16 +52,16 @@ def _text(rng, count):
 
 
 def _write_words(folder, part, rng):
-    """A word's tag is whether the next one is of the first half, and its name whether the word itself is below 10."""
+    """Of six words: a word's tag is whether the next one is of the first three, and the word 0 is a name."""
     tagged, names = [], []
     for _ in range(80):
-        words = [rng.randrange(WORDS) for _ in range(rng.randrange(4, 8))]
+        words = [rng.randrange(6) for _ in range(rng.randrange(4, 8))]
         rows = []
-        for i, (word, after) in enumerate(zip(words, [*words[1:], WORDS]), 1):
-            tag = "NOUN" if after < WORDS // 2 else "VERB"
+        for i, (word, after) in enumerate(zip(words, [*words[1:], 6]), 1):
+            tag = "NOUN" if after < 3 else "VERB"
             rows.append(f"{i}\tw{word}\t_\t{tag}\t_\t_\t{i - 1}\t{'root' if i == 1 else 'dep:x'}\t_\t_")
         tagged.append("\n".join([f"# text = {' '.join(f'w{w}' for w in words)}", *rows]))
-        names.append("\n".join(f"{i}\tw{w}\t{'B-PER' if w < 10 else 'O'}\t-\t-" for i, w in enumerate(words, 1)))
+        names.append("\n".join(f"{i}\tw{w}\t{'O' if w else 'B-PER'}\t-\t-" for i, w in enumerate(words, 1)))
     (folder / f"a-{part}.conllu").write_text("\n\n".join(tagged) + "\n")
     (folder / f"b-{part}.iob2").write_text("\n\n".join(names) + "\n")
 
@@ -111,7 +111,8 @@ def test_what_the_next_word_tells_is_read_from_opened_states_and_from_the_next_s
         assert (counts[:, 1] == counts[:, 2]).all()
         return 100 * counts[:, 0].sum() / counts[:, 2].sum()
 
-    assert right("causal") + 15 < min(right("causal", "causal + next state"), right("opened"))
+    assert right("causal") + 15 < right("causal", "causal + next state")  # which holds the next word itself
+    assert right("causal") + 2 < right("opened")  # a random model, which mixes all words
 
 
 def test_a_paragraph_is_found_by_the_words_of_its_question(untrained):
