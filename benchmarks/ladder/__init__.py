@@ -1,1 +1,1 @@
-"""LLM2Vec's ladder on a real model: causal, bidirectional, + MNTP, + SimCSE, and the causal model with the same SimCSE."""
+"""What opening attention does to an encoder: on sentences, on words and in retrieval, untrained and trained, row by row."""

@@ -1,170 +1,151 @@
-"""LLM2Vec's ladder on a real model, from the registry's packages and a folder of texts to a table and a figure.
+"""What opening attention does to an encoder, on your model and your files.
 
-    python -m benchmarks.ladder --data FOLDER [--model smollm2] [--quick | --scale paper] [--seeds 3] [--work FOLDER]
+    python -m benchmarks.ladder --model PATH [--gguf_file FILE] --data FOLDER --out FOLDER [--rows ROW ...] [--tasks TASK ...]
 
-FOLDER holds sts/*.csv (sentence1, sentence2, score) and wikipedia.txt (a paragraph a line); without it the same sets come from
-the hub. What was trained and measured is kept in the work folder: the same command again goes on where it was stopped.
-With --curves it trains by masked next token prediction alone, each time with another setting changed, and prints how the
-encoder changes by step.
+The data folder holds what there is of:
+    sts/*.csv        sentence1, sentence2, score; one name ends in `dev`, to choose on
+    words/*.conllu   tagged sentences, with `dev` or `test` in the name, and the names in them in *.iob2
+    qa/*.json        questions and paragraphs, in SQuAD's form
+    *.txt            texts to train on, a paragraph a line
+
+Each row is measured once and kept in --out as a small file: the same command again goes on where it was stopped, and --report
+prints the tables of what is there. Without --rows the untrained rows are measured; `--rows all` measures all of them, which takes
+days on a CPU. A GPU is used where there is one.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
+from benchmarks.ladder import retrieval, sentences, tables, texts, words
+from benchmarks.ladder.rows import ATTENTIONS, RECIPES, UNTRAINED, UPPER, Row, all_rows
+from benchmarks.ladder.training import Plan
+from bidirect_patch.cli.sink_token import choose_sink_token
+from bidirect_patch.cli.sweep.model import Source, load_tokenizer
 
-from benchmarks.ladder import curves, figure, plan, results, table, training
-from benchmarks.ladder.encode import centres, cosines
-from benchmarks.ladder.model import MODELS, fetch_encoder, real_model, save_plain
-from benchmarks.ladder.plan import Row, Scale
-from benchmarks.ladder.texts import DEV, TEST, Pairs, load_pairs, load_paragraphs, split_sentences
-from bidirect_patch.cli.mntp.settings import PRESETS
-
-
-class Ladder:
-    """What the rows share.
-
-    Args:
-        options: Of the command line.
-    """
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.scale: Scale = plan.SCALES[options.scale]
-        downloads = options.work / Path(options.model).name
-        self.work = downloads / options.scale
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.whole, self.cut = downloads / "whole", self.work / "model"
-        self.pairs = {name: self._load(name) for name in (DEV, *TEST)}
-        self.sentences = self._write_texts()
-        self._save_models(downloads)
-        self.trainer = training.Trainer(self.scale, self.cut, self.work, self.work / "runs", self.log)
-
-    def log(self, what: str) -> None:
-        """Say what begins, and when."""
-        print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
-
-    def measure(self, row: Row, seed: int, names: Sequence[str]) -> None:
-        """Train a row, and keep the cosines of each set that is not measured yet."""
-        file = results.result_file(self.work, row, seed)
-        found = dict(results.load(file)) if file.exists() else {}
-        missing = [name for name in names if name not in found]
-        if not missing:
-            return
-        if row.ceiling:
-            decoder, tokenizer = training.open_encoder(fetch_encoder(self.options.work / "minilm"))
-        else:
-            decoder, tokenizer = self.trainer.decoder(row, seed, self.whole)
-        depth = decoder.config.num_hidden_layers
-        parts = 1 if row.ceiling else 5 if row.whole else 2
-        layers = [depth * part // parts for part in range(1, parts + 1)]
-        centre = centres(decoder, tokenizer, self.sentences[: self.scale.centre], layers, row.echo)
-        for name in missing:
-            self.log(f"{row.name}, seed {seed}: {name}")
-            found[name] = cosines(decoder, tokenizer, self.pairs[name], centre, row.echo)
-            results.save(file, found)
-
-    def curves(self) -> str:
-        """The encoder by step of masked next token prediction, for each change of its settings."""
-        if not self.options.report:
-            settings = self.scale.mntp
-            steps = settings.get("max_steps") or PRESETS[settings["preset"]]["max_steps"]
-            evaluation = curves.evaluation(self.pairs[DEV], self.work / "curves.csv", steps)
-            for name, change in curves.CHANGES.items():
-                self.trainer.mntp_changed(name, evaluation | change)
-        folders = {name: self.trainer.mntp_folder(name) for name in curves.CHANGES}
-        return curves.write_table({name: curves.read(f) for name, f in folders.items() if (f / training.TOOK).exists()})
-
-    def results(self) -> dict[Row, list[results.Cosines]]:
-        """All that was measured so far. A run that was stopped before the development set is left out."""
-        files = {row: [results.result_file(self.work, row, s) for s in range(self.options.seeds)] for row in self.scale.rows}
-        loaded = {row: [results.load(f) for f in found if f.exists()] for row, found in files.items()}
-        return {row: [seed for seed in seeds if DEV in seed] for row, seeds in loaded.items()}
-
-    def seconds(self) -> dict[Row, float]:
-        """How long each trained row took, MNTP included, on average over seeds."""
-        return {row: self.trainer.seconds(row, self.options.seeds) for row in self.scale.rows if row.trained}
-
-    def _load(self, name: str) -> Pairs:
-        pairs = load_pairs(self.options.data, name)
-        return pairs if self.scale.pairs is None else pairs.shortened(self.scale.pairs)
-
-    def _write_texts(self) -> list[str]:
-        paragraphs = load_paragraphs(self.options.data)
-        split = [split_sentences(paragraph) for paragraph in paragraphs]
-        sentences = [sentence for inside in split for sentence in inside]
-        neighbours = [{"query": a, "positive": b} for inside in split for a, b in pairwise(inside)]
-        files = {
-            "paragraphs.txt": paragraphs,
-            "sentences.txt": sentences,
-            "neighbours.jsonl": [json.dumps(pair) for pair in neighbours],
-        }
-        for name, lines in files.items():
-            text, file = "\n".join(lines), self.work / name
-            if file.exists() and file.read_text(encoding="utf-8") != text:
-                raise SystemExit(f"{file} is of other texts than --data gives now: name another --work")
-            if not file.exists():
-                unfinished = file.with_name(f"{name}.unfinished")
-                unfinished.write_text(text, encoding="utf-8")
-                unfinished.replace(file)
-        return sentences
-
-    def _save_models(self, downloads: Path) -> None:
-        if not self.whole.exists():
-            model, gguf_file = real_model(self.options.model, downloads)
-            save_plain(model, gguf_file, self.whole, torch.float32)
-        if not self.cut.exists():
-            save_plain(self.whole, None, self.cut, torch.float32, self.scale.layers)
-
-
-def report(ladder: Ladder) -> str:
-    """The table, the differences and the figure."""
-    compared = table.Comparison(ladder.pairs, ladder.results())
-    if ladder.options.scale != "quick":
-        figure.draw(compared, ladder.options.figure)
-    parts = [table.write_table(compared, ladder.seconds())]
-    parts += [write(compared) for write in (table.write_differences, table.write_contrasts, table.write_depths)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+TASKS = {"sentences": "sts", "words": "words", "retrieval": "qa"}  # and the folder of its data
+ALL = "all"
+TEACHER = "teacher"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train and measure what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of texts; by default they come from the hub")
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, or a folder or hub name")
-    parser.add_argument("--scale", choices=list(plan.SCALES), default="cpu")
-    parser.add_argument("--quick", dest="scale", action="store_const", const="quick", help="few steps, few pairs, one seed")
-    parser.add_argument("--seeds", type=int, help="3, or 1 with --quick")
-    parser.add_argument("--work", type=Path, default=Path("ladder"), help="where models, runs and cosines are kept")
-    parser.add_argument("--rows", nargs="*", metavar="ROW", help="only the rows of these names")
-    parser.add_argument("--sets", nargs="*", default=[DEV, *TEST], choices=[DEV, *TEST])
-    parser.add_argument("--report", action="store_true", help="measure nothing, print what was measured")
-    parser.add_argument("--figure", default="ladder", help="name of the figure; --quick draws none")
-    parser.add_argument("--curves", action="store_true", help="instead of the table, the encoder by step of MNTP")
+    """Measure what is missing, then print the tables."""
+    options = _read(arguments)
+    data, out = options.data, options.out
+    out.mkdir(parents=True, exist_ok=True)
+    if any(row.steps for row in options.rows) and not options.report:
+        texts.write_training_texts(data, out / "texts")
+    for task in options.tasks:
+        folder = data / TASKS[task]
+        if not folder.is_dir():
+            print(f"{task}: left out, there is no {folder}")
+            continue
+        measured, table = _task(task, folder, options)
+        for row in [] if options.report else options.rows:
+            file = out / task / f"{row.file}.json"
+            if _is_of(task, row) and not file.exists():
+                _log(f"{task}: {row}")
+                start = time.monotonic()
+                _write(file, measured(_plan(options, row), row))
+                _log(f"{task}: {row}, {time.monotonic() - start:.0f} s")
+        text = table(out / task)
+        (out / f"{task}.md").write_text(text + "\n", encoding="utf-8")
+        print(f"\n## {task}\n\n{text}")
+
+
+def _task(task: str, folder: Path, options: argparse.Namespace) -> tuple[Callable[[Plan, Row], Any], Callable[[Path], str]]:
+    """What measures a row, and what makes the table of a folder of results."""
+    if task == "sentences":
+        dev, sets = texts.scored_pairs(folder, options.pairs)
+        teacher = options.teacher
+
+        def table(results: Path) -> str:
+            line = None
+            if teacher:
+                file = results / "teacher.json"
+                if not file.exists():
+                    _write(file, sentences.teacher_line(teacher, dev, sets))
+                line = json.loads(file.read_text())
+            return tables.sentences(_read_results(results), {name: pairs.scores for name, pairs in sets.items()}, line)
+
+        return lambda plan, row: sentences.measured(plan, row, dev, sets), table
+    if task == "words":
+        fit, test = (texts.tagged_sentences(folder, part) for part in ("dev", "test"))
+        return lambda plan, row: words.measured(plan, row, fit, test), lambda results: tables.words(_read_results(results))
+    asked = texts.questions(folder)
+    return lambda plan, row: retrieval.measured(plan, row, asked), lambda results: tables.retrieval(_read_results(results))
+
+
+def _is_of(task: str, row: Row) -> bool:
+    """Whether a row is a row of a task. Untrained, sentences are read with and without blind layers in one row."""
+    if task == "sentences":
+        return row != Row(UNTRAINED, "sinkless")
+    return row.attention != UPPER and TEACHER not in row.steps
+
+
+def _write(file: Path, found: Any) -> None:
+    """Write it, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(found), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def _read_results(folder: Path) -> dict[Row, Any]:
+    files = {row: folder / f"{row.file}.json" for row in all_rows(seeds=100)}
+    return {row: json.loads(file.read_text(encoding="utf-8")) for row, file in files.items() if file.exists()}
+
+
+def _plan(options: argparse.Namespace, row: Row) -> Plan:
+    source = Source.of(options.model, options.gguf_file, torch_dtype=options.torch_dtype, attn_implementation="sdpa")
+    token = options.first_token or choose_sink_token(load_tokenizer(source), None)
+    layers = options.layers
+    if row.steps and layers is None:
+        raise SystemExit("--layers is missing: how many layers the trained rows keep; take what the untrained rows say is best")
+    settings = {"steps": options.steps, "mntp_steps": options.mntp_steps, "teacher": options.teacher, "bf16": options.bf16}
+    return Plan(source, layers or 0, token, options.out, log=_log, **settings)
+
+
+def _log(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
+def _read(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ladder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="a folder, a name on the hub, or a .gguf file")
+    add("--gguf_file", help="load this GGUF file of the model's folder")
+    add("--data", type=Path, required=True, help="the folder of the files")
+    add("--out", type=Path, required=True, help="where runs and results are kept, one folder for each model")
+    add("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS))
+    add("--rows", nargs="*", metavar="ROW", default=[UNTRAINED], help='such as "MNTP, sink"; or all of a recipe: MNTP; or all')
+    add("--pairs", type=int, default=1000, help="of each file of scored pairs; a quarter for STS12 to 16 (default: %(default)s)")
+    add("--seeds", type=int, default=1, help="of each trained row (default: %(default)s)")
+    add("--first_token", help="what stands before each text, unless the tokenizer puts one there (default: as `mntp` chooses)")
+    add("--layers", type=int, help="how many of the first layers the trained rows keep")
+    add("--steps", type=int, default=60, help="of contrast and distillation, of 32 texts or pairs (default: %(default)s)")
+    add("--mntp_steps", type=int, default=100, help="of masked next token prediction, of 8 x 128 tokens (default: %(default)s)")
+    add("--teacher", help="a finished encoder, for the rows of that name, and a row of its own")
+    add("--torch_dtype", default="float32", help="of the weights of what is measured (default: %(default)s)")
+    add("--bf16", action="store_true", help="train under bfloat16 autocast, on weights in float32")
+    add("--report", action="store_true", help="measure nothing, print what was measured")
     options = parser.parse_args(arguments)
-    quick = options.scale == "quick"
-    options.seeds = options.seeds or (1 if quick else 3)
-    options.sets = list(dict.fromkeys([DEV, *options.sets]))  # first, because the way of each row is chosen on it
-    names = [row.name for row in plan.SCALES[options.scale].rows]
-    unknown = [name for name in options.rows or [] if name not in names]
-    if unknown:
-        parser.error(f"no row {unknown[0]!r}; there are: {'; '.join(names)}")
-    ladder = Ladder(options)
-    if options.curves:
-        print(ladder.curves())
-        return
-    if not options.report:
-        for seed in range(options.seeds):
-            for row in ladder.scale.rows:
-                if (options.rows is None or row.name in options.rows) and (row.trained or seed == 0):
-                    ladder.measure(row, seed, options.sets)
-    text = report(ladder)
-    (ladder.work / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    rows = all_rows(options.seeds)
+    for name in options.rows:
+        if name != ALL and name not in RECIPES and name not in map(str, rows):
+            recipes, attentions = "; ".join(RECIPES), "; ".join(ATTENTIONS)
+            parser.error(f"no row {name!r}; give a recipe ({recipes}), or one with an attention after it ({attentions})")
+    if not options.data.is_dir():
+        parser.error(f"--data: there is no folder {options.data}")
+    options.rows = [row for row in rows if {ALL, row.recipe, str(row)} & set(options.rows)]
+    if any(TEACHER in row.steps for row in options.rows) and not options.teacher:
+        parser.error("the rows of a teacher need --teacher, a finished encoder")
+    return options
 
 
 if __name__ == "__main__":

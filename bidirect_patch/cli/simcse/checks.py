@@ -30,6 +30,18 @@ def check_batches(examples: Examples, training: Any) -> None:
         raise ConfigError(f"{what} 1: an example alone has no negatives to be told from; give 2 or more, or triplets")
 
 
+def check_single(examples: Examples, path: str) -> None:
+    """Check that a teacher has single texts to embed.
+
+    Raises:
+        ConfigError: They are pairs or triplets.
+    """
+    if not examples.single:
+        raise ConfigError(
+            f"{path} holds pairs or triplets, and a teacher embeds single texts: give a file with one text a line, or no teacher"
+        )
+
+
 def check_known_tokens(tokenizer: Any, examples: Examples) -> None:
     """Check that the tokenizer knows a token at least.
 

@@ -6,12 +6,16 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModel
 
 from ...checkpoints.guard import opening_sinks
 from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights, resuming
 from ..versions import DTYPE_ARGUMENT
+
+PROJECTION = "projection.safetensors"  # in a checkpoint: what is trained after the pooling, with a teacher
 
 
 def save_checkpoint(model: Any, folder: str, training: Any) -> None:
@@ -25,7 +29,13 @@ def save_checkpoint(model: Any, folder: str, training: Any) -> None:
     trained = model[0].model
     options = {"save_embedding_layers": False} if isinstance(trained, PeftModel) else {}
     trained.save_pretrained(folder, **options)
+    if _after_pooling(model):
+        save_file(_after_pooling(model), os.path.join(folder, PROJECTION))
     torch.save(training, os.path.join(folder, "training_args.bin"))
+
+
+def _after_pooling(model: Any) -> dict[str, Tensor]:
+    return {name: weight for name, weight in model.state_dict().items() if not name.startswith("0.")}
 
 
 def load_checkpoint(model: Any, folder: str) -> None:
@@ -45,6 +55,10 @@ def load_checkpoint(model: Any, folder: str) -> None:
             weights = AutoModel.from_pretrained(folder, **{DTYPE_ARGUMENT: trained.dtype}).state_dict()
             check_same_weights(trained.state_dict(), weights)
             trained.load_state_dict(weights)
+        path = os.path.join(folder, PROJECTION)
+        projection = load_file(path) if os.path.isfile(path) else {}
+        check_same_weights(_after_pooling(model), projection)
+        model.load_state_dict(projection, strict=False)
 
 
 def save_encoder(model: Any, folder: str, max_seq_length: int) -> None:

@@ -61,6 +61,13 @@ class EncoderArguments(CommonModelArguments):
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Train the first so many numbers of an embedding too, for each number given."}
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distil this finished encoder: train each single text towards the embedding that it gives. A folder or hub "
+            "name for sentence-transformers."
+        },
+    )
     stop_after_n_steps: int | None = field(default=None, metadata={"help": "Stop here, wherever the schedule is."})
     experiment_id: str | None = field(default=None, metadata={"help": "A label of your own."})
 
@@ -119,6 +126,10 @@ examples (MODEL is a folder or a name on the hub):
   bidirect-patch simcse --model_name_or_path MODEL \\
     --dataset_file_path pairs.jsonl --validation_file sts.csv --do_train \\
     --output_dir encoder
+
+  # towards the embeddings of a finished encoder
+  bidirect-patch simcse --model_name_or_path MODEL --teacher ENCODER \\
+    --dataset_file_path texts.txt --do_train --output_dir encoder
 
   # a settings file, as LLM2Vec publishes them
   bidirect-patch simcse train_configs/simcse/MetaLlama3.json
@@ -198,3 +209,6 @@ def _check_loss(encoder: EncoderArguments) -> None:
         raise ConfigError(f"loss_scale must be above 0; got {encoder.loss_scale}")
     if min(encoder.matryoshka_dims or [1]) < 1:
         raise ConfigError(f"matryoshka_dims must be 1 or more each; got {encoder.matryoshka_dims}")
+    of_contrast = [name for name in ("loss_scale", "mini_batch_size", "matryoshka_dims") if getattr(encoder, name) is not None]
+    if encoder.teacher and of_contrast:
+        raise ConfigError(f"{', '.join(of_contrast)}: a setting of the contrastive loss, which a teacher replaces; leave it out")

@@ -18,13 +18,14 @@ from ..progress import hide_bars_in_files
 from ..report import say_what_is_next
 from ..settings import transformers_errors
 from .card import write_encoder_card
-from .checks import check_batches, check_known_tokens, check_space_for
+from .checks import check_batches, check_known_tokens, check_single, check_space_for
 from .data import Examples, first_example, load_examples
 from .evaluation import PairEvaluator, evaluate_before, make_report
 from .instructions import column_prompts
-from .loss import make_loss
+from .loss import distillation_loss, make_loss
 from .model import check_views_differ, load_encoder
 from .settings import DROPOUT, PAIR_SCALE, SCALE, EncoderArguments, Settings
+from .teacher import add_projection, load_teacher, with_embeddings
 from .trainer import SimCSETrainer
 
 
@@ -66,16 +67,26 @@ def _make_trainer(settings: Settings) -> SimCSETrainer:
     encoder, texts, training = settings
     pairs = load_pairs("validation_file", str(texts.validation_file), texts.cache_dir) if training.do_eval else None
     examples = load_examples(texts) if training.do_train else Examples(None, False, {})
-    if training.do_train:
+    teacher = None
+    if training.do_train and encoder.teacher:
+        distillation_loss()  # an error before anything is loaded
+        check_single(examples, str(texts.dataset_file_path))
+        teacher = load_teacher(encoder.teacher)
+    elif training.do_train:
         check_batches(examples, training)
     _fill_in(encoder, examples)
     model, max_seq_length = load_encoder(encoder, examples.prompts)
-    if examples.single:
+    if teacher is not None:
+        add_projection(model, teacher)
+    elif examples.single:
         check_views_differ(model, first_example(examples.data)["anchor"])
         set_seed(training.seed)  # the check has drawn random numbers
     if training.do_train:
         check_known_tokens(model.tokenizer, examples)
         check_space_for(training, model)
+    if teacher is not None:
+        examples = with_embeddings(examples, teacher, show_progress_bar=not training.disable_tqdm)
+        del teacher  # and its memory
     make_output_dir(str(training.output_dir))
     training.prompts = column_prompts(examples.data, examples.prompts)
     evaluator: Any = None
@@ -115,6 +126,6 @@ def _train_from(checkpoint: str | None, trainer: SimCSETrainer, stop_after_n_ste
 def _fill_in(encoder: EncoderArguments, examples: Examples) -> None:
     """Set what depends on whether the examples are single texts."""
     if encoder.simcse_dropout is None:
-        encoder.simcse_dropout = DROPOUT if examples.single else 0.0
+        encoder.simcse_dropout = DROPOUT if examples.single and not encoder.teacher else 0.0
     if encoder.loss_scale is None:
         encoder.loss_scale = SCALE if examples.single else PAIR_SCALE

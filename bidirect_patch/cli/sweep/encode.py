@@ -1,6 +1,6 @@
 """Embeddings of texts after each depth and under each pooling, out of few forwards."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -72,12 +72,16 @@ class Embeddings:
         for batch, ids, mask in batches(self.ids, self.lacking(texts).tolist()):
             weights = torch.stack([pooling_weights(mask, pooling) for pooling in self.poolings], 1).to(device)
             ids, mask = ids.to(device), mask.to(device)
-            for depth, state in states(self.parts, self.family, self.depths, ids, mask):
+            for depth, state in self.states(ids, mask):
                 # What stands at padding may be no number.
                 kept = state.float().masked_fill(mask[..., None] == 0, 0)
                 self._put(depth, batch, (weights @ kept).cpu().numpy())
             self._is_there[batch] = True
             progress(len(batch))
+
+    def states(self, ids: Tensor, mask: Tensor) -> Iterator[tuple[Depth, Tensor]]:
+        """The states of a batch at each depth, as `passes.states` gives them."""
+        return states(self.parts, self.family, self.depths, ids, mask)
 
     def _put(self, depth: Depth, batch: list[int], rows: np.ndarray) -> None:
         """Keep embeddings (texts, poolings, width)."""

@@ -74,13 +74,13 @@ def sweep(
             continue
         try:
             embeddings = _choose_first_token(parts, family, tokens, first, pairs)
-            _encode(embeddings, pairs.texts_of(np.arange(len(pairs.scores))), str(family))
+            encode(embeddings, pairs.texts_of(np.arange(len(pairs.scores))), str(family))
         except UnsupportedModelError as error:
             if not family.sinks:
                 raise
             notes.append(f"{family}: not measured, {error}")
             continue
-        rows += _best_rows(embeddings, pairs)
+        rows += best_rows(embeddings, pairs)
     return rows, notes
 
 
@@ -102,7 +102,7 @@ def measure(parts: Parts, tokens: Tokens, rows: Sequence[Row], pairs: Pairs) -> 
         group = [row for row in rows if (row.setup.attention.family, row.setup.first_token) == (family, token)]
         depths = {_depth(row.setup) for row in group}
         embeddings = Embeddings(parts, family, tokens[token], token, depths)
-        _encode(embeddings, pairs.texts_of(everything), f"{family}: other pairs")
+        encode(embeddings, pairs.texts_of(everything), f"{family}: other pairs")
         for row in group:
             at = embeddings.poolings.index(row.setup.pooling)
             centre = row.centre if row.setup.centred else None
@@ -139,7 +139,7 @@ def _choose_first_token(
         embeddings = Embeddings(parts, family, tokens[token], token, depths)
         if len(first) == 1:
             return embeddings
-        _encode(embeddings, pairs.texts_of(screened), f"{family}, {token or 'no token'} first")
+        encode(embeddings, pairs.texts_of(screened), f"{family}, {token or 'no token'} first")
         values = _best_by_depth(embeddings, pairs, screened)
         if best is None or max(values.values()) > max(best_values.values()):
             best, best_values = embeddings, values
@@ -162,14 +162,14 @@ def _promising(values: Mapping[Depth, float]) -> list[Depth]:
     return [depth for depth, value in values.items() if value >= best[depth.blind] - MARGIN]
 
 
-def _encode(embeddings: Embeddings, texts: np.ndarray, what: str) -> None:
+def encode(embeddings: Embeddings, texts: np.ndarray, what: str) -> None:
     """Encode texts, with a progress bar, which is not shown where stderr is no terminal."""
     total = len(embeddings.lacking(texts))
     with tqdm(total=total, desc=what, unit=" texts", leave=False, dynamic_ncols=True, disable=None) as bar:
         embeddings.add(texts, bar.update)
 
 
-def _best_rows(embeddings: Embeddings, pairs: Pairs) -> list[Row]:
+def best_rows(embeddings: Embeddings, pairs: Pairs) -> list[Row]:
     """The best setup of each attention of one family."""
     best: dict[Attention, tuple[float, Row]] = {}
     for value, depth, pooling, centre, is_centred, row in _values(embeddings, pairs, np.arange(len(pairs.scores))):

@@ -81,7 +81,7 @@ def _one_pass(
         found[number] = forward(*args, **kwargs)
         return found[number]
 
-    with _attending(parts, attention), called_by(parts.layers, call):
+    with attending(parts, attention), called_by(parts.layers, call):
         output = parts.model(input_ids=ids, attention_mask=mask)[0]
     if parts.after is None:
         found[len(parts.layers)] = output
@@ -103,7 +103,7 @@ def _given(
 
 
 @contextmanager
-def _attending(parts: Parts, attention: Attention) -> Iterator[None]:
+def attending(parts: Parts, attention: Attention) -> Iterator[None]:
     """The model under an attention; under a blind one, all its layers are blind."""
     if not attention.bidirectional:
         with bidirectional(parts.model, enabled=False), _first_hidden(parts.decoder.attentions if attention.blind else ()):

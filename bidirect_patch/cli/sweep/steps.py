@@ -78,25 +78,25 @@ def _measure(source: Source, files: Mapping[str, Pairs]) -> Measured:
     tried = first_tokens(first_token(tokenizer), candidates(tokenizer))
     tokenizers = {token: with_first_token(tokenizer, token) for family in tried.values() for token in family}
     model = load_model(source)
-    limit = _positions(model)
+    limit = positions(model)
     short = torch.tensor(token_ids(tokenizers[None], pairs.texts[:1], limit), device=next(model.parameters()).device)
     parts = take_apart(model, short)
-    rows, notes = sweep(parts, _tokens(tokenizers, pairs, limit), tried, pairs)
+    rows, notes = sweep(parts, tokens_by_first_token(tokenizers, pairs, limit), tried, pairs)
     if not any(np.isfinite(row.cosines).all() for row in rows if row.setup.attention.can_be_saved):
         raise ConfigError("no setup gives embeddings that are numbers: give --torch_dtype float32, or look at the weights")
     measured = {dev: (rows, pairs)}
     for name, other in others:
-        measured[name] = measure(parts, _tokens(tokenizers, other, limit), rows, other), other
+        measured[name] = measure(parts, tokens_by_first_token(tokenizers, other, limit), rows, other), other
     return Measured(measured, len(parts.layers), notes)
 
 
-def _positions(model: Any) -> int | None:
+def positions(model: Any) -> int | None:
     """The number of positions that the model has by its config."""
     limit = getattr(text_config(model.config), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
-def _tokens(tokenizers: Mapping[str | None, Any], pairs: Pairs, limit: int | None) -> Tokens:
+def tokens_by_first_token(tokenizers: Mapping[str | None, Any], pairs: Pairs, limit: int | None) -> Tokens:
     return {token: token_ids(tokenizer, pairs.texts, limit) for token, tokenizer in tokenizers.items()}
 
 

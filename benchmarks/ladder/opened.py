@@ -1,0 +1,102 @@
+"""The model of a row, opened."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.ladder.rows import ATTENTIONS, Row
+from benchmarks.ladder.training import Plan, model_settings, trained
+from bidirect_patch import enable_bidirectional
+from bidirect_patch.checkpoints.guard import opening_sinks
+from bidirect_patch.checkpoints.marks import sinks_on_disk
+from bidirect_patch.cli.simcse.model import load_encoder
+from bidirect_patch.cli.simcse.settings import EncoderArguments
+from bidirect_patch.cli.sweep.model import Source, load_model, load_tokenizer
+from bidirect_patch.cli.sweep.parts import Parts, take_apart
+from bidirect_patch.cli.sweep.passes import Depth, states
+from bidirect_patch.cli.sweep.setups import Attention
+from bidirect_patch.cli.sweep.steps import positions
+from bidirect_patch.cli.sweep.texts import batches, token_ids
+from bidirect_patch.model.sinks import NO_SINKS
+
+FIFTHS = 5  # words and retrieval look at so many depths, evenly spread
+
+
+class Opened(NamedTuple):
+    """A model and its tokenizer.
+
+    Attributes:
+        parts: The model.
+        tokenizer: Its tokenizer.
+        attention: Who sees whom in it.
+        limit: How many positions it has.
+    """
+
+    parts: Parts
+    tokenizer: Any
+    attention: Attention
+    limit: int | None
+
+    @property
+    def depths(self) -> list[Depth]:
+        """Some depths, with as many blind layers at the end of each as the attention has."""
+        layers = len(self.parts.layers)
+        ends = {max(round(layers * part / FIFTHS), self.attention.blind + 1) for part in range(1, FIFTHS + 1)}
+        known = ends if self.parts.after is not None else {layers}
+        return [Depth(self.attention.blind, end) for end in sorted(known)]
+
+    @torch.no_grad()
+    def token_states(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Depth, Tensor]]:
+        """Which texts are in a batch, a depth, and the states there, (texts, length, width), float32, padded on the right."""
+        for batch, tokens, mask in batches(ids, range(len(ids))):
+            tokens, mask = tokens.to(self.device), mask.to(self.device)
+            for depth, state in states(self.parts, self.attention.family, self.depths, tokens, mask):
+                yield batch, depth, state.float().cpu()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.parts.model.parameters()).device
+
+
+def open_row(plan: Plan, row: Row) -> Opened:
+    """The model of a row, which is trained first."""
+    folders = trained(plan, row)
+    attention = ATTENTIONS.get(row.attention, ATTENTIONS["sink"])
+    if not folders:
+        model, tokenizer = _untrained(plan.source)
+    else:
+        settings = model_settings(plan, row) | {"bidirectional": attention.bidirectional}
+        settings["torch_dtype"] = plan.source.torch_dtype
+        if row.steps != ("mntp",):
+            settings |= {"model_name_or_path": folders[row.steps[-1]], "gguf_file": None, "layers": None}
+        elif "mntp" in folders:
+            settings["peft_model_name_or_path"] = folders["mntp"]
+        module = load_encoder(EncoderArguments(**settings, lora_r=0, simcse_dropout=0.0), {})[0][0]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer = module.model.eval().requires_grad_(False).to(device), module.tokenizer
+    limit = positions(model)
+    short = torch.tensor(token_ids(tokenizer, ["a short text"], limit), device=next(model.parameters()).device)
+    return Opened(take_apart(model, short), tokenizer, attention, limit)
+
+
+@lru_cache(maxsize=1)
+def _untrained(source: Source) -> tuple[Any, Any]:
+    """The model, which its rows share: each attends in a block that leaves it as it was."""
+    return load_model(source), load_tokenizer(source)
+
+
+def open_encoder(folder: str) -> Any:
+    """A folder of `simcse`, or any finished encoder, as a SentenceTransformer."""
+    from sentence_transformers import SentenceTransformer
+
+    with opening_sinks():
+        model = SentenceTransformer(folder)
+    sinks = sinks_on_disk(folder) if Path(folder).is_dir() else NO_SINKS
+    if sinks != NO_SINKS:
+        enable_bidirectional(model, **sinks._asdict())
+    return model
