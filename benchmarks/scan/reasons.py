@@ -48,6 +48,18 @@ _REASONS: list[tuple[str, str, str, str]] = [
         "the model's own mask code takes nothing but a 2D mask; the error says to use padding",
     ),
     (
+        ANY,
+        r"gradients(, checkpointing)?",
+        r"differs: has \['transformer\.blocks\.1\.ffn\.router\.layer\.weight'\] on one side alone",
+        "DBRX's router: the weight of its one expert is normed to 1, so that its gradient is rounding alone (1e-9) or 0",
+    ),
+    (
+        r".*",
+        r"enabling",
+        r"crash: RuntimeError: Error\(s\) in loading state_dict for UnlimitedOcrForConditionalGeneration: .*",
+        "stock builds another vision tower for SDPA than for eager, so that the twin does not fit",
+    ),
+    (
         INNER,
         r".*",
         rf"our error: AttentionMaskError: a ready 4D attention_mask of shape \({BATCH}, 1, {LENGTH}, {LENGTH + 1}\).*",

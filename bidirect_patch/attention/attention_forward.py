@@ -22,7 +22,7 @@ from ..swap.modes import Mode
 from ..swap.record import settings_of
 from ..swap.recording import is_graph_captured
 from ..swap.view import unpatched
-from .dense import dense_mask
+from .dense import additive, dense_mask
 from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run, sequence_numbers
 from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
@@ -112,6 +112,9 @@ class _Call:
         elif backend == "sdpa" and backend not in settings.omits_mask_on:  # it takes None for causal
             hidden = self._hidden(args, kwargs)
             mask = hidden.new_zeros(()).expand(hidden.shape[0], 1, hidden.shape[1], hidden.shape[1])
+        is_bool = isinstance(mask, Tensor) and mask.dtype == torch.bool
+        if is_bool and backend == "sdpa" and self.given(args, kwargs, "output_attentions"):
+            mask = additive(mask, self._hidden(args, kwargs).dtype)  # Falcon then adds it to the scores, whatever it is
         bias = self.given(args, kwargs, self.bias_name)
         if isinstance(bias, Tensor) and bias.shape[-2] == 1 and self.bias_name:
             # A mask per head has the bias in it already.

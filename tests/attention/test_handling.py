@@ -60,3 +60,18 @@ def test_on_again_and_off_again(model_type):
     disable_bidirectional(disable_bidirectional(model))
     assert not is_bidirectional(model) and torch.equal(model(input_ids=ids).logits, before)
     assert [(type(m), set(vars(m))) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_attention_weights_of_padded_texts(backend):
+    """Falcon's SDPA, where it is asked for the weights, adds its mask to the scores, since transformers 5 a bool one too."""
+    if "falcon" not in zoo.model_types():
+        pytest.skip("not in this transformers")
+    model = enable_bidirectional(zoo.build("falcon", backend, alibi=False))
+    ids = zoo.inputs(model, 2, LENGTH)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, -PAD:] = 0
+    with torch.no_grad():
+        alone = model(input_ids=ids[:, :-PAD]).logits
+        padded = model(input_ids=ids, attention_mask=mask, output_attentions=True).logits
+    torch.testing.assert_close(padded[:, :-PAD], alone, rtol=1e-4, atol=1e-4)
