@@ -22,8 +22,8 @@ logits, loss, hidden states, attention weights.
     python -m benchmarks.scan
 
 replaces the section of the installed release. `--only llama,gemma3` prints the section of these types, and `--rows FILE ...`
-writes it from what several runs have printed. Releases before the newest, and
-sdpa, were scanned on classes that differ in kind.
+writes it from what several runs have printed. Releases before the newest were
+scanned on classes that differ in kind.
 
 | outcome | what was seen |
 |---|---|
