@@ -353,7 +353,7 @@ class Orders(RuleBasedStateMachine):
         if one.mode is False:  # the patch could not be put on beneath it
             is_first = len(one.wrapped) == 1  # one beneath it may lead to the patch
             if where != "model" and is_first and not one.blocks:  # the model with the output head has no patch of its own
-                with pytest.raises(OrderError, match="make the model bidirectional first"):
+                with pytest.raises(OrderError, match="take that off, call this again"):
                     enable_bidirectional(one.model)
                 assert not is_bidirectional(one.model) and moves(one.model) == CAUSAL
             one.unwrap()

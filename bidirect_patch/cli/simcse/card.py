@@ -43,7 +43,7 @@ def write_encoder_card(settings: Settings, trainer: SimCSETrainer, report: Repor
             "adapter of the step before": f"`{public_name(a)}`" if (a := encoder.peft_model_name_or_path) else None,
             "trained": adapter_in_words(encoder.lora_r, "all weights") + (", merged" if encoder.lora_r else ""),
             "training data": _data(texts.dataset_file_path, trainer.train_dataset),
-            "training": f"{steps_in_words(trainer)}, contrastive, scale {encoder.loss_scale:g}",
+            "training": f"{steps_in_words(trainer)}, {_loss(encoder)}",
             "evaluation": f"cosines on {files_in_words(texts.validation_file)}" if training.do_eval else None,
         },
         use=_use(public_name(str(training.output_dir))),
@@ -52,19 +52,21 @@ def write_encoder_card(settings: Settings, trainer: SimCSETrainer, report: Repor
     )
 
 
+def _loss(encoder: Any) -> str:
+    if encoder.teacher:
+        return f"towards the embeddings of `{public_name(encoder.teacher)}`"
+    return f"contrastive, scale {encoder.loss_scale:g}"
+
+
 def _data(path: str | None, train: Any) -> str:
     sets = list(train.values()) if isinstance(train, dict) else [train]
-    first = sets[0]
-    has_three = "negative" in first.column_names
-    rows = first[:100]
-    single = not has_three and rows["anchor"] == rows["positive"]
-    kind = (
-        "single texts, each its own positive"
-        if single
-        else "rows of query, positive and negative"
-        if has_three
-        else "pairs"
-    )
+    columns, rows = sets[0].column_names, sets[0][:100]
+    if "negative" in columns:
+        kind = "rows of query, positive and negative"
+    elif "positive" not in columns:  # the teacher's embeddings take its place
+        kind = "single texts"
+    else:
+        kind = "single texts, each its own positive" if rows["anchor"] == rows["positive"] else "pairs"
     return files_in_words(path, count=sum(map(len, sets)), kind=kind)
 
 

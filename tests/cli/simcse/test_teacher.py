@@ -64,6 +64,8 @@ def test_the_embeddings_come_near_the_teachers_and_are_as_long(distilled):
     losses = logged(distilled)
     assert losses[0] > 0.7 and losses[-1] < 0.2
     assert likeness(distilled) > 0.8
+    card = Path(distilled["output_dir"], "README.md").read_text()
+    assert "single texts" in card and "towards the embeddings of `" in card
 
 
 def test_the_first_loss_is_one_minus_the_cosine_with_the_teachers_embeddings(distilled, ids_read, monkeypatch):
