@@ -57,7 +57,11 @@ def test_a_multimodal_model_and_its_text_model_alone():
     def build(backend):
         return models.build_outer("llava", backend)
 
-    cls, inner = type(build("eager")), scan_release.inner_name(build("eager"))
+    try:
+        stock = build("eager")
+    except models.NotBuilt as error:
+        pytest.skip(f"the stock model doesn't run on text alone: {error}")
+    cls, inner = type(stock), scan_release.inner_name(stock)
     check(scan_release.scan_class("multimodal", "llava", cls, build, "eager"))
     check(scan_release.scan_class("text model alone", "llava", cls, build, "eager", inner))
 

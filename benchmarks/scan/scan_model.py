@@ -59,17 +59,17 @@ class Scan:
         every = cases(self.stock, self.ids)
         if only_with_encoder:
             return {case.name: self.outcome(case) for case in every if "encoder_hidden_states" in case.arguments}
-        found = {case.name: self.outcome(case) for case in every}
-        for name, run in {
+        runs = {
             "saved and opened": self._saved,
             "saved, opened causal and enabled": self._enabled_again,
             "gradients": lambda: self._gradients(False),
             "gradients, checkpointing": lambda: self._gradients(True),
             "vmap": self._vmap,
             "vmap of gradients": self._vmap_of_gradients,
-        }.items():
-            found[name] = run()
-        return found
+        }
+        # These first: a forward that raises may leave a wrapper of transformers on its modules (4.57 to 5.1), which copies share.
+        found = {name: run() for name, run in runs.items()}
+        return {case.name: self.outcome(case) for case in every} | found
 
     def _lacks(self, case: Case) -> bool:
         return bool(case.arguments.keys() - parameters(type(self.stock)).keys())
