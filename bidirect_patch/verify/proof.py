@@ -113,8 +113,7 @@ def _found(kept: dict[tuple[object, ...], tuple[Kept, Code]], key: tuple[object,
 def _code(decoder: Decoder) -> Code:
     """The code that decides what a decoder's attention does."""
     makers = [original(type(module)) for module in decoder.mask_makers]
-    parts = {part.cls for attention in decoder.attentions for part in attention.parts}
-    return Code([*makers, *classes_of(decoder), *parts], _kernel(text_config(decoder.module.config)))
+    return Code([*makers, *classes_of(decoder), *_parts(decoder)], _kernel(text_config(decoder.module.config)))
 
 
 def _check_seen(decoder: Decoder) -> None:
@@ -131,7 +130,12 @@ def _check_seen(decoder: Decoder) -> None:
 
 def _key(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> tuple[object, ...]:
     kernel, model_class = _kernel(text_config(decoder.module.config)), original(type(decoder.outermost))
-    return model_class, classes_of(decoder), kernel, decoder.spans, handlings, bool(decoder.unsupported_layers)
+    return model_class, classes_of(decoder), _parts(decoder), kernel, decoder.spans, handlings, bool(decoder.unsupported_layers)
+
+
+def _parts(decoder: Decoder) -> frozenset[type]:
+    """The classes of the attention modules and of all in them. A proof keeps their code, which is pickled with the model."""
+    return frozenset(part.cls for attention in decoder.attentions for part in attention.parts)
 
 
 def _kernel(config: object) -> str:

@@ -1,6 +1,9 @@
 """Which classes and kernels the proof lets pass, whatever was proved before."""
 
+import pickle
+
 import pytest
+import torch
 import torch.nn.functional as F
 import transformers
 from transformers import LlamaConfig, LlamaModel
@@ -113,3 +116,16 @@ def test_a_first_layer_that_does_something_else_with_the_last_token_is_refused(m
     with pytest.raises(UnsupportedModelError, match="something else with the last token"):
         enable_bidirectional(model)
     assert any(others) and not is_bidirectional(model)
+
+
+def test_a_model_is_pickled_whatever_parts_another_of_its_class_had():
+    class Own(torch.nn.Linear):
+        """A local class, which no pickle finds."""
+
+    first = llama()
+    first.layers[0].self_attn.q_proj.__class__ = Own
+    enable_bidirectional(first)
+    with pytest.raises(AttributeError, match="Can't pickle local object|Can't get local object"):
+        pickle.dumps(first)
+    model = enable_bidirectional(llama())
+    assert moves(pickle.loads(pickle.dumps(model))) == BOTH
