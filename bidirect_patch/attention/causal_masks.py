@@ -37,7 +37,8 @@ def warn_if_causal(model: nn.Module, mask: Any) -> None:
         if model in _judged_by_block_mask:
             return
         _judged_by_block_mask.add(model)
-    seen = {kind: each for kind, given in by_kind.items() if (each := _visible(given)) is not None and _may_be_causal(each)}
+    given = {kind: each for kind, mask in by_kind.items() if (each := _square(mask)) is not None}
+    seen = {kind: _visible(each) for kind, each in given.items() if _may_be_causal(each)}
     if not seen:
         return
     enough = 0 if _is_made_outside(model) else 1  # who gives a mask by hand may want some tokens to be causal
@@ -83,17 +84,22 @@ def causal_share(seen: Tensor) -> float:
     return float(causal.sum() / is_seen.sum())
 
 
-def _may_be_causal(seen: Tensor) -> bool:
+def _may_be_causal(mask: Tensor) -> bool:
     """Whether a token is seen by the one behind it, and doesn't see that one."""
-    return bool((seen.diagonal(-1, -2, -1) & ~seen.diagonal(1, -2, -1)).any())
+    return bool((_visible(mask.diagonal(-1, -2, -1)) & ~_visible(mask.diagonal(1, -2, -1))).any())
 
 
 def _is_block_mask(mask: Any) -> bool:
     return type(mask).__name__ == "BlockMask"
 
 
-def _visible(mask: Any) -> Tensor | None:
-    """(batch, heads, length, length), True where visible, of a square mask whose values can be read."""
+def _visible(mask: Tensor) -> Tensor:
+    """A mask, bool or additive, or a part of one, as bool: True where visible."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _square(mask: Any) -> Tensor | None:
+    """(batch, heads, length, length), bool or additive: a square mask whose values can be read; None for another."""
     if _is_block_mask(mask):
         from torch.nn.attention.flex_attention import create_mask
 
@@ -101,4 +107,4 @@ def _visible(mask: Any) -> Tensor | None:
         mask = create_mask(mask.mask_mod, batch, heads, queries, keys, mask.kv_num_blocks.device)
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.is_meta or mask.shape[-1] != mask.shape[-2]:
         return None
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import LabelLeakWarning
 from ..model.facts import parameter_names
 from ..model.walk import modules_of
-from ..swap.classes import is_open, original
+from ..swap.classes import original
 from ..swap.recording import values_are_unknown
+from .mixed import holds_open
 from .versions import TRAINER_COMPUTES_LOSS
 
 IGNORED = -100
@@ -79,7 +80,7 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
     hidden = scored & (labels[:, 1:] != input_ids[:, 1:])
     if int(scored.sum()) < _ENOUGH:
         return
-    if not any(map(is_open, modules_of(model))):
+    if not holds_open(model):
         return  # in a causal block
     _judged.update(filter(computes_loss, modules_of(model)))
     if not hidden.any():

@@ -32,6 +32,11 @@ def places(decoder: Decoder) -> tuple[Place, ...]:
     return tuple(dict.fromkeys(Place(layers, attention) for layers, attention in pairs if layers and attention))
 
 
+def holds_open(model: nn.Module) -> bool:
+    """Whether a decoder in `model` is bidirectional by the patch."""
+    return any(isinstance(module, PreTrainedModel) and is_open(module) for module in modules_of(model))
+
+
 def check_layers(model: nn.Module, where: Iterable[Place]) -> None:
     """Raise OrderError if a bidirectional model holds a layer that is not, by walking no further than its layers."""
     for place in where:

@@ -17,12 +17,12 @@ from ..model.facts import (
     puts_states_first,
     takes_any_keyword,
 )
-from ..model.sinks import Sinks
+from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import Swapped, has_mixin, original, set_forward
 from ..swap.modes import Mode
-from ..swap.record import settings_of
+from ..swap.record import setting_of, settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .label_leak import look_around
@@ -89,11 +89,6 @@ class BidirectionalModel(LetsReadyMaskPass):
 
         set_forward(cls, forward, below)
         step_aside(cls, original)
-
-
-def holds_open(model: nn.Module) -> bool:
-    """Whether a decoder in `model` is bidirectional by the patch."""
-    return any(has_mixin(module, BidirectionalModel) for module in modules_of(model))
 
 
 class WithoutCache(Swapped):
@@ -272,7 +267,7 @@ def _mask(
         ready = users_mask(mask, len(settings.spans), batch, length, heads, backend_of(config), dtype, is_ones)
         if handling.kind != "ready":
             _check_symmetric(model, mask)
-            _check_without_sinks(model, settings.sinks)
+            _check_without_sinks(model)
         warn_if_causal(model, mask)
         return ready
     _check_boundaries(kwargs)
@@ -282,10 +277,10 @@ def _mask(
     if handling.kind != "ready" and sequences.number is None:
         return _KEEP
     if handling.kind == "own":
+        sinkless = " with sinkless layers" * any(not span.sees_sinks for span in settings.spans)
         raise AttentionMaskError(
-            f"packed sequences (position_ids that start again) can't be told apart by {type(model).__name__}"
-            f"{' with sinkless layers' * (settings.sinks.num_sinkless_layers > 0)}, whose own mask code takes nothing but a 2D "
-            "mask: pass one sequence per row, with padding"
+            f"packed sequences (position_ids that start again) can't be told apart by {type(model).__name__}{sinkless}, whose "
+            "own mask code takes nothing but a 2D mask: pass one sequence per row, with padding"
         )
     return make_mask(sequences, settings.spans, backend_of(config), dtype, handling.ready_is_ones)
 
@@ -304,9 +299,11 @@ def _check_symmetric(model: Any, mask: Any) -> None:
         )
 
 
-def _check_without_sinks(model: Any, sinks: Sinks) -> None:
+def _check_without_sinks(model: Any) -> None:
     """Raise AttentionMaskError for a ready mask where sink tokens would change it, as in models that aren't "ready"."""
-    if sinks.num_sink_tokens:
+    setting = setting_of(model)
+    sinks = NO_SINKS if setting is None else Sinks(*setting.sinks)
+    if sinks != NO_SINKS:
         raise AttentionMaskError(
             f"a ready attention_mask of {type(model).__name__} with {sinks.in_words}: this model's own mask code would put the "
             "sink tokens into it. Give the 2D mask, or num_sink_tokens=0"

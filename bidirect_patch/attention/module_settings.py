@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.code import Code
-from ..model.sinks import Sinks
 from ..model.windows import Span
 from .handling import MaskHandling
 from .mixed import Place
@@ -18,7 +17,6 @@ class ModelSettings:
     handling: MaskHandling
     code: Code | None  # the code with which the class was seen to become bidirectional; None if that was not seen
     has_outer_maker: bool  # whether a model around it makes its mask
-    sinks: Sinks
     places: tuple[Place, ...]  # of the attention modules in its layers; none for a model around the decoder
     config_is_causal: bool  # whether its config says so, which reaches the forward as a keyword
 

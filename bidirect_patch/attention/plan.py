@@ -54,7 +54,6 @@ def bidirectional_plans(
             handling=handling,
             code=code,
             has_outer_maker=part.module is not decoder.outermost,
-            sinks=decoder.sinks,
             places=places(decoder) if part.module is decoder.module else (),
             config_is_causal=getattr(part.config, "is_causal", None) is True,
         )

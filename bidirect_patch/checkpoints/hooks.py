@@ -11,7 +11,8 @@ from typing import Any
 import wrapt
 from torch import nn
 
-from ..attention.model_forward import check_not_in_others_block, holds_causal_block, holds_open
+from ..attention.mixed import holds_open
+from ..attention.model_forward import check_not_in_others_block, holds_causal_block
 from ..errors import BidirectPatchError, GenerateError
 from ..model.config import parts
 from ..model.find import holds_decoder

@@ -86,6 +86,18 @@ class Parser(argparse.ArgumentParser):
         kept = [name for name in names if name == underscored(name) or underscored(name) not in names]
         return super().add_argument(*kept, **options)
 
+    def add_loading_arguments(self) -> None:
+        """Add the flags for how a model is loaded."""
+        self.add_argument(
+            "--torch_dtype",
+            choices=("auto", "bfloat16", "float16", "float32"),
+            default="float32",
+            help="the type that the weights are loaded in (default float32)",
+        )
+        self.add_argument(
+            "--attn_implementation", default="sdpa", help="the backend: eager, sdpa, flash_attention_2, ... (default sdpa)"
+        )
+
     def read(self, argv: list[str]) -> argparse.Namespace:
         """Parse arguments whose flags are spelled with underscores or with hyphens."""
         return self.parse_args([underscored(word) for word in argv])
@@ -93,6 +105,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError, where argparse would print the usage and exit."""
         raise ConfigError(f"{message}; `{self.prog} --help` tells more")
+
+
+def check_training_packages(extra: str = "train", subject: str = "training") -> None:
+    """Raise BackendError, naming the extra that brings it, if a package is missing that the training commands share."""
+    with extra_needed(extra, subject=subject):
+        import accelerate  # noqa: F401  (transformers' Trainer needs it)
+        import datasets  # noqa: F401
+        import peft  # noqa: F401
 
 
 def underscored(word: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..attention.model_forward import holds_open
+from ..attention.mixed import holds_open
 from ..model.sinks import NO_SINKS
 from ..verify.mode import sinks_in
 from .output_folder import writing

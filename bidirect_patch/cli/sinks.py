@@ -11,7 +11,7 @@ def check_sinks(settings: Any) -> None:
     """Check the numbers that are asked for, each None if it is not.
 
     Args:
-        settings: Has `num_sink_tokens`, `num_sinkless_layers` and `layers`.
+        settings: Has `num_sink_tokens`, `num_sinkless_layers` and `layers`, and `bidirectional` where that may be false.
 
     Raises:
         ConfigError: One is no such number, or one contradicts another.
@@ -23,6 +23,8 @@ def check_sinks(settings: Any) -> None:
         raise ConfigError(
             f"num_sinkless_layers={settings.num_sinkless_layers} without sink tokens: give num_sink_tokens too, 1 for example"
         )
+    if not getattr(settings, "bidirectional", True) and (settings.num_sink_tokens or settings.num_sinkless_layers):
+        raise ConfigError("a causal model has no sink tokens: give bidirectional, or no num_sink_tokens and num_sinkless_layers")
     if settings.layers is not None:
         check_sinkless(settings.num_sinkless_layers or 0, settings.layers)
 

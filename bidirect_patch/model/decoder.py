@@ -131,7 +131,8 @@ class Decoder:
     @property
     def is_in_block(self) -> bool:
         """Whether it is inside a causal block, opened by any thread."""
-        return self.setting.mode is Mode.CAUSAL_BLOCK
+        now = setting_of(self.module)
+        return now is not None and now.mode is Mode.CAUSAL_BLOCK
 
     def as_patched(self) -> "Decoder":
         """This decoder with the sinks that it has now; with as many sinkless layers as are left, if some were taken out."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from transformers.utils import logging
 
 from ...errors import ConfigError
-from .. import Parser, extra_needed
+from .. import Parser, check_training_packages
 from .texts import SHIPPED, held_out_and_training_topics, paragraphs
 
 __all__ = ["SHIPPED", "held_out_and_training_topics", "paragraphs", "run"]
@@ -32,11 +32,10 @@ def run(argv: list[str]) -> int:
     options = _parser().read(argv)
     if options.gguf_file and not options.model:
         raise ConfigError("--gguf_file names a file in a model's folder; give the folder with --model")
-    with extra_needed("train", subject="the demo trains, and"):
-        import accelerate  # noqa: F401  (transformers' Trainer needs it)
-        import datasets
-        import peft  # noqa: F401
+    check_training_packages(subject="the demo trains, and")
     # Imported here: this module needs the packages above.
+    import datasets
+
     from .show import show
 
     datasets.disable_progress_bars()

@@ -1,6 +1,6 @@
 """`bidirect-patch mntp`: masked next token prediction, after transformers' run_mlm.py and LLM2Vec's run_mntp.py."""
 
-from .. import extra_needed
+from .. import check_training_packages
 
 
 def run(argv: list[str]) -> int:
@@ -13,10 +13,7 @@ def run(argv: list[str]) -> int:
         BackendError: A package that training needs is not installed.
         ConfigError: A setting, a file or a model cannot be used.
     """
-    with extra_needed("train", subject="training"):
-        import accelerate  # noqa: F401  (transformers' Trainer needs it)
-        import datasets  # noqa: F401
-        import peft  # noqa: F401
+    check_training_packages()
     # Imported here: these modules need the packages above.
     from .settings import parse
     from .training import train

@@ -48,13 +48,5 @@ def _parser() -> Parser:
     )
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="texts at a time (default 32)")
     parser.add_argument("--overwrite", action="store_true", help="evaluate again what the folder has results of")
-    parser.add_argument(
-        "--torch_dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="float32",
-        help="the type that the weights are loaded in (default float32)",
-    )
-    parser.add_argument(
-        "--attn_implementation", default="sdpa", help="the backend: eager, sdpa, flash_attention_2, ... (default sdpa)"
-    )
+    parser.add_loading_arguments()
     return parser

@@ -5,7 +5,7 @@ batch are negatives. Pairs and triplets train the same loss. The result is a sen
 bidirectional.
 """
 
-from .. import extra_needed
+from .. import check_training_packages, extra_needed
 
 
 def run(argv: list[str]) -> int:
@@ -18,10 +18,8 @@ def run(argv: list[str]) -> int:
         BackendError: sentence-transformers or a package that training needs is not installed.
         ConfigError: A setting, a file of examples or a model cannot be used.
     """
+    check_training_packages("simcse", subject="simcse")
     with extra_needed("simcse", subject="simcse"):
-        import accelerate  # noqa: F401  (transformers' Trainer needs it)
-        import datasets  # noqa: F401
-        import peft  # noqa: F401
         from sentence_transformers import SentenceTransformerTrainingArguments  # noqa: F401  (new in release 3)
     # Imported here: these modules need the packages above.
     from .settings import parse

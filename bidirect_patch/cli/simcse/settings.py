@@ -182,8 +182,6 @@ def parse(argv: list[str]) -> Settings:
         raise ConfigError("prompts is set from the instructions: give instruction_file")
     if encoder.chat_template and encoder.sink_token:
         raise ConfigError("a chat template begins with tokens of its own: give chat_template or sink_token, not both")
-    if not encoder.bidirectional and (encoder.num_sink_tokens or encoder.num_sinkless_layers):
-        raise ConfigError("a causal model has no sink tokens: give bidirectional, or no num_sink_tokens and num_sinkless_layers")
     if encoder.chat_template and (texts.instruction_file or texts.dataset_name == E5):
         raise ConfigError("instructions can't be left out of pooling under a chat template: give no chat_template")
     return settings

@@ -45,13 +45,5 @@ def _parser() -> Parser:
     parser.add_argument(
         "--output_dir", metavar="FOLDER", help="write the best setup here, as a folder for sentence-transformers"
     )
-    parser.add_argument(
-        "--torch_dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="float32",
-        help="the type that the weights are loaded in (default float32)",
-    )
-    parser.add_argument(
-        "--attn_implementation", default="sdpa", help="the backend: eager, sdpa, flash_attention_2, ... (default sdpa)"
-    )
+    parser.add_loading_arguments()
     return parser

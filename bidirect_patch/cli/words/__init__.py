@@ -3,7 +3,7 @@
 Part-of-speech tags, chunks or names: a linear layer on the states of each word's tokens, which are frozen or get a LoRA adapter.
 """
 
-from .. import extra_needed
+from .. import check_training_packages
 
 
 def run(argv: list[str]) -> int:
@@ -16,10 +16,7 @@ def run(argv: list[str]) -> int:
         BackendError: A package that training needs is not installed.
         ConfigError: A setting, a file or a model cannot be used.
     """
-    with extra_needed("train", subject="training"):
-        import accelerate  # noqa: F401  (transformers' Trainer needs it)
-        import datasets  # noqa: F401
-        import peft  # noqa: F401
+    check_training_packages()
     # Imported here: these modules need the packages above.
     from .settings import parse
     from .training import train

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 
-from ...attention.model_forward import holds_open
+from ...attention.mixed import holds_open
 from ...errors import ConfigError
 from ...model.sinks import Sinks
 from ...verify.mode import sinks_in

@@ -204,10 +204,6 @@ def _check_model(model: ModelArguments) -> None:
         raise ConfigError(
             "words needs a tokenizer of the tokenizers library, which knows each token's word: use_fast_tokenizer"
         )
-    if not model.bidirectional and (model.num_sink_tokens or model.num_sinkless_layers):
-        raise ConfigError(
-            "a causal model has no sink tokens: give bidirectional, or no num_sink_tokens and num_sinkless_layers"
-        )
 
 
 def _check_data(task: TaskArguments, training: WordsTrainingArguments) -> None:
