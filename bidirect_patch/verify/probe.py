@@ -38,7 +38,7 @@ class LayerCall:
         finite: Whether all outputs are finite.
         outputs: (length + 2, length, features), what the layer returned.
         noise: The largest relative distance between the two equal rows.
-        causal_parts: Names of the modules in the layer that are causal, where parts were asked for.
+        causal_parts: Names of the modules that are causal in a layer that isn't, where parts were asked for.
     """
 
     name: str
@@ -64,6 +64,11 @@ class Observation:
     real: dict[Case, slice]
     apart: list[bool] | None = None
 
+    def last_tokens(self) -> list[Tensor]:
+        """(features,) each: what the first layer made of the last real token, where in every causal model it sees these alone."""
+        cases: list[Case] = ["no mask", "mask of ones", "padded right"]  # XLM's causal tokens see the padding before them
+        return [self.calls[case][0].outputs[0, self.real[case]][-1] for case in cases if case in self.calls]
+
 
 class Probe:
     """Runs a model and watches its decoder layers."""
@@ -85,8 +90,8 @@ class Probe:
         self.ids = _random_ids(model.config, weight.shape[0], length).to(self.device)  # (length,)
         self.takes = {*parameter_names(type(model)), *parameter_names(type(getattr(model, "base_model", model)))}
 
-    def observe(self) -> Observation:
-        """Run the model in each way of calling it that its forward takes."""
+    def observe(self, packed: bool = True) -> Observation:
+        """Run the model in each way of calling it that its forward takes, with packed documents or without."""
         rows, length = self.grid
         ids = self.ids.expand(rows, length)
         seen = Observation({}, {})
@@ -103,7 +108,7 @@ class Probe:
                 mask[:, positions] = 1
                 seen.calls[case] = self.run({"input_ids": ids, "attention_mask": mask})
             seen.real |= real
-        if "position_ids" in self.takes:
+        if packed and "position_ids" in self.takes:
             self._observe_packed(seen)
         return seen
 
@@ -189,7 +194,7 @@ class _LayerHooks:
     def __init__(self, name: str, recorder: _Recorder) -> None:
         self.name, self.recorder = name, recorder
         self.given: list[Tensor] = []  # (rows, length, features), the inputs of the calls in progress
-        self.causal_parts: list[str] = []
+        self.looking_back: list[tuple[str, Tensor, Tensor]] = []  # modules inside that look causal: name, outputs, matrix
 
     def put_on(self, layer: nn.Module, parts: bool) -> list[RemovableHandle]:
         handles = [
@@ -230,9 +235,12 @@ class _LayerHooks:
         if not matrix.all():  # a gradient can only add to it
             matrix = matrix | self.gradient(outputs)
         finite = bool(torch.isfinite(outputs).all())
-        seen = LayerCall(self.name, type(module).__name__, matrix.cpu(), finite, outputs.detach().clone(), noise)
-        seen.causal_parts, self.causal_parts = self.causal_parts, []
-        self.recorder.calls.append(seen)
+        parts: list[str] = []
+        if verdict_of(matrix) != CAUSAL:  # the gradient costs a backward for each module
+            parts = [n for n, out, seen in self.looking_back if verdict_of(seen | self.gradient(out)) == CAUSAL]
+        self.looking_back = []
+        call = LayerCall(self.name, type(module).__name__, matrix.cpu(), finite, outputs.detach().clone(), noise, parts)
+        self.recorder.calls.append(call)
 
     def gradient(self, outputs: Tensor) -> Tensor:
         """Return the dependence matrix by gradient; all False where the outputs have no gradient."""
@@ -248,9 +256,8 @@ class _LayerHooks:
             if outputs is None:
                 return
             matrix, _ = by_perturbation(outputs.detach())
-            # The gradient costs a backward for each module, so it is asked only about those that look causal.
-            if verdict_of(matrix) == CAUSAL and verdict_of(matrix | self.gradient(outputs)) == CAUSAL:
-                self.causal_parts.append(part)
+            if verdict_of(matrix) == CAUSAL:
+                self.looking_back.append((part, outputs, matrix))
 
         return read_part
 
@@ -274,26 +281,6 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     walk(model, "")
     return found
-
-
-def run_as_it_is(model: PreTrainedModel) -> Tensor:
-    """Run a model on what `Probe` would give it, without a mask and with a mask of ones.
-
-    Returns:
-        (features,), what the first layer made of the last token, without a mask; empty if no layer could be watched.
-    """
-    with left_as_it_was(model):
-        probe = Probe(model, LENGTH)
-        probe.gradients = False
-        ids = probe.ids.expand(*probe.grid)
-        try:
-            last = probe.run({"input_ids": ids})[0].outputs[0, -1]
-        except UnseenLayersError:
-            last = torch.empty(0)
-        if "attention_mask" in probe.takes:
-            with torch.no_grad():
-                model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return last
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..attention.module_settings import AttentionSettings
 from ..errors import ArgumentError, ConfigError, StillCausalError, UnsupportedModelError
@@ -221,8 +222,7 @@ def attention_report(model: nn.Module, *, length: int | None = None) -> Attentio
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"attention_report takes a torch.nn.Module, not {type(model).__name__}")
     inner = pretrained(model)
-    sinks = _sinks_by_layer(inner)
-    most = max((count for count, _ in sinks.values()), default=0)
+    most = max((count for count, _ in _sinks_by_layer(inner).values()), default=0)
     length = LENGTH + most if length is None else length
     if not isinstance(length, int) or isinstance(length, bool) or not 3 + most <= length <= LONGEST:
         beyond = f" beside {most} sink tokens" if most else ""
@@ -236,10 +236,16 @@ def attention_report(model: nn.Module, *, length: int | None = None) -> Attentio
             f"`bidirect-patch check`, which builds a small model from the config"
         )
     with left_as_it_was(model, inner):
-        seen = Probe(inner, length).observe()
-        layers = [_layer_report(index, seen, sinks) for index in range(len(seen.calls["no mask"]))]
-    backend = getattr(inner.config, "_attn_implementation", None)
-    return AttentionReport(type(inner).__name__, backend if isinstance(backend, str) else None, length, layers)
+        return report_of(inner, Probe(inner, length).observe())
+
+
+def report_of(model: PreTrainedModel, seen: Observation) -> AttentionReport:
+    """The report of what `Probe` saw of a model."""
+    plain, sinks = seen.calls["no mask"], _sinks_by_layer(model)
+    layers = [_layer_report(index, seen, sinks) for index in range(len(plain))]
+    backend = getattr(model.config, "_attn_implementation", None)
+    backend = backend if isinstance(backend, str) else None
+    return AttentionReport(type(model).__name__, backend, len(plain[0].matrix), layers)
 
 
 def assert_bidirectional(model: nn.Module, *, length: int | None = None) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..attention.handling import MaskHandling
 from ..attention.padding_and_packing import Sequences
 from ..attention.plan import bidirectional_plans
-from ..errors import AttentionMaskError, UnsupportedModelError
+from ..errors import AttentionMaskError, UnseenLayersError, UnsupportedModelError
 from ..model.config import backend_of, text_config
 from ..model.decoder import Decoder
 from ..model.find import decoders
@@ -19,8 +19,8 @@ from ..model.windows import Span
 from ..swap.apply import apply
 from ..swap.classes import is_sharded, original
 from .dependence import relative_distance
-from .probe import decoder_layers, run_as_it_is
-from .report import BIDIRECTIONAL, AttentionReport, attention_report
+from .probe import LENGTH, Probe, decoder_layers, left_as_it_was
+from .report import BIDIRECTIONAL, AttentionReport, attention_report, report_of
 
 MOST_SINKS = 3  # in a small model: more show nothing else
 SAME = 0.03  # relative distance of two outputs that are the same but for rounding, in bfloat16 too
@@ -38,7 +38,7 @@ def best_trial(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> Trial |
     """The best trial with a small model of the class; None if such a model shows nothing of this one."""
     try:
         small = _small(decoder)
-        last = run_as_it_is(small)  # what its class keeps of a causal run, the patched run must not take
+        last = _causal_run(small, _length(decoder))  # what its class keeps of it, the patched run must not take
     except Exception:  # it can't be made or run, for whatever reason
         return None
     if not classes_of(decoder) <= frozenset().union(*map(classes_of, decoders(small))):
@@ -56,7 +56,7 @@ def _is_seen_unpatched(decoder: Decoder) -> bool:
     return True
 
 
-def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: Tensor) -> Trial:
+def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: list[Tensor]) -> Trial:
     best = _try(decoder, handlings[0], small, last)
     for handling in handlings[1:]:
         if not best.problem or (decoder.unsupported_layers and best.right_layers):
@@ -67,38 +67,57 @@ def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandlin
     return best
 
 
-def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: Tensor) -> Trial:
+def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: list[Tensor]) -> Trial:
     cls = original(type(decoder.module))
     found = [each.with_sinks(_sinks_of_small(decoder, each)) for each in decoders(small)]
     handlings = [handling if original(type(each.module)) is cls else None for each in found]
     apply([plan for each, how in zip(found, handlings) for plan in bidirectional_plans(each, how)])
     try:
-        report = attention_report(small)
+        with left_as_it_was(small):
+            seen = Probe(small, _length(decoder)).observe()
     except (UnsupportedModelError, AttentionMaskError) as error:
         return Trial(handling, -1, f"a small random model of its class doesn't run any more: {error}")
+    report = report_of(small, seen)
     right = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
     problem = problem_of(report, "a small random model of its class") or _beyond_span(report, found)
-    return Trial(handling, right, problem or _last_token_moved(decoder, handling, small, last))
+    return Trial(handling, right, problem or _last_token_moved(decoder, seen.last_tokens(), last))
 
 
-def _last_token_moved(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: Tensor) -> str:
-    """Whether a mask that the model's own code makes was read the wrong way round: where all is hidden, all is seen alike.
+def _causal_run(small: PreTrainedModel, length: int) -> list[Tensor]:
+    """What the first layer of a small model makes of the last token without the patch, as `last_tokens` gives it."""
+    with left_as_it_was(small):
+        probe = Probe(small, length)
+        probe.gradients = False
+        try:
+            return probe.observe(packed=False).last_tokens()
+        except UnseenLayersError:
+            return []
 
-    The last token sees all of a text in the causal model already, so that the first layer does the same with it.
+
+def _last_token_moved(decoder: Decoder, now: list[Tensor], before: list[Tensor]) -> str:
+    """Whether a mask was read the wrong way round by the model's own code: where all is hidden, all is seen alike.
+
+    The last token sees all of a text in the causal model already, so that the first attention does the same with it. That
+    can't be seen where it is hidden from the first tokens or has a window, which is one token too long in some releases (4.39,
+    Moshi's in 5.24), nor of two attention modules in one layer.
 
     Args:
         decoder: whose class it is.
-        handling: how the small model was patched.
-        small: the patched small model.
-        last: (features,), what its first layer made of the last token without the patch.
+        now: what the first layer of the patched small model made of the last token.
+        before: the same, without the patch.
     """
-    first = decoder.spans[0]
-    if handling.kind == "ready" or first.limit is not None or not first.sees_sinks:
+    span, first = decoder.spans[0], decoder.attentions[0].layer
+    alone = sum(attention.layer == first for attention in decoder.attentions) == 1
+    if not alone or span.limit is not None or not span.sees_sinks:
         return ""
-    now = run_as_it_is(small)
-    if now.shape == last.shape and bool(relative_distance(now, last) < SAME):
+    if all(a.shape == b.shape and bool(relative_distance(a, b) < SAME) for a, b in zip(now, before)):
         return ""
     return "the first layer of a small random model of its class does something else with the last token than without the patch"
+
+
+def _length(decoder: Decoder) -> int:
+    """How many tokens the small model is run on."""
+    return LENGTH + min(decoder.sinks.num_sink_tokens, MOST_SINKS)
 
 
 def _sinks_of_small(decoder: Decoder, small: Decoder) -> Sinks:

@@ -11,10 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from bidirect_patch import enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
-from bidirect_patch.swap.classes import is_open
-from bidirect_patch.verify import proof, trial
 
-from ..helpers import zoo
 from ..helpers.versions import TRANSFORMERS
 from ..reliability.small import BOTH, CAUSAL, SIZES, llama, moves
 
@@ -102,20 +99,32 @@ def test_a_kernel_that_stays_causal_is_not_switched_to(causal_kernel):
     assert moves(model) == BOTH and is_bidirectional(model)
 
 
-def test_a_first_layer_that_does_something_else_with_the_last_token_is_refused(monkeypatch):
-    """As one does that hides everything, where a mask that the model's own code makes is read the wrong way round."""
-    run, others = trial.run_as_it_is, []
+class Inverting(LlamaModel):
+    """Takes a finished mask as ones (visible) and zeros: one that is added to the scores hides everything that it shows."""
 
-    def run_otherwise(model):
-        others.append(any(map(is_open, model.modules())))
-        return run(model) * (1 + others[-1])
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.dim() == 4:
+            least = torch.finfo(torch.float32).min
+            attention_mask = (1.0 - attention_mask.to(torch.float32)) * least
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    monkeypatch.setattr(trial, "run_as_it_is", run_otherwise)
-    monkeypatch.setattr(proof, "_trials", {})
-    model = zoo.build("bloom")
-    with pytest.raises(UnsupportedModelError, match="something else with the last token"):
-        enable_bidirectional(model)
-    assert any(others) and not is_bidirectional(model)
+
+@pytest.mark.parametrize("sinks", [{}, {"num_sink_tokens": 1}, {"num_sink_tokens": 1, "num_sinkless_layers": 1}])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_mask_code_that_inverts_a_finished_mask_gets_one_that_it_can_invert_or_is_refused(backend, sinks):
+    """With all hidden, each token sees all others alike: that looks bidirectional, whatever depends on what."""
+    model, plain = of_class(Inverting, backend), of_class(LlamaModel, backend)
+    plain.load_state_dict(model.state_dict())
+    ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    enable_bidirectional(plain, **sinks)
+    try:
+        enable_bidirectional(model, **sinks)
+    except UnsupportedModelError as error:
+        assert "something else with the last token" in str(error) and moves(model) == CAUSAL
+        return
+    out, wanted = (m(ids, attention_mask=mask).last_hidden_state for m in (model, plain))
+    torch.testing.assert_close(out[mask == 1], wanted[mask == 1])
 
 
 def test_a_model_is_pickled_whatever_parts_another_of_its_class_had():
