@@ -30,10 +30,13 @@ minimum, median and maximum over rounds; `b [a, c]` is the median and the quarti
 KEPT = ("## The ladder", "## On a GPU", "## Mutants")  # sections that other commands make
 SECTIONS = (  # title, script and its arguments
     ("The MNTP head against the stock step", ("head", "--quick", "--rounds", "3")),
+    ("The MNTP head on two threads", ("head", "--quick", "--rounds", "3", "--threads", "2")),
     ("Growth with vocabulary, length, layers and scored share", ("growth",)),
     ("Padding-free batches", ("padding_free",)),
     ("The patch against the peers", ("patch_cost",)),
-    ("Sink tokens against none", ("sinks",)),
+    ("What verification costs", ("verification",)),
+    ("Sink tokens against none", ("sinks", "--rounds", "5")),
+    ("Encoding with sentence-transformers", ("encode",)),
     ("The collator", ("collator",)),
     ("Lower precision", ("precision",)),
     ("A step of each command beside its floor", ("steps",)),
@@ -67,22 +70,22 @@ def run(title: str, arguments: tuple[str, ...], python: str, where: str) -> str:
     if done.returncode:
         body += f"\n\nThis failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
     if arguments[0] == "head":
-        body += _head_goal(body)
+        body += _head_goal(body, 0.38 if "--threads" in arguments else 0.35)
     seconds = time.perf_counter() - start
     return f"## {title}\n\n`python {' '.join(command)}` on {where}, {seconds:.0f} s\n\n{body.strip()}\n"
 
 
-def _head_goal(body: str) -> str:
-    """The goal beside the row that it is about."""
+def _head_goal(body: str, most: float) -> str:
+    """The goal for the share of the time beside the row that it is about."""
     row = re.search(r"^\|[^|]*\| trained +\| ours .*$", body, re.MULTILINE)
     if row is None:
         return ""
     _, _, _, _, share, floor, _, memory = (re.search(r"[\d.]+", c) for c in row[0].strip("| ").split("|"))
-    met = float(share[0]) <= 0.35 and float(memory[0]) <= 0.35
+    met = float(share[0]) <= most and float(memory[0]) <= 0.35
     why = f"The arithmetic alone is {floor[0]} of its time; both vocabulary matrices' gradients are dense."
     verdict = "met" if met else f"missed. {why}"
     return (
-        "\n\nGoal: at most 0.35 of the stock step's time and of its peak growth, all weights trained: "
+        f"\n\nGoal: at most {most} of the stock step's time and 0.35 of its peak growth, all weights trained: "
         f"{share[0]} and {memory[0]}: {verdict}"
     )
 

@@ -1,14 +1,17 @@
 """What the MNTP head saves: time and memory of a training step against the stock step, which computes all logits.
 
-    python -m benchmarks.head [--rounds 5] [--quick]
+    python -m benchmarks.head [--rounds 5] [--threads 1] [--quick]
 
 Llama-3's vocabulary (128,256), 8 layers of 512, 8x256 tokens, float32, all weights trained and with the vocabulary's
-two matrices frozen, as under LoRA. Beside it: how both grow with the scored share, and the arithmetic's floor.
+two matrices frozen, as under LoRA. Beside it: how both grow with the scored share, and the arithmetic's floor. On more than one
+thread, times are of the wall clock.
 """
 
 import argparse
 import copy
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,11 +100,20 @@ def flops(setting: Setting, scored_only: bool) -> float:
     return tokens * body + (4 if s.frozen or s.lora else 6) * rows * s.vocab * s.hidden
 
 
+def _clock() -> Callable[[], float]:
+    """CPU seconds on one thread; on more, where these add up, the wall clock."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _rate() -> float:
+    return matmul_rate(clock=_clock())
+
+
 def times(setting: Setting, rounds: int) -> dict[str, list[float]]:
     model, inputs = make_model(setting), make_batch(setting)
     twins = {way: copy.deepcopy(model) for way in WAYS}
     del model
-    return paired_times({way: make_step(way, twin, inputs) for way, twin in twins.items()}, rounds)
+    return paired_times({way: make_step(way, twin, inputs) for way, twin in twins.items()}, rounds, _clock())
 
 
 def growth(setting: Setting, repeats: int = 2) -> dict[str, list[float]]:
@@ -116,7 +128,7 @@ def compare(setting: Setting, rounds: int) -> list[dict[str, object]]:
     relative = ratios(seconds, "stock")
     grown = growth(setting)
     stock = statistics.median(grown["stock"])
-    floor = {way: flops(setting, way != "stock") / matmul_rate() / statistics.median(seconds["stock"]) for way in WAYS}
+    floor = {way: flops(setting, way != "stock") / _rate() / statistics.median(seconds["stock"]) for way in WAYS}
     return [
         {
             "scored": f"{setting.share:.0%}",
@@ -136,10 +148,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     """Print the table and return its rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="only the 20%% share")
     parser.add_argument("--grow", nargs=3, metavar=("WAY", "SHARE", "FROZEN"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.grow:
         way, share, frozen = options.grow
         setting = Setting(share=float(share), frozen=frozen == "1")
@@ -150,7 +163,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
         settings += [Setting(share=share) for share in SHARES if share != 0.2]
     rows = [row for setting in settings for row in compare(setting, options.rounds)]
     print(table(rows))
-    print(f"\nfloor: FLOPs of the step's matmuls at this machine's {matmul_rate() / 1e9:.0f} GFLOP/s on one thread")
+    threads = "one thread" if options.threads == 1 else f"{options.threads} threads"
+    print(f"\nfloor: FLOPs of the step's matmuls at this machine's {_rate() / 1e9:.0f} GFLOP/s on {threads}")
     return rows
 
 

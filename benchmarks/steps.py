@@ -4,7 +4,7 @@
 
 Random weights of SmolLM2-135M's shape. A command runs twice, for a few and for more steps: the difference of CPU seconds is
 that of the steps, with the collator, the optimizer and the trainer; the floor is the floating point operations that torch
-counts in a forward and a backward of the same batch, at the speed of a square matrix product.
+counts in a forward and a backward of the same batch, at the speed of a square matrix product in the same precision (`--bf16`).
 """
 
 import json
@@ -25,9 +25,11 @@ from benchmarks.measure import ROOT, matmul_rate, table
 from benchmarks.report import goal, parser, single_thread
 from benchmarks.texts import tokenizer
 
-FEW, MORE = 2, 6  # steps
-FLOORS = {"mntp": 1.6, "simcse, no checkpoints": 1.8}  # goals: so many times the floor
+FEW, MORE = 1, 3  # steps
+MNTP, SIMCSE = "mntp", "simcse, no checkpoints"
+FLOORS = {MNTP: 1.4, f"{MNTP}, bf16": 1.4, SIMCSE: 1.5, f"{SIMCSE}, bf16": 1.5}  # goals: so many times the floor
 PEAK = 3.1  # GB of simcse at most: a goal
+BF16 = {"bf16": True}
 LORA = {"lora_r": 16, "lora_dropout": 0.0}
 EITHER_WAY = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "disable_tqdm": True}
 
@@ -118,14 +120,15 @@ def commands(shape: Shape, folder: Path) -> dict[str, tuple[str, dict[str, Any]]
         "max_seq_length": shape.words,
         "per_device_train_batch_size": shape.pairs,
     }
+    whole = simcse | {"gradient_checkpointing": False}
+    few = whole | {"mini_batch_size": min(8, shape.pairs)}
     return {
-        "mntp": ("mntp", mntp),
+        MNTP: ("mntp", mntp),
+        f"{MNTP}, bf16": ("mntp", mntp | BF16),
+        SIMCSE: ("simcse", whole),
+        f"{SIMCSE}, bf16": ("simcse", whole | BF16),
         "simcse": ("simcse", simcse),
-        "simcse, no checkpoints": ("simcse", simcse | {"gradient_checkpointing": False}),
-        "simcse, 8 texts at a time, no checkpoints": (
-            "simcse",
-            simcse | {"gradient_checkpointing": False, "mini_batch_size": min(8, shape.pairs)},
-        ),
+        "simcse, 8 texts at a time, no checkpoints": ("simcse", few),
     }
 
 
@@ -134,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__, rounds=3).parse_args(arguments)
     single_thread()
     shape = QUICK if options.quick else SMOLLM2
-    rate = matmul_rate()
+    rates = {half: matmul_rate(dtype=torch.bfloat16 if half else torch.float32) for half in (False, True)}
     rows = []
     measured: dict[str, tuple[float, float]] = {}  # by row: CPU seconds of a step, and GB
     over = {}
@@ -146,33 +149,34 @@ def main(arguments: list[str] | None = None) -> None:
         for name, (command, settings) in commands(shape, folder).items():
             settings = settings | {"model_name_or_path": str(folder / "model")}
             steps, peaks = [], []
-            for _ in range(1 if options.quick else options.rounds):
+            for _ in range(options.rounds if name in FLOORS and not options.quick else 1):
                 few, _ = cpu_seconds(command, settings, FEW, folder)
                 more, peak = cpu_seconds(command, settings, MORE, folder)
                 steps.append((more - few) / (MORE - FEW))
                 peaks.append(peak)
             measured[name] = statistics.median(steps), statistics.median(peaks) / 1e9
         # Last: a process's peak counts that of the process it was forked from, and this one grows here.
-        floors = {command: operations(shape, folder / "model", command) / rate for command in ("mntp", "simcse")}
-        for name, (command, _) in commands(shape, folder).items():
+        counted = {command: operations(shape, folder / "model", command) for command in ("mntp", "simcse")}
+        for name, (command, settings) in commands(shape, folder).items():
             seconds, peak = measured[name]
-            over[name] = seconds / floors[command]
+            floor = counted[command] / rates["bf16" in settings]
+            over[name] = seconds / floor
             rows.append(
                 {
                     "command": name,
                     "CPU seconds per step": f"{seconds:.2f}",
-                    "floor": f"{floors[command]:.2f}",
+                    "floor": f"{floor:.2f}",
                     "times the floor": f"{over[name]:.2f}",
                     "peak memory, GB": f"{peak:.2f}",
                 }
             )
     print(table(rows))
-    print(f"\nSquare matmul: {rate / 1e9:.0f} GFLOP/s, float32.")
+    print(f"\nSquare matmul: {rates[False] / 1e9:.0f} GFLOP/s float32, {rates[True] / 1e9:.0f} bfloat16.")
     if options.quick:  # of other sizes than the goals
         return
     for name, most in FLOORS.items():
         goal(f"{name}: at most {most} times the floor: {over[name]:.2f}", over[name] <= most)
-    least = min((peak, name) for name, (_, peak) in measured.items() if name != "mntp")
+    least = min((peak, name) for name, (_, peak) in measured.items() if not name.startswith(MNTP))
     goal(f"simcse: at most {PEAK} GB: {least[0]:.2f} ({least[1]})", least[0] <= PEAK)
 
 

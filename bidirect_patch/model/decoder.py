@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ArgumentError, UnsupportedModelError
-from ..swap.classes import is_open, original
+from ..swap.classes import is_open, is_sharded, original
 from ..swap.instance_forward import calls_the_patch
 from ..swap.modes import Mode, Setting
 from ..swap.record import before_patch, own_before_patch, plans_of, setting_of
 from .buffers import triangular_buffers
 from .sinks import NO_SINKS, Sinks
-from .walk import modules_of, parameters_of
+from .walk import layers_of, modules_of, parameters_of
 from .windows import Span
 
 _FLAGS = ("is_causal", "causal")  # what an attention module, or in XLM the model, says of itself
@@ -86,6 +86,18 @@ class Decoder:
     def spans(self) -> tuple[Span, ...]:
         """The different spans of its attention modules, in order of first appearance."""
         return tuple(dict.fromkeys(attention.span for attention in self.attentions))
+
+    @property
+    def classes(self) -> frozenset[type]:
+        """The classes of its attention modules, and of the layers that these are in."""
+        paths = [attention.path for attention in self.attentions]
+        layers = [m for name, m in layers_of(self.module).items() if any(p.startswith(f"{name}.") for p in paths)]
+        return frozenset((*map(_layer_class, layers), *(original(type(a.module)) for a in self.attentions)))
+
+    @property
+    def part_classes(self) -> frozenset[type]:
+        """The classes of its attention modules and of all in them. A proof keeps their code, which is pickled with the model."""
+        return frozenset(part.cls for attention in self.attentions for part in attention.parts)
 
     @property
     def mask_makers(self) -> tuple[PreTrainedModel, ...]:
@@ -172,6 +184,14 @@ class Decoder:
                     f"{type(self.module).__name__} uses one layer several times, so that its last layers can't be told from the "
                     "others: give num_sinkless_layers=0"
                 )
+
+
+def _layer_class(layer: nn.Module) -> type:
+    """The class of a layer inside torch's own wrappers (compiled, checkpointed, sharded)."""
+    while type(layer).__module__.startswith("torch.") and len(layer._modules) == 1:
+        (inner,) = layer.children()
+        layer = inner
+    return next(cls for cls in original(type(layer)).__mro__ if not is_sharded(cls))
 
 
 def causal_flags(module: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The modules and parameters inside a module, without their names.
+"""The modules, parameters and layers inside a module.
 
 torch's own `modules()` goes through one nested generator a level and writes every name. A change of mode walks a model many
 times, so this is most of what it would cost.
@@ -26,3 +26,21 @@ def modules_of(module: nn.Module) -> Iterator[nn.Module]:
 def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of `module` and of all inside it, in the order of `module.parameters()`; a tied one comes again."""
     return (each for part in modules_of(module) for each in part._parameters.values() if each is not None)
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that may be decoder layers, by name: entries with modules inside, of the outermost `ModuleList`s."""
+    found: dict[str, nn.Module] = {}
+    containers = (nn.ModuleList, nn.ModuleDict)
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if isinstance(module, nn.ModuleList) and not isinstance(child, containers):
+                if any(True for _ in child.children()):
+                    found[path] = child
+            else:
+                walk(child, f"{path}.")
+
+    walk(model, "")
+    return found

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..errors import AttentionMaskError, UnseenLayersError, UnsupportedModelError
 from ..model.config import parts
 from ..model.facts import parameter_names
+from ..model.walk import layers_of
 from .dependence import CAUSAL, by_gradient, by_perturbation, random_rows, relative_distance, threshold, verdict_of
 from .tensors import Grid, find_states, from_rows, output_rows, to_rows
 
@@ -81,7 +82,7 @@ class Probe:
             length: Number of positions in a sequence.
         """
         self.model, self.grid = model, Grid(length + 2, length)
-        self.layers = decoder_layers(model)
+        self.layers = layers_of(model)
         self.gradients = True
         embedding = model.get_input_embeddings()
         weight = getattr(embedding, "weight", None)
@@ -260,27 +261,6 @@ class _LayerHooks:
                 self.looking_back.append((part, outputs, matrix))
 
         return read_part
-
-
-def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that may be decoder layers, by name.
-
-    These are the entries of the outermost `ModuleList`s that have modules inside.
-    """
-    found: dict[str, nn.Module] = {}
-    containers = (nn.ModuleList, nn.ModuleDict)
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            path = f"{prefix}{name}"
-            if isinstance(module, nn.ModuleList) and not isinstance(child, containers):
-                if any(True for _ in child.children()):
-                    found[path] = child
-            else:
-                walk(child, f"{path}.")
-
-    walk(model, "")
-    return found
 
 
 @contextmanager

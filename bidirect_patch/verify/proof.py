@@ -16,7 +16,7 @@ from ..model.tiny import tiny_like
 from ..swap.classes import original
 from .dependence import CAUSAL
 from .report import BIDIRECTIONAL, attention_report
-from .trial import Trial, best_trial, classes_of, problem_of
+from .trial import Trial, best_trial, problem_of
 
 Kept = TypeVar("Kept")
 Native = Literal["causal", "in part", "bidirectional"]
@@ -113,7 +113,7 @@ def _found(kept: dict[tuple[object, ...], tuple[Kept, Code]], key: tuple[object,
 def _code(decoder: Decoder) -> Code:
     """The code that decides what a decoder's attention does."""
     makers = [original(type(module)) for module in decoder.mask_makers]
-    return Code([*makers, *classes_of(decoder), *_parts(decoder)], _kernel(text_config(decoder.module.config)))
+    return Code([*makers, *decoder.classes, *decoder.part_classes], _kernel(text_config(decoder.module.config)))
 
 
 def _check_seen(decoder: Decoder) -> None:
@@ -130,12 +130,7 @@ def _check_seen(decoder: Decoder) -> None:
 
 def _key(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> tuple[object, ...]:
     kernel, model_class = _kernel(text_config(decoder.module.config)), original(type(decoder.outermost))
-    return model_class, classes_of(decoder), _parts(decoder), kernel, decoder.spans, handlings, bool(decoder.unsupported_layers)
-
-
-def _parts(decoder: Decoder) -> frozenset[type]:
-    """The classes of the attention modules and of all in them. A proof keeps their code, which is pickled with the model."""
-    return frozenset(part.cls for attention in decoder.attentions for part in attention.parts)
+    return model_class, decoder.classes, decoder.part_classes, kernel, decoder.spans, handlings, bool(decoder.unsupported_layers)
 
 
 def _kernel(config: object) -> str:

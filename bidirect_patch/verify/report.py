@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 
 from ..attention.module_settings import AttentionSettings
 from ..errors import ArgumentError, ConfigError, StillCausalError, UnsupportedModelError
-from ..model.walk import modules_of
+from ..model.walk import layers_of, modules_of
 from ..model.wrappers import pretrained
 from ..swap.record import settings_of
 from .dependence import BIDIRECTIONAL as BIDIRECTIONAL
 from .dependence import CAUSAL, NONE, PARTIAL, Verdict, count_sinks, verdict_of
 from .probe import LENGTH, Case, LayerCall, Observation, Probe, left_as_it_was
-from .probe import decoder_layers as decoder_layers
 
 LONGEST = 128  # tokens of the random sequence at most
 
@@ -274,7 +273,7 @@ def assert_bidirectional(model: nn.Module, *, length: int | None = None) -> None
 def _sinks_by_layer(model: nn.Module) -> dict[str, tuple[int, bool]]:
     """What the patch is to make of each decoder layer: how many sink tokens, and whether the other tokens see them."""
     sinks = {}
-    for name, layer in decoder_layers(model).items():
+    for name, layer in layers_of(model).items():
         found = (settings_of(module, AttentionSettings) for module in modules_of(layer))
         spans = [settings.span for settings in found if settings is not None and settings.span.sinks]
         if spans:

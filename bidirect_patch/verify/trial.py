@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention.handling import MaskHandling
@@ -17,9 +17,9 @@ from ..model.sinks import Sinks
 from ..model.tiny import tiny_like
 from ..model.windows import Span
 from ..swap.apply import apply
-from ..swap.classes import is_sharded, original
+from ..swap.classes import original
 from .dependence import relative_distance
-from .probe import LENGTH, Probe, decoder_layers, left_as_it_was
+from .probe import LENGTH, Probe, left_as_it_was
 from .report import BIDIRECTIONAL, AttentionReport, attention_report, report_of
 
 MOST_SINKS = 3  # in a small model: more show nothing else
@@ -41,7 +41,7 @@ def best_trial(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> Trial |
         last = _causal_run(small, _length(decoder))  # what its class keeps of it, the patched run must not take
     except Exception:  # it can't be made or run, for whatever reason
         return None
-    if not classes_of(decoder) <= frozenset().union(*map(classes_of, decoders(small))):
+    if not decoder.classes <= frozenset().union(*(each.classes for each in decoders(small))):
         return None  # a layer or attention of another class was put in
     trial = _best(decoder, small, handlings, last)
     return trial if not trial.problem or _is_seen_unpatched(decoder) else None
@@ -98,17 +98,17 @@ def _last_token_moved(decoder: Decoder, now: list[Tensor], before: list[Tensor])
     """Whether a mask was read the wrong way round by the model's own code: where all is hidden, all is seen alike.
 
     The last token sees all of a text in the causal model already, so that the first attention does the same with it. That
-    can't be seen where it is hidden from the first tokens or has a window, which is one token too long in some releases (4.39,
-    Moshi's in 5.24), nor of two attention modules in one layer.
+    can't be seen where it doesn't see sinks, nor of two attention modules in one layer, nor beside windows: releases make them
+    one token too long (4.39, Moshi's in 5.24) or give them to all layers (Qwen2-MoE's up to 4.57).
 
     Args:
         decoder: whose class it is.
         now: what the first layer of the patched small model made of the last token.
         before: the same, without the patch.
     """
-    span, first = decoder.spans[0], decoder.attentions[0].layer
-    alone = sum(attention.layer == first for attention in decoder.attentions) == 1
-    if not alone or span.limit is not None or not span.sees_sinks:
+    first = decoder.attentions[0]
+    is_alone = sum(attention.layer == first.layer for attention in decoder.attentions) == 1
+    if not is_alone or not first.span.sees_sinks or any(span.limit is not None for span in decoder.spans):
         return ""
     if all(a.shape == b.shape and bool(relative_distance(a, b) < SAME) for a, b in zip(now, before)):
         return ""
@@ -135,21 +135,6 @@ def _small(decoder: Decoder) -> PreTrainedModel:
     if small.dtype == torch.float32:  # FlashAttention takes no such thing; the model's own will be cast
         small = small.to(torch.bfloat16)
     return small.to("cuda") if small.device.type == "cpu" and torch.cuda.is_available() else small
-
-
-def classes_of(decoder: Decoder) -> frozenset[type]:
-    """The classes of a decoder's attention modules, and of the layers that these are in."""
-    paths = [attention.path for attention in decoder.attentions]
-    layers = [m for name, m in decoder_layers(decoder.module).items() if any(p.startswith(f"{name}.") for p in paths)]
-    return frozenset((*map(_layer_class, layers), *(original(type(a.module)) for a in decoder.attentions)))
-
-
-def _layer_class(layer: nn.Module) -> type:
-    """The class of a layer inside torch's own wrappers (compiled, checkpointed, sharded)."""
-    while type(layer).__module__.startswith("torch.") and len(layer._modules) == 1:
-        (inner,) = layer.children()
-        layer = inner
-    return next(cls for cls in original(type(layer)).__mro__ if not is_sharded(cls))
 
 
 def problem_of(report: AttentionReport, where: str) -> str:
