@@ -8,7 +8,8 @@ import torch
 
 from bidirect_patch import enable_bidirectional, is_bidirectional
 
-from .helpers.sentences import reaches_back, write_folder
+from .helpers.one_text import reaches_back
+from .helpers.sentences import write_folder
 from .helpers.versions import lacks_add_adapter
 
 st = pytest.importorskip("sentence_transformers", "6", reason="sentence-transformers 6 or newer isn't installed")

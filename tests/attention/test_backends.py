@@ -8,9 +8,11 @@ from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirect
 from bidirect_patch.errors import OrderError
 
 from ..helpers.flash_double import attend
+from ..helpers.one_text import BOTH, CAUSAL, moves, moves_real
 from ..helpers.references.plain_decoder import hidden_states, reach
 from ..helpers.seeing import hidden
 from ..helpers.slow import some_slow
+from ..helpers.tiny_models import llama
 from ..helpers.versions import BACKENDS, TRANSFORMERS
 
 CLOSE = dict(atol=2e-5, rtol=1e-5)
@@ -246,3 +248,22 @@ def test_real_weights_on_real_text(load_real):
             assert (sdpa.model(**changed).last_hidden_state - full)[0, 0].abs().max() > 1e-4
         assert torch.equal(sdpa(**batch, use_cache=False).logits, stock)
     torch.testing.assert_close(full[real], plain[real], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_flex_attention_in_every_order_on_a_cpu():
+    if TRANSFORMERS < Version("4.53"):
+        pytest.skip("the first release whose FlexAttention runs on a CPU is 4.53")
+    torch._dynamo.reset()
+    model = llama(backend="flex_attention").requires_grad_(False)
+    assert moves(model) == CAUSAL
+    enable_bidirectional(model)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    assert moves(model) == moves(model, attention_mask=ONES) == BOTH
+    assert moves_real(model) == BOTH[:7]
+    assert moves(model, position_ids=packed) == "000011111"
+    ids = torch.arange(3, 24)[None]
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    assert moves(model, ids=ids, attention_mask=mask)[5:] == "1" * 16
+    assert moves(disable_bidirectional(model)) == CAUSAL

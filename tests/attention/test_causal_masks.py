@@ -11,8 +11,9 @@ from bidirect_patch import bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.attention.causal_masks import causal_share, warn_if_causal
 from bidirect_patch.errors import AttentionMaskError, CausalMaskWarning
 
+from ..helpers.one_text import BOTH, CAUSAL, IDS, moves
+from ..helpers.tiny_models import SIZES, llama
 from ..helpers.versions import TRANSFORMERS
-from ..reliability.small import BOTH, CAUSAL, IDS, SIZES, llama, moves
 
 N = IDS.shape[1]
 LOWER = torch.ones(N, N).tril().bool()[None, None]
@@ -69,7 +70,7 @@ needs_gemma3 = pytest.mark.skipif(
 
 def gemma3():
     """A tiny Gemma 3 with its image encoder, and the text model inside it, whose mask the model around it makes."""
-    text = transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4).to_dict()
+    text = transformers.Gemma3TextConfig(**SIZES, sliding_window=4).to_dict()
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     outer = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.errors import AttentionMaskError
 
-from ..reliability.small import IDS, ONES, PADDED, TRANSFORMERS, Version, moves
+from ..helpers.one_text import IDS, ONES, PADDED, moves
+from ..helpers.versions import TRANSFORMERS
 
 APART = torch.zeros(1, 1, 9, 9, dtype=torch.bool)
 APART[..., :4, :4] = APART[..., 4:, 4:] = True

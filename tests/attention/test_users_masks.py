@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+import transformers
 
+from bidirect_patch import enable_bidirectional
 from bidirect_patch.attention.ready_mask import is_users_own, pick, users_mask
 from bidirect_patch.attention.versions import HAS_MASKING_UTILS, READY_MASKS_ARE_INVERTED
 from bidirect_patch.errors import AttentionMaskError
+
+from ..helpers.one_text import IDS, moves, output
+from ..helpers.tiny_models import SIZES, llama
 
 BATCH, LENGTH, HEADS = 2, 3, 4
 LOWEST = torch.finfo(torch.float32).min
@@ -167,3 +172,33 @@ def test_a_dict_may_hold_what_transformers_makes_for_flash_attention():
 def test_a_dict_is_checked_like_a_single_mask():
     with pytest.raises(AttentionMaskError, match="give bool"):
         made({"full_attention": SEEN.long()})
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma2Config"), reason="this transformers has no Gemma 2")
+def test_a_mask_per_head_is_none_per_window():
+    """Two heads and two different windows: the mask's channels are heads all the same."""
+    config = transformers.Gemma2Config(**{**SIZES, "num_attention_heads": 2}, sliding_window=4)
+    torch.manual_seed(0)
+    model = enable_bidirectional(transformers.Gemma2Model._from_config(config, attn_implementation="eager").eval())
+    seen = torch.rand(1, 2, 9, 9) > 0.4
+    seen |= torch.eye(9, dtype=torch.bool)
+    per_head = output(model, attention_mask=seen)
+    swapped = output(model, attention_mask=seen.flip(1))
+    assert not torch.allclose(per_head, swapped, atol=1e-5)
+    additive = torch.zeros(1, 2, 9, 9).masked_fill(~seen, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(output(model, attention_mask=additive), per_head, atol=1e-5, rtol=1e-5)
+    both = seen[:, :1].expand(-1, 2, -1, -1)
+    torch.testing.assert_close(
+        output(model, attention_mask=seen[:, :1]), output(model, attention_mask=both), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_bool_mask_means_the_same_on_every_backend(backend):
+    model = enable_bidirectional(llama(backend=backend))
+    seen = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    seen[..., 3] = False
+    moved = moves(model, at=3, attention_mask=seen)
+    assert moved == "000100000"
+    with pytest.raises(AttentionMaskError, match="int64"):
+        model(IDS, attention_mask=seen.long())

@@ -14,7 +14,8 @@ from bidirect_patch.checkpoints.guard import opening_sinks
 from bidirect_patch.checkpoints.marks import is_marked
 from bidirect_patch.verify.mode import sinks_in
 
-from ..helpers.saved import WAYS_TO_LOAD, config_of, encode, load_adapter, lora, reaches_back, same
+from ..helpers.one_text import reaches_back
+from ..helpers.saved import WAYS_TO_LOAD, config_of, encode, load_adapter, lora, same
 from ..helpers.tiny_models import tiny_model
 from ..helpers.versions import lacks_add_adapter
 

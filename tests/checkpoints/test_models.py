@@ -12,15 +12,9 @@ from packaging.version import Version
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 
 from ..helpers import zoo
+from ..helpers.one_text import reaches_back
 from ..helpers.processes import in_a_new_process
-from ..helpers.saved import (
-    HONOURS_THE_FLAG,
-    config_of,
-    encode,
-    reaches_back,
-    same,
-    told_of_causal_loading,
-)
+from ..helpers.saved import HONOURS_THE_FLAG, config_of, encode, same, told_of_causal_loading
 from ..helpers.tiny_models import tiny_config, tiny_model
 from ..helpers.versions import TRANSFORMERS
 

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -23,14 +22,6 @@ def results(settings):
 
 def weights(settings, name="adapter_model.safetensors"):
     return load_file(Path(settings["output_dir"]) / name)
-
-
-def reaches_back(model):
-    """Whether the first position's output depends on the last token."""
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
-    with torch.no_grad():
-        first = model.eval()(input_ids=ids)[0][:, 0]
-    return not torch.equal(first[0], first[1])
 
 
 def batches(settings, collator, lengths, size=8):

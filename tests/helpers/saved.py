@@ -23,14 +23,6 @@ def encode(model):
     return model(input_ids=IDS, attention_mask=MASK)[0][MASK.bool()]
 
 
-@torch.no_grad()
-def reaches_back(model):
-    """Whether the first position's output depends on the last token."""
-    other = IDS.clone()
-    other[0, -1] = 20
-    return not torch.equal(model(input_ids=IDS)[0][0, 0], model(input_ids=other)[0][0, 0])
-
-
 def told_of_causal_loading(what="the checkpoint"):
     """A block in which loading is to warn that what it loads belongs to a bidirectional model.
 

@@ -31,11 +31,3 @@ def sees_all(model):
 
 def sees_only_the_past(model):
     return torch.equal(reached(model), torch.ones(8, 8, dtype=torch.bool).tril())
-
-
-def moved_by_last(model, ids, **kwargs):
-    """bool (query,): which positions of a text, (1, length), change when its last token does."""
-    other = ids.clone()
-    other[0, -1] = 40
-    with torch.no_grad():
-        return (model(input_ids=ids, **kwargs)[0] - model(input_ids=other, **kwargs)[0])[0].abs().amax(-1) > 1e-6

@@ -38,11 +38,3 @@ def write_folder(folder):
     (folder / "tasks").mkdir()
     for name in ("one", "two"):
         (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
-
-
-def reaches_back(model):
-    """Whether the first position's output depends on the last token."""
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
-    with torch.no_grad():
-        first = model.eval()(input_ids=ids)[0][:, 0]
-    return not torch.equal(first[0], first[1])

@@ -43,3 +43,13 @@ def tiny_model(family: str = "llama", backend: str = "sdpa", head: bool = True, 
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else 0.25 * noise)
     return model.eval()
+
+
+def llama(cls=transformers.LlamaModel, backend: str = "sdpa", **settings):
+    """A tiny Llama of a class in eval mode, its weights as transformers draws them: no two are alike without a seed."""
+    return cls._from_config(tiny_config("llama", **settings), attn_implementation=backend).eval()
+
+
+def causal_lm(**settings):
+    """The same with an output head."""
+    return llama(transformers.LlamaForCausalLM, **settings)

@@ -10,9 +10,10 @@ from torch import nn
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import ArgumentError, AttentionMaskError, BidirectPatchError, UnsupportedModelError
 
+from ..helpers import one_text
 from ..helpers.seeing import IDS, hidden, reached, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
-from ..helpers.tiny_models import tiny_config
+from ..helpers.tiny_models import llama, tiny_config
 from ..helpers.versions import TRANSFORMERS
 
 
@@ -147,3 +148,25 @@ def test_numbers_of_sinks_that_mean_nothing_are_refused(make_model, sinks, found
 def test_a_causal_block_takes_no_sinks(make_model):
     with pytest.raises(ArgumentError, match="num_sink_tokens=1"):
         bidirectional(make_model(), enabled=False, num_sink_tokens=1)
+
+
+def test_numbers_of_sequences_are_no_mask_of_ones():
+    model = enable_bidirectional(llama())
+    with pytest.raises(AttentionMaskError, match="position_ids"):
+        model(one_text.IDS, attention_mask=torch.tensor([[1, 1, 1, 2, 2, 2, 3, 3, 3]]))
+
+
+def test_attention_without_a_mask_is_called_that():
+    class PlainAttention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(32, 32)
+
+        def forward(self, hidden_states, **kwargs):
+            return self.proj(hidden_states), None
+
+    model = llama()
+    for layer in model.layers:
+        layer.self_attn = PlainAttention()
+    with pytest.raises(UnsupportedModelError, match="take no mask"):
+        enable_bidirectional(model)

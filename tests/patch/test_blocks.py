@@ -1,17 +1,19 @@
 """`with bidirectional(model)`: blocks nest, and bring back what they found."""
 
 import copy
+import threading
 
 import pytest
 import torch
 import torch.utils.checkpoint
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
-from bidirect_patch.errors import BidirectPatchError
+from bidirect_patch.errors import ArgumentError, BidirectPatchError
 
+from ..helpers.one_text import BOTH, CAUSAL, ONE_SINK, TWO_SINKS, moves
 from ..helpers.seeing import IDS, hidden, reached, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
-from ..helpers.tiny_models import tiny_model
+from ..helpers.tiny_models import llama, tiny_model
 
 
 def test_an_exception_inside_the_block_changes_nothing(make_model):
@@ -72,11 +74,6 @@ def test_toggled_inside_a_block_the_block_still_restores(make_model):
     assert sees_only_the_past(model)
 
 
-def moved_by_last(model):
-    """A digit per position: 1 where the last token moves what comes out."""
-    return "".join(str(int(moved)) for moved in reached(model)[:, -1])
-
-
 def test_blocks_bring_back_the_sinks_that_they_found(make_model):
     model = make_model()
     hidden(model)
@@ -85,29 +82,29 @@ def test_blocks_bring_back_the_sinks_that_they_found(make_model):
     with pytest.raises(KeyError), bidirectional(model):
         assert sees_all(model)
         raise KeyError
-    assert moved_by_last(model) == "00111111"
+    assert moves(model) == TWO_SINKS
     with bidirectional(model, enabled=False):
         assert sees_only_the_past(model)
         with bidirectional(model, num_sink_tokens=1, num_sinkless_layers=2):
-            assert moved_by_last(model) == "01111111" and not reached(model)[1:, 0].any()
+            assert moves(model) == ONE_SINK and not reached(model)[1:, 0].any()
             with bidirectional(model, num_sink_tokens=3):
-                assert moved_by_last(model) == "00011111"
-            assert moved_by_last(model) == "01111111" and not reached(model)[1:, 0].any()
+                assert moves(model) == "000111111"
+            assert moves(model) == ONE_SINK and not reached(model)[1:, 0].any()
         assert sees_only_the_past(model)
-    assert moved_by_last(model) == "00111111" and reached(model)[:, 0].all()
+    assert moves(model) == TWO_SINKS and reached(model)[:, 0].all()
     with bidirectional(model, num_sink_tokens=1):
         enable_bidirectional(model, num_sink_tokens=3)
-    assert moved_by_last(model) == "00111111"
+    assert moves(model) == TWO_SINKS
     disable_bidirectional(model)
     with bidirectional(model, num_sink_tokens=2):
-        assert moved_by_last(model) == "00111111"
+        assert moves(model) == TWO_SINKS
     assert_same(before, snapshot(model))
 
 
 def test_a_decorated_function_has_its_sinks(make_model):
     model = make_model()
-    encode = bidirectional(model, num_sink_tokens=1)(lambda: moved_by_last(model))
-    assert encode() == encode() == "01111111"
+    encode = bidirectional(model, num_sink_tokens=1)(lambda: moves(model))
+    assert encode() == encode() == ONE_SINK
     assert sees_only_the_past(model)
 
 
@@ -131,3 +128,43 @@ def test_a_layer_that_was_put_in_within_the_block_is_undone_with_it(make_model):
         assert sees_all(model)
     assert sees_only_the_past(model) and not is_bidirectional(model)
     assert type(model.layers[1].self_attn) is type(make_model(head=False).layers[1].self_attn)
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "generator"])
+def test_a_block_is_no_decorator_of_what_runs_later(kind):
+    model = llama()
+
+    async def coroutine():
+        return moves(model)
+
+    def generator():
+        yield moves(model)
+
+    with pytest.raises(ArgumentError, match="inside it"):
+        bidirectional(model)({"coroutine": coroutine, "generator": generator}[kind])
+    assert bidirectional(model)(lambda: moves(model))() == BOTH and moves(model) == CAUSAL
+
+
+class Two(torch.nn.Module):
+    """Two decoders side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = llama(), llama()
+
+
+def test_an_error_in_one_decoder_leaves_the_other_undone():
+    model = Two()
+    block = bidirectional(model)
+    block.__enter__()
+    attention = model.a.layers[0].self_attn
+    ours = type(attention)
+    attention.__class__ = type("SomebodyElses", (ours,), {})
+    with pytest.raises(Exception, match="SomebodyElses"):
+        block.__exit__(None, None, None)
+    assert moves(model.b) == CAUSAL
+    attention.__class__ = ours
+    thread = threading.Thread(target=disable_bidirectional, args=(model,))
+    thread.start()
+    thread.join()
+    assert moves(model.a) == moves(model.b) == CAUSAL

@@ -1,5 +1,6 @@
 """KV caches and `generate`."""
 
+import contextlib
 import functools
 
 import pytest
@@ -11,7 +12,7 @@ from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirect
 from bidirect_patch.errors import CacheError, GenerateError
 
 from ..helpers.seeing import IDS, sees_all
-from ..helpers.tiny_models import SIZES, each_family
+from ..helpers.tiny_models import SIZES, causal_lm, each_family
 
 
 @each_family
@@ -80,3 +81,31 @@ def test_a_model_around_the_decoder_makes_no_cache_for_it(name):
         disable_bidirectional(model)
         assert torch.equal(model(IDS).logits, stock) and model(IDS).past_key_values is not None
     assert not any("bidirect" in key for module in model.modules() for key in vars(module))
+
+
+def test_every_way_to_generate_is_refused():
+    model = enable_bidirectional(causal_lm())
+    for name in ("generate", "generate_batch"):
+        if hasattr(model, name):
+            with pytest.raises(GenerateError, match=name):
+                getattr(model, name)(IDS)
+    for name in ("generate_batch", "init_continuous_batching"):
+        if hasattr(model, name):  # they generate in a thread of their own, for which the block does not hold
+            with bidirectional(model, enabled=False), pytest.raises(GenerateError, match="disable_bidirectional"):
+                getattr(model, name)(IDS.tolist())
+
+
+@pytest.mark.skipif(not hasattr(transformers.LlamaForCausalLM, "init_continuous_batching"), reason="no continuous batching yet")
+def test_what_generates_in_a_thread_and_was_made_before_is_refused():
+    """It would log an error in its thread, and return nothing."""
+    model = causal_lm()
+    manager = model.init_continuous_batching()
+    enable_bidirectional(model)
+    for block in (contextlib.nullcontext(), bidirectional(model, enabled=False)):
+        with block:
+            with pytest.raises(GenerateError, match="Manager.start was called on a bidirectional model.*causal copy"):
+                manager.start()
+            with pytest.raises(GenerateError, match="Manager.add_request"):
+                manager.add_request(IDS[0].tolist())
+    disable_bidirectional(model)
+    manager.add_request(IDS[0].tolist())

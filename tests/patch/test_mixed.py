@@ -9,7 +9,7 @@ import torch
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import OrderError
 
-from ..helpers.seeing import moved_by_last
+from ..helpers.one_text import moved_by_last
 from ..helpers.tiny_models import tiny_model
 
 IDS = torch.arange(5, 14)[None]

@@ -11,41 +11,16 @@ import torch
 import torch.utils.checkpoint
 from packaging.version import Version
 
-from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import BidirectPatchError, ModeConflictError, OrderError
 
-from ..helpers.seeing import CLOSE, IDS, MASK, hidden, reached, sees_all, sees_only_the_past
+from ..helpers.one_text import BOTH, CAUSAL, ONE_SINK, TWO_SINKS, moves, output
+from ..helpers.seeing import CLOSE, IDS, MASK, hidden, sees_all, sees_only_the_past
 from ..helpers.snapshots import assert_same, snapshot
+from ..helpers.threads_and_forks import InBlock
+from ..helpers.tiny_models import causal_lm, llama
+from ..helpers.twins import assert_twins
 from ..helpers.versions import TRANSFORMERS
-
-
-class Thread(threading.Thread):
-    """Holds `with bidirectional(model, enabled, ...)` open until told to leave."""
-
-    def __init__(self, model, enabled, **sinks):
-        super().__init__(daemon=True)
-        self.entered, self.leave, self.error = threading.Event(), threading.Event(), None
-
-        def run():
-            try:
-                with bidirectional(model, enabled=enabled, **sinks):
-                    self.entered.set()
-                    self.leave.wait(20)
-            except BaseException as error:
-                self.error = error
-                self.entered.set()
-
-        self.run = run
-
-    def __enter__(self):
-        self.start()
-        assert self.entered.wait(20) and self.error is None
-        return self
-
-    def __exit__(self, *_):
-        self.leave.set()
-        self.join(20)
-        assert not self.is_alive() and self.error is None
 
 
 @pytest.mark.parametrize("theirs", [True, False], ids=["theirs-on", "theirs-off"])
@@ -54,7 +29,7 @@ def test_threads_that_want_opposite_modes_get_an_error(make_model, theirs):
     hidden(model)
     before = snapshot(model)
     as_theirs = sees_all if theirs else sees_only_the_past
-    with Thread(model, theirs):
+    with InBlock(model, theirs):
         assert as_theirs(model)
         with pytest.raises(ModeConflictError) as caught:
             with bidirectional(model, enabled=not theirs):
@@ -72,15 +47,10 @@ def test_threads_that_want_opposite_modes_get_an_error(make_model, theirs):
     assert_same(before, snapshot(model))
 
 
-def moved_by_last(model):
-    """A digit per position: 1 where the last token moves what comes out."""
-    return "".join(str(int(moved)) for moved in reached(model)[:, -1])
-
-
 def test_threads_that_want_other_sinks_get_an_error(make_model):
     model = enable_bidirectional(make_model(), num_sink_tokens=1)
-    with Thread(model, True, num_sink_tokens=2, num_sinkless_layers=1):
-        assert moved_by_last(model) == "00111111"
+    with InBlock(model, True, num_sink_tokens=2, num_sinkless_layers=1):
+        assert moves(model) == TWO_SINKS
         for other in (dict(num_sink_tokens=1), dict(num_sink_tokens=2), {}):
             with pytest.raises(ModeConflictError, match="sink tokens"):
                 with bidirectional(model, **other):
@@ -91,25 +61,25 @@ def test_threads_that_want_other_sinks_get_an_error(make_model):
             with pytest.raises(ModeConflictError):
                 other()
         with bidirectional(model, num_sink_tokens=2, num_sinkless_layers=1):
-            assert moved_by_last(model) == "00111111"
-        assert moved_by_last(model) == "00111111"
-    assert moved_by_last(model) == "01111111"
+            assert moves(model) == TWO_SINKS
+        assert moves(model) == TWO_SINKS
+    assert moves(model) == ONE_SINK
 
 
 def test_sinks_set_for_good_outlive_the_blocks_of_others(make_model):
     model = make_model()
-    with Thread(model, True, num_sink_tokens=2):
+    with InBlock(model, True, num_sink_tokens=2):
         enable_bidirectional(model, num_sink_tokens=2)
-    assert moved_by_last(model) == "00111111"
+    assert moves(model) == TWO_SINKS
 
 
 def test_the_last_thread_to_leave_restores(make_model):
     model = make_model()
     hidden(model)
     before = snapshot(model)
-    first = Thread(model, True)
+    first = InBlock(model, True)
     with first:
-        second = Thread(model, True)
+        second = InBlock(model, True)
         second.__enter__()
     assert sees_all(model), "the second thread is still inside"
     second.__exit__()
@@ -160,7 +130,7 @@ def test_what_is_set_for_good_outlives_the_blocks_of_others(make_model, family, 
     before = snapshot(model)
     if not enabled:
         enable_bidirectional(model)
-    threads = [Thread(model, enabled).__enter__() for _ in range(count)]
+    threads = [InBlock(model, enabled).__enter__() for _ in range(count)]
     (enable_bidirectional if enabled else disable_bidirectional)(model)
     for thread in threads:
         thread.__exit__()
@@ -171,12 +141,12 @@ def test_what_is_set_for_good_outlives_the_blocks_of_others(make_model, family, 
 
 def test_the_last_who_asks_wins_while_others_are_in_a_block(make_model):
     model = enable_bidirectional(make_model())
-    with Thread(model, False):
+    with InBlock(model, False):
         disable_bidirectional(model)
         with pytest.raises(ModeConflictError):
             enable_bidirectional(model)
     assert sees_only_the_past(model)
-    with Thread(model, True):
+    with InBlock(model, True):
         enable_bidirectional(model)
         with pytest.raises(ModeConflictError):
             disable_bidirectional(model)
@@ -189,7 +159,7 @@ def test_the_last_who_asks_wins_while_others_are_in_a_block(make_model):
 def test_a_model_that_is_bidirectional_by_its_config_is_not_disabled_in_anothers_causal_block(make_model):
     model = make_model(is_causal=False)
     assert sees_all(model)
-    with Thread(model, False):
+    with InBlock(model, False):
         with pytest.raises(OrderError, match="by its config"):
             disable_bidirectional(model)
     assert sees_all(model)
@@ -199,7 +169,7 @@ def test_a_model_that_is_bidirectional_by_its_config_is_not_disabled_in_anothers
 def test_no_copy_of_what_another_has_in_a_causal_block(make_model, copied):
     """The copy would be causal, and nothing would ever bring it back."""
     model = enable_bidirectional(make_model())
-    with Thread(model, False):
+    with InBlock(model, False):
         with pytest.raises(ModeConflictError, match="was copied while another"):
             copied(model)
         with bidirectional(model, enabled=False):
@@ -211,7 +181,7 @@ def test_no_copy_of_what_another_has_in_a_causal_block(make_model, copied):
 
 def test_nothing_is_saved_that_another_has_in_a_causal_block(make_model, tmp_path):
     model = enable_bidirectional(make_model())
-    with Thread(model, False):
+    with InBlock(model, False):
         with pytest.raises(ModeConflictError, match="was saved while another"):
             model.save_pretrained(tmp_path / "meanwhile")
         assert not (tmp_path / "meanwhile").exists()
@@ -223,7 +193,7 @@ def test_no_adapter_is_saved_that_another_has_in_a_causal_block(make_model, tmp_
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = enable_bidirectional(peft.get_peft_model(make_model(), settings))
-    with Thread(model, False):
+    with InBlock(model, False):
         with pytest.raises(ModeConflictError, match="was saved while another"):
             model.save_pretrained(tmp_path / "meanwhile")
     model.save_pretrained(tmp_path / "after")
@@ -261,3 +231,78 @@ def test_who_reads_a_stream_never_waits_for_ever(make_model, block):
         thread.join()
     assert errors == {"in the thread": [], "around the thread": ["ModeConflictError"], "none": ["GenerateError"]}[block]
     assert (streamer.tokens == IDS.shape[1] + 3) == (block == "in the thread")
+
+
+def test_another_threads_causal_block_is_no_silent_causality():
+    model = enable_bidirectional(llama())
+    with InBlock(model, False):
+        with pytest.raises(ModeConflictError, match="causal block"):
+            output(model)
+        with pytest.raises(ModeConflictError), bidirectional(model):
+            pass
+        with bidirectional(model, enabled=False):
+            assert moves(model) == CAUSAL
+    assert moves(model) == BOTH and is_bidirectional(model)
+
+
+def test_a_block_of_a_thread_that_ended_holds_nothing():
+    model = enable_bidirectional(llama())
+    block = bidirectional(model, enabled=False)
+    thread = threading.Thread(target=block.__enter__)
+    thread.start()
+    thread.join()
+    assert moves(enable_bidirectional(model)) == BOTH
+
+
+def test_what_a_thread_that_ended_has_found_is_brought_back_by_the_last_block():
+    """The first thread found the model causal and ended inside its block; the second ends its own block later."""
+    model = llama()
+    block, inside, go = bidirectional(model), threading.Event(), threading.Event()
+    first = threading.Thread(target=lambda: (block.__enter__(), inside.set(), go.wait(30)))
+    first.start()
+    assert inside.wait(30)
+    with bidirectional(model):
+        go.set()
+        first.join()
+        assert moves(model) == BOTH
+    assert moves(model) == CAUSAL
+
+
+def test_threads_that_toggle_and_run_get_a_result_or_an_error_of_the_family():
+    model, wrong = llama(), []
+    causal, both = output(model), output(enable_bidirectional(model))
+    disable_bidirectional(model)
+
+    def work():
+        for _ in range(30):
+            try:
+                with bidirectional(model):
+                    if not torch.equal(output(model), both):
+                        wrong.append("bidirectional block")
+            except ModeConflictError:
+                pass
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and torch.equal(output(model), causal)
+
+
+def test_threads_that_save_change_nothing(tmp_path):
+    model, twin = causal_lm(), causal_lm()
+    twin.load_state_dict(model.state_dict())
+    enable_bidirectional(model)
+    config = model.config
+    threads = [threading.Thread(target=model.save_pretrained, args=(tmp_path / str(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert model.config is config and getattr(config, "is_causal", None) is not False
+    for i in range(4):
+        assert json.loads((tmp_path / str(i) / "config.json").read_text())["is_causal"] is False
+    assert_twins(disable_bidirectional(model), twin)

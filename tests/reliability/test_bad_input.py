@@ -42,8 +42,10 @@ from bidirect_patch.errors import (
 from bidirect_patch.head import remove_mntp_head
 from bidirect_patch.mntp.metrics import mntp_metrics
 
+from ..helpers.one_text import IDS
+from ..helpers.tiny_models import SIZES, causal_lm, llama
+from ..helpers.twins import described
 from ..helpers.words import make_tokenizer
-from .small import IDS, SIZES, causal_lm, described, llama
 
 BUILTIN = {
     ArgumentError: TypeError,

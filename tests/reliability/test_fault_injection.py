@@ -20,7 +20,9 @@ import bidirect_patch
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.swap import in_use
 
-from .small import BOTH, CAUSAL, ONE_SINK, TWO_SINKS, assert_twins, causal_lm, leftovers, llama, moves
+from ..helpers.one_text import BOTH, CAUSAL, ONE_SINK, TWO_SINKS, moves
+from ..helpers.tiny_models import causal_lm, llama
+from ..helpers.twins import assert_twins, leftovers
 
 PACKAGE = str(Path(bidirect_patch.__file__).parent)
 pytestmark = pytest.mark.slow

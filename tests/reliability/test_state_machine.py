@@ -14,6 +14,7 @@ import types
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.func import functional_call, grad, vmap
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -37,7 +38,10 @@ from bidirect_patch.mntp.head import remove_mntp_head  # noqa: E402
 
 from ..helpers.changed_code import Place, has_place  # noqa: E402
 from ..helpers.explicit_masks import sink_masks, under  # noqa: E402
-from .small import BOTH, CAUSAL, IDS, ONES, PADDED, TRANSFORMERS, Version, assert_twins, causal_lm, moves, output  # noqa: E402
+from ..helpers.one_text import BOTH, CAUSAL, IDS, ONES, PADDED, moves, output  # noqa: E402
+from ..helpers.tiny_models import causal_lm  # noqa: E402
+from ..helpers.twins import assert_twins  # noqa: E402
+from ..helpers.versions import TRANSFORMERS  # noqa: E402
 
 which = st.integers(0, 1)
 NO_SINKS = (0, 0)

@@ -1,7 +1,6 @@
 """Which thread or task holds a module in which mode: blocks and forwards of this thread, of others, and of none any more."""
 
 import asyncio
-import os
 import threading
 from contextlib import contextmanager
 
@@ -11,6 +10,8 @@ from torch import nn
 from bidirect_patch.errors import ModeConflictError
 from bidirect_patch.swap import in_use
 from bidirect_patch.swap.modes import Mode, Setting
+
+from ..helpers.threads_and_forks import needs_fork, works_in_a_fork
 
 OPEN, CAUSAL = Setting(Mode.BIDIRECTIONAL), Setting(Mode.CAUSAL_BLOCK)
 
@@ -214,19 +215,7 @@ def test_tasks_are_told_apart_and_the_code_around_the_loop_is_theirs(module):
     assert seen[:2] == [None, None] and "wants Linear causal" in seen[2]
 
 
-def in_a_fork(check):
-    """Whether `check` holds in a forked child."""
-    child = os.fork()
-    if child == 0:
-        right = False
-        try:
-            right = check()
-        finally:
-            os._exit(not right)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@needs_fork
 def test_a_forked_child_is_alone(module):
     """The blocks and forwards of other threads, and their hold of the lock, are not the child's; its own thread's are."""
     theirs, mine = Block(), Block()
@@ -244,12 +233,12 @@ def test_a_forked_child_is_alone(module):
 
     def is_alone():
         state = in_use._states[module]
-        free = in_use.lock.acquire(timeout=5)
-        return free and state.holds == [hold] and [forward.thread for forward in state.forwards] == [threading.get_ident()]
+        assert in_use.lock.acquire(timeout=5)
+        assert state.holds == [hold] and [forward.thread for forward in state.forwards] == [threading.get_ident()]
 
     own.__enter__()
     with other_thread(take, leave):
         assert len(in_use._states[module].holds) == 2
-        assert in_a_fork(is_alone)
+        assert works_in_a_fork(is_alone)
         assert len(in_use._states[module].holds) == 2, "the parent keeps all"
     own.__exit__(None, None, None)

@@ -1,6 +1,7 @@
 """Blocks that don't nest (tasks, generators) and islands in models that are bidirectional by their config."""
 
 import asyncio
+import copy
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import LlamaForCausalLM
 from bidirect_patch import bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import ModeConflictError
 
+from ..helpers.one_text import BOTH, CAUSAL, moves, output
 from ..helpers.seeing import IDS, sees_all, sees_only_the_past
+from ..helpers.tiny_models import llama
 from ..helpers.versions import TRANSFORMERS
 
 
@@ -85,3 +88,43 @@ def test_an_island_is_causal_in_a_model_whose_config_says_it_is_not(make_model, 
         assert sees_only_the_past(model)
     assert sees_all(model) and is_bidirectional(model)
     assert model.config is config is model.model.config and config.is_causal is False
+
+
+def test_blocks_nest_across_an_event_loop():
+    model = llama()
+
+    async def inside():
+        with bidirectional(model, enabled=False):
+            return moves(model)
+
+    with bidirectional(model):
+        assert asyncio.run(inside()) == CAUSAL
+        assert moves(model) == BOTH
+    assert moves(model) == CAUSAL
+
+
+def test_a_sibling_tasks_causal_block_is_no_silent_causality_inside_a_block_around_both():
+    model = enable_bidirectional(llama())
+
+    async def holder(entered, seen):
+        with bidirectional(model, enabled=False):
+            entered.set()
+            await seen.wait()
+            assert moves(model) == CAUSAL
+
+    async def sibling(entered, seen):
+        await entered.wait()
+        try:
+            for use in (output, copy.deepcopy):
+                with pytest.raises(ModeConflictError, match="causal block"):
+                    use(model)
+        finally:
+            seen.set()
+
+    async def both():
+        events = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(holder(*events), sibling(*events))
+
+    with bidirectional(model):
+        asyncio.run(both())
+        assert moves(model) == BOTH

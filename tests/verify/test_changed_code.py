@@ -2,21 +2,17 @@
 
 import copy
 import pickle
-from functools import partial
 
 import pytest
-import torch
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
 from bidirect_patch.model.facts import builds_causal_mask, parameter_names
 
 from ..helpers.changed_code import NO_TABLE, Place, has_place
-from ..helpers.seeing import moved_by_last
+from ..helpers.one_text import moved_by_last
 from ..helpers.tiny_models import tiny_model
 
-IDS = torch.arange(5, 14)[None]
-moved = partial(moved_by_last, ids=IDS)
 KINDS = ["attention", "layer", "kernel", "mask"]
 
 
@@ -32,9 +28,9 @@ def test_code_that_became_causal_is_refused_as_in_a_new_process(kind, monkeypatc
     place = place_of(kind, model, monkeypatch)
     place.put(place.causal())
     if kind == "mask" and place.name == "_update_causal_mask":  # the patch's own method stands above it
-        assert moved(model).all()
+        assert moved_by_last(model).all()
         return
-    assert not moved(model)[:-1].any()
+    assert not moved_by_last(model)[:-1].any()
     assert not is_bidirectional(model)
     with pytest.raises(UnsupportedModelError, match="was not made bidirectional"):
         enable_bidirectional(model)
@@ -44,8 +40,8 @@ def test_code_that_became_causal_is_refused_as_in_a_new_process(kind, monkeypatc
         raise AssertionError("the block was entered")
     assert not is_bidirectional(model)
     place.put(place.function)
-    assert is_bidirectional(enable_bidirectional(model)) and moved(model).all()
-    assert not moved(disable_bidirectional(model))[:-1].any()
+    assert is_bidirectional(enable_bidirectional(model)) and moved_by_last(model).all()
+    assert not moved_by_last(disable_bidirectional(model))[:-1].any()
 
 
 @pytest.mark.parametrize("kind", ["attention", "layer", "kernel"])
@@ -55,9 +51,9 @@ def test_code_that_is_changed_after_a_copy_is_seen_in_the_copy(kind, how, monkey
     assert is_bidirectional(model)
     place = place_of(kind, model, monkeypatch)
     place.put(place.causal())
-    assert not moved(model)[:-1].any() and not is_bidirectional(model)
+    assert not moved_by_last(model)[:-1].any() and not is_bidirectional(model)
     place.put(place.function)
-    assert is_bidirectional(model) and moved(model).all()
+    assert is_bidirectional(model) and moved_by_last(model).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,11 +63,11 @@ def test_code_that_was_changed_to_no_effect_is_verified_anew(kind, monkeypatch):
     place.put(place.same())
     if kind != "mask" or place.name == "create_causal_mask":
         assert not is_bidirectional(model)  # nobody has looked yet
-    assert is_bidirectional(enable_bidirectional(model)) and moved(model).all()
+    assert is_bidirectional(enable_bidirectional(model)) and moved_by_last(model).all()
     with bidirectional(model, enabled=False):
-        assert not moved(model)[:-1].any()
-    assert is_bidirectional(model) and moved(model).all()
-    assert not moved(disable_bidirectional(model))[:-1].any()
+        assert not moved_by_last(model)[:-1].any()
+    assert is_bidirectional(model) and moved_by_last(model).all()
+    assert not moved_by_last(disable_bidirectional(model))[:-1].any()
 
 
 def test_code_that_runs_again_as_it_was_is_believed(monkeypatch):

@@ -6,18 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import LlamaConfig, LlamaModel
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers import LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from bidirect_patch import enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
 
+from ..helpers.one_text import BOTH, CAUSAL, moves
+from ..helpers.tiny_models import llama
+from ..helpers.twins import leftovers
 from ..helpers.versions import TRANSFORMERS
-from ..reliability.small import BOTH, CAUSAL, SIZES, llama, moves
-
-
-def of_class(cls, backend="eager", **settings):
-    return cls._from_config(LlamaConfig(**{**SIZES, **settings}), attn_implementation=backend).eval()
 
 
 def test_attention_that_keeps_a_causal_mask_on_its_class_is_refused():
@@ -35,7 +33,7 @@ def test_attention_that_keeps_a_causal_mask_on_its_class_is_refused():
             for i, layer in enumerate(self.layers):
                 layer.self_attn = Keeping(config, i)
 
-    model = of_class(Model)
+    model = llama(Model, "eager")
     with pytest.raises(UnsupportedModelError, match="small random model of its class"):
         enable_bidirectional(model)
     assert moves(model) == CAUSAL and not is_bidirectional(model)
@@ -51,10 +49,10 @@ def test_a_model_whose_layers_cannot_be_seen_is_refused_whatever_attention_was_p
             out.last_hidden_state = out.last_hidden_state[: len(input_ids)]
             return out
 
-    class Own(type(of_class(LlamaModel).layers[0].self_attn)):
+    class Own(type(llama(backend="eager").layers[0].self_attn)):
         """Adds nothing."""
 
-    model = of_class(Twice)
+    model = llama(Twice, "eager")
     model.layers[0].self_attn = Own(model.config, 0)
     with pytest.raises(UnsupportedModelError, match="nothing could be seen"):
         enable_bidirectional(model)
@@ -113,7 +111,7 @@ class Inverting(LlamaModel):
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_mask_code_that_inverts_a_finished_mask_gets_one_that_it_can_invert_or_is_refused(backend, sinks):
     """With all hidden, each token sees all others alike: that looks bidirectional, whatever depends on what."""
-    model, plain = of_class(Inverting, backend), of_class(LlamaModel, backend)
+    model, plain = llama(Inverting, backend), llama(backend=backend)
     plain.load_state_dict(model.state_dict())
     ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, 6:] = 0
@@ -138,3 +136,27 @@ def test_a_model_is_pickled_whatever_parts_another_of_its_class_had():
         pickle.dumps(first)
     model = enable_bidirectional(llama())
     assert moves(pickle.loads(pickle.dumps(model))) == BOTH
+
+
+class CausalLayer(LlamaDecoderLayer):
+    """Makes a causal mask of its own."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        length = hidden_states.shape[1]
+        mask = torch.full((length, length), torch.finfo(hidden_states.dtype).min).triu(1)[None, None]
+        return super().forward(hidden_states, attention_mask=mask, **kwargs)
+
+
+class QuietLayer(LlamaDecoderLayer):
+    """Adds nothing."""
+
+
+def test_a_layer_of_the_users_own_is_seen_for_itself():
+    model, quiet = llama(), llama()
+    for i in range(2):
+        model.layers[i] = CausalLayer(model.config, i).eval()
+        quiet.layers[i] = QuietLayer(model.config, i).eval()
+    with pytest.raises(UnsupportedModelError, match="CausalLayer"):
+        enable_bidirectional(model)
+    assert moves(model) == CAUSAL and not is_bidirectional(model) and not leftovers(model)
+    assert moves(enable_bidirectional(quiet)) == BOTH

@@ -13,7 +13,8 @@ from bidirect_patch import enable_bidirectional, is_bidirectional
 from bidirect_patch.checkpoints.marks import is_marked
 from bidirect_patch.cli import main
 
-from ...helpers.mntp_runs import batches, reaches_back, results, run, weights
+from ...helpers.mntp_runs import batches, results, run, weights
+from ...helpers.one_text import reaches_back
 from ...helpers.processes import Fork, finish, in_two_ranks
 from ...helpers.saved import told_of_causal_loading
 from ...helpers.simcse_runs import write_pairs

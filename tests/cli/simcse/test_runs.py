@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.cli import main
 
+from ...helpers.one_text import reaches_back
 from ...helpers.paths import ROOT
-from ...helpers.sentences import reaches_back
 from ...helpers.simcse_runs import published, run, write_e5
 from ...helpers.words import EOS, make_tokenizer
 
