@@ -7,6 +7,7 @@ from packaging.version import Version
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
 from bidirect_patch.errors import OrderError
 
+from ..helpers import one_text
 from ..helpers.flash_double import attend
 from ..helpers.one_text import BOTH, CAUSAL, moves, moves_real
 from ..helpers.references.plain_decoder import hidden_states, reach
@@ -259,7 +260,7 @@ def test_flex_attention_in_every_order_on_a_cpu():
     assert moves(model) == CAUSAL
     enable_bidirectional(model)
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    assert moves(model) == moves(model, attention_mask=ONES) == BOTH
+    assert moves(model) == moves(model, attention_mask=one_text.ONES) == BOTH
     assert moves_real(model) == BOTH[:7]
     assert moves(model, position_ids=packed) == "000011111"
     ids = torch.arange(3, 24)[None]

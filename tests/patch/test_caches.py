@@ -11,6 +11,7 @@ import transformers
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional
 from bidirect_patch.errors import CacheError, GenerateError
 
+from ..helpers import one_text
 from ..helpers.seeing import IDS, sees_all
 from ..helpers.tiny_models import SIZES, causal_lm, each_family
 
@@ -88,11 +89,11 @@ def test_every_way_to_generate_is_refused():
     for name in ("generate", "generate_batch"):
         if hasattr(model, name):
             with pytest.raises(GenerateError, match=name):
-                getattr(model, name)(IDS)
+                getattr(model, name)(one_text.IDS)
     for name in ("generate_batch", "init_continuous_batching"):
         if hasattr(model, name):  # they generate in a thread of their own, for which the block does not hold
             with bidirectional(model, enabled=False), pytest.raises(GenerateError, match="disable_bidirectional"):
-                getattr(model, name)(IDS.tolist())
+                getattr(model, name)(one_text.IDS.tolist())
 
 
 @pytest.mark.skipif(not hasattr(transformers.LlamaForCausalLM, "init_continuous_batching"), reason="no continuous batching yet")
@@ -106,6 +107,6 @@ def test_what_generates_in_a_thread_and_was_made_before_is_refused():
             with pytest.raises(GenerateError, match="Manager.start was called on a bidirectional model.*causal copy"):
                 manager.start()
             with pytest.raises(GenerateError, match="Manager.add_request"):
-                manager.add_request(IDS[0].tolist())
+                manager.add_request(one_text.IDS[0].tolist())
     disable_bidirectional(model)
-    manager.add_request(IDS[0].tolist())
+    manager.add_request(one_text.IDS[0].tolist())

@@ -1,5 +1,7 @@
 """`is_causal` in a call is never swallowed: an error, or the model's own TypeError where it knows no such keyword."""
 
+from functools import partial
+
 import pytest
 import torch
 from packaging.version import Version
@@ -8,9 +10,12 @@ from transformers import OPTConfig, OPTForCausalLM
 from bidirect_patch import bidirectional, enable_bidirectional
 from bidirect_patch.errors import ArgumentError
 
-from ..helpers.one_text import IDS, moved_by_last
+from ..helpers.one_text import moved_by_last
 from ..helpers.tiny_models import tiny_model
 from ..helpers.versions import TRANSFORMERS
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+moved = partial(moved_by_last, ids=IDS)
 
 
 def opt():
@@ -48,9 +53,9 @@ def test_causal_attention_asked_for_by_keyword_is_refused(name):
     enable_bidirectional(model)
     with pytest.raises(error, match="enabled=False" if error is ArgumentError else "is_causal"):
         model(input_ids=IDS, is_causal=True)
-    assert moved_by_last(model).all()
+    assert moved(model).all()
     if error is ArgumentError:
-        assert moved_by_last(model, is_causal=False).all() and moved_by_last(model, is_causal=None).all()
+        assert moved(model, is_causal=False).all() and moved(model, is_causal=None).all()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,16 +66,16 @@ def test_bidirectional_attention_asked_for_by_keyword_is_refused_in_a_causal_blo
     with bidirectional(model, enabled=False):
         with pytest.raises(error, match="is_causal"):
             model(input_ids=IDS, is_causal=False)
-        assert not moved_by_last(model)[:-1].any()
+        assert not moved(model)[:-1].any()
         if error is ArgumentError:
-            assert not moved_by_last(model, is_causal=True)[:-1].any()
-    assert moved_by_last(model).all()
+            assert not moved(model, is_causal=True)[:-1].any()
+    assert moved(model).all()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_that_says_so_is_no_keyword(name):
     model = MODELS[name]()
     model.config.is_causal = True
-    assert moved_by_last(enable_bidirectional(model)).all()
+    assert moved(enable_bidirectional(model)).all()
     with bidirectional(model, enabled=False):
-        assert not moved_by_last(model)[:-1].any()
+        assert not moved(model)[:-1].any()

@@ -318,7 +318,7 @@ FORWARD = [
     labels("3d", lambda: LABELS[..., None], "(1, 9, 1)"),
     labels("too-short", lambda: LABELS[:, :5], "(1, 5)"),
     labels("of-two-rows", lambda: LABELS.expand(2, N), "(2, 9)"),
-    labels("past-the-vocabulary", lambda: LABELS + 100, "below 60"),
+    labels("past-the-vocabulary", lambda: LABELS + 100, f"below {SIZES['vocab_size']}"),
     labels("minus-one", lambda: torch.full_like(LABELS, -1), "-1"),
     loss("logits-to-keep", "leave it out", logits_to_keep=4),
     loss("num-logits-to-keep", "leave it out", num_logits_to_keep=4),

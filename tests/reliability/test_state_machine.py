@@ -39,7 +39,7 @@ from bidirect_patch.mntp.head import remove_mntp_head  # noqa: E402
 from ..helpers.changed_code import Place, has_place  # noqa: E402
 from ..helpers.explicit_masks import sink_masks, under  # noqa: E402
 from ..helpers.one_text import BOTH, CAUSAL, IDS, ONES, PADDED, moves, output  # noqa: E402
-from ..helpers.tiny_models import causal_lm  # noqa: E402
+from ..helpers.tiny_models import SIZES, causal_lm  # noqa: E402
 from ..helpers.twins import assert_twins  # noqa: E402
 from ..helpers.versions import TRANSFORMERS  # noqa: E402
 
@@ -480,7 +480,7 @@ class Orders(RuleBasedStateMachine):
             else:
                 model.gradient_checkpointing_disable()
 
-    @rule(i=which, size=st.sampled_from([60, 64]))
+    @rule(i=which, size=st.sampled_from([SIZES["vocab_size"], 64]))
     def resize(self, i, size):
         for model in self.all[i].both:
             torch.manual_seed(0)
