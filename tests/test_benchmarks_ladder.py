@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .helpers.explicit_masks import sink_masks, under
 from .helpers.simcse_runs import write_pairs
+from .helpers.tiny_models import save_llama
+from .helpers.words import make_tokenizer
 
 pytest.importorskip("sentence_transformers", "6", reason="the ladder needs the extra [simcse]")
 pytest.importorskip("peft", reason="the ladder needs the extra [simcse]")
@@ -25,15 +25,7 @@ WORDS = 60
 def place(tmp_path_factory):
     """`model`, a tiny causal Llama, and `data` with a little of everything."""
     folder = tmp_path_factory.mktemp("place")
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "_", *(f"w{i}" for i in range(WORDS))])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes))
-    model.save_pretrained(folder / "model")
+    save_llama(folder / "model", make_tokenizer(WORDS), num_hidden_layers=3, initializer_range=0.2)
     for kind in ("sts", "words", "qa"):
         (folder / "data" / kind).mkdir(parents=True)
     for seed, name in enumerate(("x-dev", "x-test", "sts2012", "sts2013")):

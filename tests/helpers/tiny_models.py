@@ -53,3 +53,12 @@ def llama(cls=transformers.LlamaModel, backend: str = "sdpa", **settings):
 def causal_lm(**settings):
     """The same with an output head."""
     return llama(transformers.LlamaForCausalLM, **settings)
+
+
+def save_llama(folder, tokenizer, **settings):
+    """Write a tiny causal Llama for a tokenizer's vocabulary, always the same one, and the tokenizer into `folder`."""
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes | settings)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)

@@ -11,8 +11,10 @@ BOS, EOS, UNDERSCORE = 1, 2, 3
 WORDS = 500
 
 
-def make_tokenizer(**specials):
-    vocabulary = {word: i for i, word in enumerate([*SPECIALS, "_", *(f"w{i}" for i in range(WORDS))])}
+def make_tokenizer(words=WORDS, underscore=True, **specials):
+    """A tokenizer with a token for each of w0, w1, ..., and one for the underscore."""
+    ordinary = [*(["_"] if underscore else []), *(f"w{i}" for i in range(words))]
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *ordinary])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     settings = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", **specials}

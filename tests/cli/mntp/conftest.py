@@ -3,9 +3,9 @@
 import random
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ...helpers.tiny_models import save_llama
+from ...helpers.words import make_tokenizer
 
 WORDS = 60
 
@@ -14,16 +14,7 @@ WORDS = 60
 def place(tmp_path_factory):
     """A folder with `model`, a tiny causal Llama and its tokenizer, and `text`, where a word tells the next one."""
     folder = tmp_path_factory.mktemp("place")
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "_", *(f"w{i}" for i in range(WORDS))])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=256
-    )
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder / "model")
+    save_llama(folder / "model", make_tokenizer(WORDS, model_max_length=256))
     rng = random.Random(0)
     lines = [" ".join(f"w{(i * 7 + j) % WORDS}" for j in range(rng.randrange(3, 30))) for i in range(300)]
     lines[5] = ""

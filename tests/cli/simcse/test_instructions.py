@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
 
 from ...helpers.byte_tokenizers import CLASSES, byte_tokenizer
 from ...helpers.simcse_runs import run, write_e5, write_rows
+from ...helpers.tiny_models import save_llama
 
 st = pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
 pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse]")
@@ -21,11 +22,7 @@ pytest.importorskip("peft", reason="the contrastive step needs the extra [simcse
 def bytes_model(tmp_path):
     """A tiny Llama whose tokenizer makes a token of each byte and of a few words with the space before them."""
     folder = tmp_path / "bytes"
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)).save_pretrained(folder)
+    save_llama(folder, byte_tokenizer(), initializer_range=0.2)
     return folder
 
 
