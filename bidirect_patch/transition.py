@@ -78,7 +78,8 @@ def to_causal_block(seen: Survey, decoder: Decoder) -> list[Change]:
     """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
     if decoder.is_in_block:  # what attends in both directions in it came with a layer, and goes
         modules = [part.module for attention in decoder.attentions for part in attention.parts]
-        return prepare(remove=[(module, plan.mixin) for module in modules for plan in plans_of(module) if plan.mixin in OF_ATTENTION])
+        put_on = ((module, plan.mixin) for module in modules for plan in plans_of(module))
+        return prepare(remove=[(module, mixin) for module, mixin in put_on if mixin in OF_ATTENTION])
     is_native = native_attention(decoder) != "causal"
     if not (is_native or decoder.has_any_patch):
         return []
@@ -109,6 +110,14 @@ def bring_back(seen: Survey, decoder: Decoder, before: Found) -> None:
             to_bidirectional(seen, [each], True, [each] if mode is Mode.UNVERIFIED else [])
     if before.watched is not None:
         watch_only(seen.modules, before.watched)
+
+
+def setting_to_come(decoder: Decoder) -> Setting:
+    """The setting that the end of a block is to bring a decoder to; raises what `to_bidirectional` would, but for wrappers."""
+    if is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks:
+        return decoder.setting
+    _check_supported([decoder], False)
+    return Setting(Mode.UNVERIFIED if verify(decoder) is None else Mode.BIDIRECTIONAL, decoder.sinks)
 
 
 def check_free(decoder: Decoder, wanted: Setting) -> None:

@@ -33,5 +33,6 @@ class Setting(NamedTuple):
             return "causal"
         if self.mode is Mode.MIXED:
             return self.mode.value
-        sinks = f" with {self.sinks[0]} sink tokens and {self.sinks[1]} sinkless layers"
+        numbers = f"{self.sinks[0]} sink tokens and {self.sinks[1]} sinkless layers" if any(self.sinks) else "no sink tokens"
+        sinks = f" with {numbers}"
         return "bidirectional" + sinks * (other.attends.mode is Mode.BIDIRECTIONAL)

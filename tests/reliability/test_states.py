@@ -20,8 +20,8 @@ from bidirect_patch import (
     disable_bidirectional,
     enable_bidirectional,
     is_bidirectional,
+    transition,
 )
-from bidirect_patch import transition
 from bidirect_patch.errors import (
     AttentionMaskError,
     GenerateError,
