@@ -80,9 +80,10 @@ def enable_after_blocks(model: nn.Module, sinks: Sinks) -> None:
     For what was loaded into a model: it stays there when the block ends, so its mode does too.
     """
     with in_use.lock:
-        seen, now, later = survey(model), [], []
-        for decoder in (each.with_sinks(sinks) for each in seen.decoders):
-            (now if in_use.after_all(decoder.module) is None else later).append(decoder)
+        seen = survey(model)
+        wanted = [decoder.with_sinks(sinks) for decoder in seen.decoders]
+        now = [decoder for decoder in wanted if in_use.after_all(decoder.module) is None]
+        later = [decoder for decoder in wanted if in_use.after_all(decoder.module) is not None]
         settings = [setting_to_come(decoder) for decoder in later]
         _enable(seen, now, False)
         for decoder, setting in zip(later, settings):

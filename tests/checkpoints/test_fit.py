@@ -135,8 +135,8 @@ def test_without_auto_what_is_said_is_true_and_helps(saved, only_warns, name, ad
     it = now if after is None else f"{now} within a block, and {after} after it"
     when = " after the block" if blocks else ""
     assert str(told.message) == (
-        f"the adapter {folder} was trained with bidirectional attention and {sinks.described}, and is loaded onto a model that is "
-        f"{it}: call enable_bidirectional(model{numbers}){when}, or import bidirect_patch.auto before loading"
+        f"the adapter {folder} was trained with bidirectional attention and {sinks.described}, and is loaded onto a model that "
+        f"is {it}: call enable_bidirectional(model{numbers}){when}, or import bidirect_patch.auto before loading"
     )
     assert told.filename.endswith("saved.py"), "the line that loads, of this package's user"
     same(encode(enable_bidirectional(model, **sinks._asdict())), want)
