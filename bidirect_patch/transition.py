@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from .attention.labels import unwatch_labels, watch_labels, watch_only, watched_among
+from .attention.module_settings import AttentionSettings
 from .attention.plan import MIXINS, OF_ATTENTION, bidirectional_plans, causal_block_plans
 from .attention.recompute import forget_checkpoints
 from .checkpoints import hooks
@@ -18,7 +19,7 @@ from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, is_sharded
 from .swap.instance_forward import calls_the_patch, name_and_place
 from .swap.modes import Mode, Setting
-from .swap.record import Found, Plan, before_patch, plans_of, plans_on, record_of
+from .swap.record import Found, Plan, before_patch, plans_of, plans_on, record_of, settings_of
 from .verify.late import Unverified, unverified_plan, verify_now
 from .verify.mode import is_verified_patch
 from .verify.proof import native_attention, verify
@@ -37,7 +38,7 @@ def to_bidirectional(
         allow_partial: see `enable_bidirectional`.
         unverified: decoders that are to be verified at their first forward, whatever is known of them.
     """
-    changing = [decoder for decoder in wanted if not (is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks)]
+    changing = [decoder for decoder in wanted if not _is_so(decoder)]
     if not changing:
         return
     _check_supported(changing, allow_partial)
@@ -114,7 +115,7 @@ def bring_back(seen: Survey, decoder: Decoder, before: Found) -> None:
 
 def setting_to_come(decoder: Decoder) -> Setting:
     """The setting that the end of a block is to bring a decoder to; raises what `to_bidirectional` would, but for wrappers."""
-    if is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks:
+    if _is_so(decoder):
         return decoder.setting
     _check_supported([decoder], False)
     return Setting(Mode.UNVERIFIED if verify(decoder) is None else Mode.BIDIRECTIONAL, decoder.sinks)
@@ -186,6 +187,18 @@ def _put_back(seen: Survey, going: list[Decoder], plans: Mapping[nn.Module, tupl
 def _as_it_was_and_is(seen: Survey, decoder: Decoder) -> list[Decoder]:
     """A decoder as a block found it, and as it is now: a layer may have been taken out, put in or wrapped within the block."""
     return [decoder, *(now for now in decoders(seen.model) if now.module is decoder.module)]
+
+
+def _is_so(decoder: Decoder) -> bool:
+    """Whether a decoder is bidirectional with its sinks already, in each layer: one that has others may have been put in."""
+    if not (is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks):
+        return False
+    there = [settings_of(attention.module, AttentionSettings) for attention in decoder.attentions]
+    return all(
+        each is not None and each.spans == len(decoder.spans) and each.span.sinks == attention.span.sinks
+        and each.span.sees_sinks == attention.span.sees_sinks
+        for each, attention in zip(there, decoder.attentions)
+    )  # fmt: skip
 
 
 def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:

@@ -195,6 +195,23 @@ def test_a_layer_that_comes_into_a_causal_block_is_as_the_blocks_inside_say():
     assert moved(model).all() and is_bidirectional(model)
 
 
+@pytest.mark.parametrize("how", ["enable", "block"])
+@pytest.mark.parametrize("put_in", ["another layer", "a layer without sinks"])
+def test_a_layer_of_other_sinks_is_brought_to_those_asked_for(put_in, how):
+    sinks = {"num_sink_tokens": 1, "num_sinkless_layers": 1}
+    model, twin = tiny_model(), tiny_model()
+    twin.model.layers[1] = copy.deepcopy(twin.model.layers[0])
+    want = enable_bidirectional(twin, **sinks)(input_ids=IDS)[0]
+    open_ = enable_bidirectional(tiny_model()).model.layers[0]
+    enable_bidirectional(model, **sinks)
+    model.model.layers[1] = copy.deepcopy(model.model.layers[0] if put_in == "another layer" else open_)
+    if how == "enable":
+        assert torch.equal(enable_bidirectional(model, **sinks)(input_ids=IDS)[0], want)
+    else:
+        with bidirectional(model, **sinks):
+            assert torch.equal(model(input_ids=IDS)[0], want)
+
+
 def test_what_is_no_mixture_runs_as_before():
     """A forward that was taken before, a layer by itself, fewer layers than there were."""
     model = tiny_model(head=False)
