@@ -2,21 +2,22 @@
 
 After the import, on every transformers, `from_pretrained` of a checkpoint whose config says `is_causal: false`, or that LLM2Vec
 saved, returns an enabled model, and an adapter that was trained bidirectionally enables the model that it is loaded onto,
-through PEFT or through transformers, with the sink tokens that it was saved with. Without the import there is only a warning,
+through PEFT or through transformers, with the sink tokens that it was saved with. Within a block, the model keeps the block's
+mode, and is enabled when the last block ends. Without the import there is only a warning,
 once this package is in use, and an error for a folder with sink tokens.
 """
 
-import warnings
 from typing import Any
 
 import wrapt
 from transformers import PreTrainedModel
 
 from .checkpoints import guard, hooks, policy
+from .checkpoints.fit import sinks_for_good
 from .checkpoints.marks import is_marked, saved_sinks, sinks_on_disk, was_marked
+from .errors import warn_user
 from .model.sinks import NO_SINKS
-from .patch import enable_bidirectional
-from .verify.mode import sinks_in
+from .patch import enable_after_blocks, enable_bidirectional
 
 
 def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
@@ -31,14 +32,13 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model, where, _ = hooks.adapter_arguments(model, args, kwargs)
     if policy.enables() and where is not None and is_marked(where, **kwargs):
-        sinks, before = sinks_on_disk(where, **kwargs), sinks_in(model)
+        sinks, before = sinks_on_disk(where, **kwargs), sinks_for_good(model)
         if before not in (NO_SINKS, sinks):
-            warnings.warn(
-                f"the adapter {where} belongs to a model with {sinks.in_words}, and is loaded onto one with {before.in_words}, "
-                "which is changed to the adapter's. For others, call enable_bidirectional with them afterwards",
-                stacklevel=3,
+            warn_user(
+                f"the adapter {where} belongs to a model with {sinks.described}, and is loaded onto one with {before.described}, "
+                "which is changed to the adapter's. For others, call enable_bidirectional with them afterwards"
             )
-        enable_bidirectional(model, **sinks._asdict())
+        enable_after_blocks(model, sinks)
     return result
 
 

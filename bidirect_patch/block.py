@@ -15,7 +15,7 @@ from .model.sinks import Sinks
 from .swap import in_use
 from .swap.apply import commit
 from .swap.modes import Mode, Setting
-from .transition import bring_back, check_free, check_not_sharded, to_bidirectional, to_causal_block
+from .transition import bring_back, check_free, check_not_sharded, find, to_bidirectional, to_causal_block
 
 Model = TypeVar("Model", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,9 +41,9 @@ class Block(ContextDecorator, Generic[Model]):
                 found = [decoder.with_sinks(Sinks(*self.wanted.sinks)) for decoder in seen.decoders]
                 for decoder in found:
                     check_free(decoder, self.wanted)
-                before = [decoder.setting for decoder in found]
-                for decoder, setting in zip(found, before):
-                    self._entered.append((decoder, in_use.hold(decoder.module, self.wanted, setting, self)))
+                before = [find(seen, decoder) for decoder in found]
+                for decoder, each in zip(found, before):
+                    self._entered.append((decoder, in_use.hold(decoder.module, self.wanted, each, self)))
                 if self.wanted.mode is Mode.BIDIRECTIONAL:
                     check_not_sharded(seen)
                     to_bidirectional(seen, found, self.allow_partial)
@@ -90,7 +90,7 @@ class Block(ContextDecorator, Generic[Model]):
                 decoder, hold = self._entered[-1]
                 try:
                     before = in_use.to_restore(decoder.module, hold)
-                    if before is not None and not (was_refused and decoder.setting == before):
+                    if before is not None and not (was_refused and decoder.setting == before.setting):
                         bring_back(seen, decoder, before)
                 except Exception as error:
                     errors.append(error)

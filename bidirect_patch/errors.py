@@ -3,8 +3,11 @@
 An error of a call that changes something is raised before anything is changed. Each says what was given and what to do.
 """
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class BidirectPatchError(Exception):
@@ -77,6 +80,19 @@ class LabelLeakWarning(UserWarning):
 
 class CausalMaskWarning(UserWarning):
     """A bidirectional model was given a ready mask in which no token sees a later one, and follows it."""
+
+
+# By these, a user's code comes to a warning. With one that is not among them, the warning names a line of that library.
+_LIBRARIES = "bidirect_patch torch transformers peft accelerate sentence_transformers trl wrapt contextlib".split()
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of the innermost line that is the user's: neither of this package nor of a library that called it."""
+    level = 1
+    outer: Any = sys._getframe()
+    while outer is not None and str(outer.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
+        level, outer = level + 1, outer.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def one_line(error: BaseException) -> str:

@@ -8,13 +8,14 @@ from .block import Block
 from .errors import ArgumentError
 from .model.decoder import Decoder
 from .model.find import Survey, check_module, survey
-from .model.sinks import NO_SINKS, read_sinks
+from .model.sinks import NO_SINKS, Sinks, read_sinks
 from .swap import in_use
 from .swap.modes import Mode, Setting
 from .transition import (
     check_free,
     check_not_native,
     check_not_sharded,
+    setting_to_come,
     stays_in_block,
     to_as_loaded,
     to_bidirectional,
@@ -71,6 +72,22 @@ def enable_with_sinks_found(model: Model) -> Model:
         seen = survey(model)
         _enable(seen, [decoder.as_patched() for decoder in seen.decoders], False)
     return model
+
+
+def enable_after_blocks(model: nn.Module, sinks: Sinks) -> None:
+    """`enable_bidirectional`; a decoder that a block holds keeps the block's mode, and is enabled when the last block ends.
+
+    For what was loaded into a model: it stays there when the block ends, so its mode does too.
+    """
+    with in_use.lock:
+        seen = survey(model)
+        wanted = [decoder.with_sinks(sinks) for decoder in seen.decoders]
+        now = [decoder for decoder in wanted if in_use.after_all(decoder.module) is None]
+        later = [decoder for decoder in wanted if in_use.after_all(decoder.module) is not None]
+        settings = [setting_to_come(decoder) for decoder in later]
+        _enable(seen, now, False)
+        for decoder, setting in zip(later, settings):
+            in_use.set_after_all(decoder.module, setting)
 
 
 def disable_bidirectional(model: Model) -> Model:

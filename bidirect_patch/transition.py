@@ -1,11 +1,12 @@
 """The steps of a change of mode, for the decoders of one model. Call each with `in_use.lock` held."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .attention.labels import unwatch_labels, watch_labels
-from .attention.plan import MIXINS, bidirectional_plans, causal_block_plans
+from .attention.labels import unwatch_labels, watch_labels, watch_only, watched_among
+from .attention.module_settings import AttentionSettings
+from .attention.plan import MIXINS, OF_ATTENTION, bidirectional_plans, causal_block_plans
 from .attention.recompute import forget_checkpoints
 from .checkpoints import hooks
 from .checkpoints.pickled import Pickled, pickled_plan
@@ -18,7 +19,7 @@ from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, is_sharded
 from .swap.instance_forward import calls_the_patch, name_and_place
 from .swap.modes import Mode, Setting
-from .swap.record import Plan, before_patch, plans_of, record_of
+from .swap.record import Found, Plan, before_patch, plans_of, plans_on, record_of, settings_of
 from .verify.late import Unverified, unverified_plan, verify_now
 from .verify.mode import is_verified_patch
 from .verify.proof import native_attention, verify
@@ -37,7 +38,7 @@ def to_bidirectional(
         allow_partial: see `enable_bidirectional`.
         unverified: decoders that are to be verified at their first forward, whatever is known of them.
     """
-    changing = [decoder for decoder in wanted if not (is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks)]
+    changing = [decoder for decoder in wanted if not _is_so(decoder)]
     if not changing:
         return
     _check_supported(changing, allow_partial)
@@ -50,50 +51,74 @@ def to_bidirectional(
         add.append(pickled_plan(decoder.module))
         if decoder in unverified or (proof is None and not allow_partial):
             add.append(unverified_plan(decoder))
-    mixins = _patch_of(seen, changing)
-    before = [(module, plan) for module, mixin in mixins for plan in plans_of(module) if plan.mixin is mixin]
-    apply(add, mixins)
+    plans, watched = plans_on(module for module, _ in _patch_of(seen, changing)), watched_among(seen.modules)
     try:
+        apply(add, _patch_of(seen, changing))
         watch_labels(seen.modules)
         for decoder, proof in zip(changing, proofs):
             if proof is None and not allow_partial and not decoder.is_on_meta:
                 verify_now(decoder.outermost, even_on_meta=False)
     except BaseException:
-        to_as_loaded(seen, changing)
-        apply(before)  # other sinks, where there were some
+        _put_back(seen, changing, plans)
+        watch_only(seen.modules, watched)
         raise
 
 
 def to_as_loaded(seen: Survey, going: list[Decoder]) -> None:
     """Undo the patch of the decoders in `going`."""
-    apply(remove=_patch_of(seen, going))
-    for decoder in going:
-        forget_checkpoints(decoder.module)
-    unwatch_labels(seen.modules)
+    try:
+        apply(remove=_patch_of(seen, going))
+    finally:  # also where an interrupt came right after the change
+        for decoder in going:
+            if not decoder.has_any_patch:
+                forget_checkpoints(decoder.module)
+        unwatch_labels(seen.modules)
 
 
 def to_causal_block(seen: Survey, decoder: Decoder) -> list[Change]:
     """What has to change for `decoder` to be causal within a block; nothing if it is causal already."""
-    if decoder.is_in_block:
-        return []
+    if decoder.is_in_block:  # what attends in both directions in it came with a layer, and goes
+        modules = [part.module for attention in decoder.attentions for part in attention.parts]
+        put_on = ((module, plan.mixin) for module in modules for plan in plans_of(module))
+        return prepare(remove=[(module, mixin) for module, mixin in put_on if mixin in OF_ATTENTION])
     is_native = native_attention(decoder) != "causal"
     if not (is_native or decoder.has_any_patch):
         return []
+    _check_forwards([decoder])  # or its end could not bring the patch back
     plans = [*causal_block_plans(seen.model, decoder, is_native), pickled_plan(decoder.module)]
     return prepare(plans, _patch_of(seen, [decoder]))
 
 
-def bring_back(seen: Survey, decoder: Decoder, before: Setting) -> None:
-    """Bring one decoder to the setting that a block found."""
-    if before.mode is Mode.AS_LOADED:
+def find(seen: Survey, decoder: Decoder) -> Found:
+    """What a block finds on one decoder, for `bring_back`."""
+    setting = decoder.setting
+    plans = plans_on(module for module, _ in _patch_of(seen, [decoder])) if setting.mode is Mode.MIXED else {}
+    return Found(setting, plans, watched_among(seen.modules))
+
+
+def bring_back(seen: Survey, decoder: Decoder, before: Found) -> None:
+    """Bring one decoder to what a block found."""
+    mode, sinks = before.setting
+    if mode is Mode.AS_LOADED:
         to_as_loaded(seen, [decoder])
-    elif before.mode is Mode.CAUSAL_BLOCK:
+    elif mode is Mode.CAUSAL_BLOCK:
         commit(to_causal_block(seen, decoder))
+    elif mode is Mode.MIXED:
+        _put_back(seen, _as_it_was_and_is(seen, decoder), before.plans)
     else:
-        # As it was found, and as it is now: a layer may have been taken out, put in or wrapped within the block.
-        for each in (decoder, *(now for now in decoders(seen.model) if now.module is decoder.module)):
-            each = each.with_sinks_as_far_as_layers_go(Sinks(*before.sinks))
-            to_bidirectional(seen, [each], True, [each] if before.mode is Mode.UNVERIFIED else [])
+        for each in _as_it_was_and_is(seen, decoder):
+            each = each.with_sinks_as_far_as_layers_go(Sinks(*sinks))
+            to_bidirectional(seen, [each], True, [each] if mode is Mode.UNVERIFIED else [])
+    if before.watched is not None:
+        watch_only(seen.modules, before.watched)
+
+
+def setting_to_come(decoder: Decoder) -> Setting:
+    """The setting that the end of a block is to bring a decoder to; raises what `to_bidirectional` would, but for wrappers."""
+    if _is_so(decoder):
+        return decoder.setting
+    _check_supported([decoder], False)
+    return Setting(Mode.UNVERIFIED if verify(decoder) is None else Mode.BIDIRECTIONAL, decoder.sinks)
 
 
 def check_free(decoder: Decoder, wanted: Setting) -> None:
@@ -149,6 +174,31 @@ def _patch_of(seen: Survey, going: list[Decoder]) -> list[tuple[nn.Module, type[
         for plan in record.plans
         if plan.mixin in _MIXINS
     ]
+
+
+def _put_back(seen: Survey, going: list[Decoder], plans: Mapping[nn.Module, tuple[Plan, ...]]) -> None:
+    """Undo the patch of the decoders in `going`, and put on again what was there before: one change, of both."""
+    apply([(module, plan) for module, found in plans.items() for plan in found if plan.mixin in _MIXINS], _patch_of(seen, going))
+    for decoder in going:
+        if not decoder.has_any_patch:
+            forget_checkpoints(decoder.module)
+
+
+def _as_it_was_and_is(seen: Survey, decoder: Decoder) -> list[Decoder]:
+    """A decoder as a block found it, and as it is now: a layer may have been taken out, put in or wrapped within the block."""
+    return [decoder, *(now for now in decoders(seen.model) if now.module is decoder.module)]
+
+
+def _is_so(decoder: Decoder) -> bool:
+    """Whether a decoder is bidirectional with its sinks already, in each layer: one that has others may have been put in."""
+    if not (is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks):
+        return False
+    there = [settings_of(attention.module, AttentionSettings) for attention in decoder.attentions]
+    return all(
+        each is not None and each.spans == len(decoder.spans) and each.span.sinks == attention.span.sinks
+        and each.span.sees_sinks == attention.span.sees_sinks
+        for each, attention in zip(there, decoder.attentions)
+    )  # fmt: skip
 
 
 def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:

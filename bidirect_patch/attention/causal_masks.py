@@ -4,14 +4,13 @@ A ready mask is followed as it is. A model around the patched one makes such a m
 inner model was enabled: the text model of a multimodal one, say. It may open the tokens of an image to each other.
 """
 
-import warnings
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CausalMaskWarning
+from ..errors import CausalMaskWarning, warn_user
 from ..model.facts import forward_builds_mask
 from ..swap.classes import is_open, original
 from ..swap.recording import values_are_unknown
@@ -51,12 +50,11 @@ def warn_if_causal(model: nn.Module, mask: Any) -> None:
     tokens = "no token sees a later one" if share == 1 else f"{share:.0%} of the tokens see no later one"
     where = f" in its layers of {kinds}" if kinds else ""
     result = "these are" if kinds or share < 1 else "its result is"
-    warnings.warn(
+    warn_user(
         f"{type(model).__name__} attends in both directions and was given a ready attention mask in which {tokens}{where}, so "
         f"that {result} causal. If a model around it made that mask, call enable_bidirectional on that model; if you want a "
         "causal result, use `with bidirectional(model, enabled=False):`",
         CausalMaskWarning,
-        stacklevel=2,
     )
 
 

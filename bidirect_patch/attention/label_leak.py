@@ -1,14 +1,13 @@
 """Whether a bidirectional model is trained on labels that it can read off its own input: a warning."""
 
 import sys
-import warnings
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LabelLeakWarning
+from ..errors import LabelLeakWarning, warn_user
 from ..model.facts import parameter_names
 from ..model.walk import modules_of
 from ..swap.classes import original
@@ -84,10 +83,9 @@ def warn_if_labels_leak(model: nn.Module, input_ids: Any, labels: Any) -> None:
         return  # in a causal block
     _judged.update(filter(computes_loss, modules_of(model)))
     if not hidden.any():
-        warnings.warn(
+        warn_user(
             f"{type(model).__name__} attends in both directions and was given labels that are all visible in its input, as "
             "for next-token prediction: each position sees the token that it must name, and the model learns to copy it. Hide "
             "tokens (bidirect_patch.MNTPCollator), or train inside `with bidirectional(model, enabled=False):`",
             LabelLeakWarning,
-            stacklevel=4,
         )

@@ -1,6 +1,6 @@
 """The hooks by which the labels of a bidirectional model are looked at."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 from weakref import WeakSet
 
@@ -19,22 +19,49 @@ _watched: "WeakSet[nn.Module]" = WeakSet()  # copies of those are not among them
 def watch_labels(modules: Iterable[nn.Module]) -> None:
     """Look at the labels of every model among `modules` that computes a loss of them, by a forward pre-hook."""
     for module in modules:
-        if computes_loss(module):
-            judge_anew(module)
-            if _look not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_look, with_kwargs=True)
-                _watched.add(module)
+        if computes_loss(module) and not _is_watched(module):
+            _watch(module)
 
 
 def unwatch_labels(modules: Iterable[nn.Module]) -> None:
-    """Take the hooks of `watch_labels` off again: of `modules` and around them, wherever no decoder is patched any more."""
-    for module in {*modules, *_watched}:
-        keys = [key for key, hook in module._forward_pre_hooks.items() if hook is _look]
-        if keys and not any(has_mixin(m, BidirectionalModel) or has_mixin(m, CausalBlock) for m in modules_of(module)):
-            for key in keys:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-            _watched.discard(module)
+    """Take the hooks of `watch_labels` off again: of `modules` and around them, wherever no decoder is patched any more.
+
+    Once they are enabled again, their labels are judged anew.
+    """
+    for module in filter(_is_watched, {*modules, *_watched}):
+        if not any(has_mixin(m, BidirectionalModel) or has_mixin(m, CausalBlock) for m in modules_of(module)):
+            _unwatch(module)
+            judge_anew(module)
+
+
+def watched_among(modules: Iterable[nn.Module]) -> "WeakSet[nn.Module]":
+    """Those among `modules` whose labels are looked at."""
+    return WeakSet(filter(_is_watched, modules))
+
+
+def watch_only(modules: Iterable[nn.Module], watched: Set[nn.Module]) -> None:
+    """Of `modules`, look at the labels of those in `watched` and of no others: what `watched_among` found, brought back."""
+    for module in modules:
+        if module in watched and not _is_watched(module):
+            _watch(module)
+        elif module not in watched:
+            _unwatch(module)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return _look in module._forward_pre_hooks.values()
+
+
+def _watch(module: nn.Module) -> None:
+    module.register_forward_pre_hook(_look, with_kwargs=True)
+    _watched.add(module)
+
+
+def _unwatch(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _look]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    _watched.discard(module)
 
 
 def _look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

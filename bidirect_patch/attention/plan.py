@@ -95,11 +95,13 @@ class _WithConfig(Swapped):
     rank = 1
 
 
+# The mixins that these plans put on an attention module and the modules in it.
+OF_ATTENTION: tuple[type[Swapped], ...] = (BidirectionalAttention, BidirectionalPart)
+
 # Every mixin that these plans put on a module.
 MIXINS: tuple[type[Swapped], ...] = (
     BidirectionalModel,
-    BidirectionalAttention,
-    BidirectionalPart,
+    *OF_ATTENTION,
     CausalBlock,
     WithoutCache,
     _WithConfig,

@@ -5,7 +5,6 @@ the stock way.
 """
 
 import inspect
-import warnings
 from typing import Any
 
 import wrapt
@@ -13,10 +12,9 @@ from torch import nn
 
 from ..attention.mixed import holds_open
 from ..attention.model_forward import check_not_in_others_block, holds_causal_block
-from ..errors import BidirectPatchError, GenerateError
+from ..errors import BidirectPatchError, GenerateError, warn_user
 from ..model.config import parts
 from ..model.find import holds_decoder
-from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open
@@ -24,10 +22,12 @@ from ..verify.late import verify_kernel
 from ..verify.mode import check_not_mixed, is_bidirectional, sinks_in
 from . import policy
 from .adapters import fit_adapter_keys, mark, marked, save_adapter_config
+from .fit import warn_of_misfit
 from .guard import read_adapter_config
 from .marks import (
     HUB_OPTIONS,
     is_marked,
+    saved_sinks,
     sinks_in_config,
     sinks_on_disk,
     was_marked,
@@ -169,10 +169,9 @@ def _save_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> Any:
     own = list(map(id, parts(config)))
     for decoder in in_use.decoders():
         if is_open(decoder) and id(decoder.config) in own and getattr(decoder.config, "is_causal", True) is not False:
-            warnings.warn(
+            warn_user(
                 f"the config of a bidirectional {type(decoder).__name__} was saved by itself, without \"is_causal\": false: what "
-                "is opened from there is causal. Call save_pretrained of the model",
-                stacklevel=3,
+                "is opened from there is causal. Call save_pretrained of the model"
             )
             break
     return wrapped(*args, **kwargs)
@@ -182,10 +181,9 @@ def _save_weights(wrapped: Any, accelerator: Any, args: Any, kwargs: Any) -> Any
     """`Accelerator.save_model` writes the weights, and no config that could hold the flag."""
     model = args[0] if args else kwargs.get("model")
     if isinstance(model, nn.Module) and holds_open(model):
-        warnings.warn(
+        warn_user(
             f"Accelerator.save_model writes the weights of a bidirectional {type(model).__name__}, and nothing that says so: "
-            "what is opened from there is causal. Call save_pretrained of the model, or enable the model that takes the weights",
-            stacklevel=3,
+            "what is opened from there is causal. Call save_pretrained of the model, or enable the model that takes the weights"
         )
     return wrapped(*args, **kwargs)
 
@@ -200,8 +198,8 @@ def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
-    if policy.warns() and was_marked(model) and not is_bidirectional(model):
-        _warn(f"the checkpoint {args[0] if args else ''}")
+    if policy.warns() and was_marked(model):
+        warn_of_misfit(f"the checkpoint {args[0] if args else ''}", "is loaded as", model, saved_sinks(model))
     return result
 
 
@@ -219,8 +217,8 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
             # PEFT's own list is of the adapter's keys alone, and it warns of each
             fitted.missing_keys[:] = set(result.missing_keys).intersection(fitted.missing_keys)
             result = fitted
-    if policy.warns() and not is_bidirectional(model, sinks):
-        _warn(f"the adapter {where}", sinks)
+    if policy.warns():
+        warn_of_misfit(f"the adapter {where}", "is loaded onto", model, sinks)
     return result
 
 
@@ -230,13 +228,3 @@ def adapter_arguments(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, str
         model, *args = args
     where = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
     return model, where, (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
-
-
-def _warn(what: str, sinks: Sinks = NO_SINKS) -> None:
-    numbers = "" if sinks == NO_SINKS else f", {sinks.in_words}"
-    kind = f"model without its sink tokens ({sinks.in_words})" if numbers else "causal model"
-    warnings.warn(
-        f"{what} was trained with bidirectional attention and is loaded as a {kind}, where it doesn't belong: call "
-        f"enable_bidirectional(model{numbers}), or import bidirect_patch.auto before loading",
-        stacklevel=4,
-    )

@@ -1,7 +1,6 @@
 """`load_llm2vec`: what LLM2Vec made or would load, as a SentenceTransformer with LLM2Vec's embeddings."""
 
 import os
-import warnings
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +8,7 @@ import torch
 
 from ..checkpoints.loading import loading, without_peft_warning
 from ..checkpoints.marks import HUB_OPTIONS, read_json
-from ..errors import ConfigError, extra_needed
+from ..errors import ConfigError, extra_needed, warn_user
 from ..patch import enable_bidirectional
 from .reading import KNOWN_NAMES, TextFormat, check_tokenizer
 from .settings import EncoderSettings, read_settings
@@ -135,7 +134,7 @@ def _load_model(source: _Source, config: Any, model_kwargs: dict[str, Any], hub:
     from .decoder import load_decoder
 
     if config.model_type == "qwen2":
-        warnings.warn(_QWEN2, stacklevel=4)
+        warn_user(_QWEN2)
     # float32 is the default of LLM2Vec's release of transformers, whatever the checkpoint's own type is
     dtype = None if model_kwargs.get("quantization_config") else torch.float32
     model = load_decoder(source.model, dtype, config=config, **model_kwargs)

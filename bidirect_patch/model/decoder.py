@@ -123,11 +123,12 @@ class Decoder:
     @property
     def setting(self) -> Setting:
         """In which mode it is now, and with which sinks."""
-        now = setting_of(self.module)
-        if now is None or now.mode is Mode.CAUSAL_BLOCK:
+        now, outer = setting_of(self.module), setting_of(self.outermost)
+        if self.is_mixed:
+            return Setting(Mode.MIXED, NO_SINKS if now is None else now.sinks)
+        if now is None or outer is None or now.mode is Mode.CAUSAL_BLOCK:
             return now or Setting(Mode.AS_LOADED)
-        outer = setting_of(self.outermost) if self.is_patched else None
-        return Setting(Mode.AS_LOADED if outer is None else outer.mode, now.sinks)
+        return Setting(outer.mode, now.sinks)
 
     @property
     def is_patched(self) -> bool:
@@ -139,6 +140,13 @@ class Decoder:
     def has_any_patch(self) -> bool:
         """Whether any module of it has a part of the patch."""
         return any(map(plans_of, self.modules))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the patch has made only some of its modules bidirectional, or a call of one goes around it."""
+        if self.is_in_block:
+            return any(is_open(attention.module) for attention in self.attentions)
+        return self.has_any_patch and not self.is_patched
 
     @property
     def is_in_block(self) -> bool:

@@ -16,6 +16,11 @@ class Sinks(NamedTuple):
         """As in a call."""
         return ", ".join(f"{name}={value}" for name, value in self._asdict().items())
 
+    @property
+    def described(self) -> str:
+        """As in a sentence."""
+        return self.in_words if any(self) else "no sink tokens"
+
 
 NO_SINKS = Sinks()
 _MOST = 2**31 - 1  # places in a sequence are counted in int32 where FlashAttention runs

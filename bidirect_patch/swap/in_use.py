@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import ModeConflictError
 from .modes import Mode, Setting
+from .record import Found
 from .recording import is_graph_captured
 
 Owner = tuple[int, int]  # a thread, and the asyncio task that runs in it (0: none)
@@ -29,7 +30,7 @@ class Hold:
     """One `with bidirectional(...)` block on one decoder."""
 
     wanted: Setting  # what the block asked for
-    found: Setting  # what to bring back
+    found: Found  # what to bring back
     owner: Owner
     thread: "weakref.ref[threading.Thread]"
     block: "weakref.ref[Any]"  # the block itself: a block that is gone holds nothing
@@ -170,16 +171,27 @@ def only_others_hold(decoder: nn.Module) -> bool:
     return bool(holds) and not any(_is_mine(hold, me) for hold in holds)
 
 
-def set_after_others(decoder: nn.Module, found: Setting) -> None:
+def set_after_others(decoder: nn.Module, setting: Setting) -> None:
     """Let the blocks of others end in this setting, if only others hold `decoder`. Call it with `lock` held.
 
     A caller without a block of its own has set the mode for good. Without this, the end of the last block would undo it.
     """
     if only_others_hold(decoder):
-        state_of(decoder).holds[0].found = found
+        set_after_all(decoder, setting)
 
 
-def hold(decoder: nn.Module, wanted: Setting, found: Setting, block: Any) -> Hold:
+def set_after_all(decoder: nn.Module, setting: Setting) -> None:
+    """Let the blocks that hold `decoder` end in this setting, the caller's too. Call it with `lock` held."""
+    state_of(decoder).holds[0].found = Found(setting)
+
+
+def after_all(decoder: nn.Module) -> Setting | None:
+    """The setting in which the blocks that hold `decoder` will end; None if none does. Call it with `lock` held."""
+    holds = state_of(decoder).holds
+    return holds[0].found.setting if holds else None
+
+
+def hold(decoder: nn.Module, wanted: Setting, found: Found, block: Any) -> Hold:
     """Register a block. Call it with `lock` held, after `check`."""
     new = Hold(wanted, found, _owner(), weakref.ref(threading.current_thread()), weakref.ref(block))
     state = state_of(decoder)
@@ -188,7 +200,7 @@ def hold(decoder: nn.Module, wanted: Setting, found: Setting, block: Any) -> Hol
     return new
 
 
-def to_restore(decoder: nn.Module, hold: Hold) -> Setting | None:
+def to_restore(decoder: nn.Module, hold: Hold) -> Found | None:
     """What to bring back when this block ends, or None if a later block is still open, which then brings it back.
 
     Blocks of other threads, of other tasks and of generators need not end in the order in which they began. Call it with

@@ -11,6 +11,7 @@ class Mode(Enum):
     BIDIRECTIONAL = "bidirectional"
     UNVERIFIED = "bidirectional, but not verified yet"  # it could not run when it was patched
     CAUSAL_BLOCK = "inside a causal block"  # it was bidirectional before the block
+    MIXED = "bidirectional in part"  # some of its modules have the patch, others don't, or a call of one goes around it
 
 
 class Setting(NamedTuple):
@@ -24,11 +25,14 @@ class Setting(NamedTuple):
         """The same for two settings in which a decoder attends in the same way."""
         if self.mode in (Mode.BIDIRECTIONAL, Mode.UNVERIFIED):
             return Setting(Mode.BIDIRECTIONAL, self.sinks)
-        return Setting(Mode.CAUSAL_BLOCK)
+        return Setting(Mode.MIXED if self.mode is Mode.MIXED else Mode.CAUSAL_BLOCK)
 
     def in_words(self, other: "Setting") -> str:
         """In words; with the sinks if `other` differs in nothing else."""
         if self.attends.mode is Mode.CAUSAL_BLOCK:
             return "causal"
-        sinks = f" with {self.sinks[0]} sink tokens and {self.sinks[1]} sinkless layers"
+        if self.mode is Mode.MIXED:
+            return self.mode.value
+        numbers = f"{self.sinks[0]} sink tokens and {self.sinks[1]} sinkless layers" if any(self.sinks) else "no sink tokens"
+        sinks = f" with {numbers}"
         return "bidirectional" + sinks * (other.attends.mode is Mode.BIDIRECTIONAL)

@@ -1,9 +1,10 @@
 """All that one module gets (`Plan`), and what a patched module keeps of it (`Record`)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -39,6 +40,20 @@ class Record:
     before: Mapping[str, Any] = field(default_factory=dict)  # instance attributes that it changed: what was there, or MISSING
     buffers: Mapping[str, Tensor | None] = field(default_factory=dict)  # buffers that it replaced, as they were before
     wrapper: Any = None  # another tool's function around the stock forward, which the patch calls inside
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a change of mode found on a decoder, so that it can be brought back. It keeps no module alive."""
+
+    setting: Setting
+    plans: Mapping[nn.Module, tuple[Plan, ...]] = field(default_factory=dict)  # where the setting alone doesn't say them
+    watched: Set[nn.Module] | None = None  # the models whose labels are looked at; None: those of the setting
+
+
+def plans_on(modules: Iterable[nn.Module]) -> Mapping[nn.Module, tuple[Plan, ...]]:
+    """All that the patch has put on each of some modules, where it has put something. It keeps no module alive."""
+    return WeakKeyDictionary({module: plans for module in modules if (plans := plans_of(module))})
 
 
 def plans_of(module: nn.Module) -> tuple[Plan, ...]:

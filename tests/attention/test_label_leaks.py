@@ -14,11 +14,14 @@ from bidirect_patch import (
     bidirectional,
     disable_bidirectional,
     enable_bidirectional,
+    transition,
 )
+from bidirect_patch.errors import UnsupportedModelError
 
 from ..helpers.heads import trainer_arguments
-from ..helpers.one_text import IDS
+from ..helpers.one_text import CAUSAL, IDS, moves
 from ..helpers.tiny_models import causal_lm
+from ..helpers.twins import leftovers
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -55,6 +58,82 @@ def leaks(model, labels=IDS):
         warnings.simplefilter("always")
         model(input_ids=IDS, labels=labels)
     return sum(warning.category is LabelLeakWarning for warning in told)
+
+
+def raises(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def at_once(model):
+    enable_bidirectional(model, num_sink_tokens=1)
+
+
+def in_a_block(model):
+    with bidirectional(model, num_sink_tokens=1):
+        raise AssertionError("the block was entered")
+
+
+@pytest.mark.parametrize("change", [at_once, in_a_block])
+@pytest.mark.parametrize("found", ["causal", "decoder alone", "bidirectional"])
+@pytest.mark.parametrize("judged", [False, True])
+@pytest.mark.parametrize("step, error", [
+    ("verify", UnsupportedModelError("refused")),
+    ("watch_labels", KeyboardInterrupt),
+    ("watch_labels, half", KeyboardInterrupt),
+    ("verify_now", UnsupportedModelError("refused at last")),
+    ("verify_now", KeyboardInterrupt),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_a_change_that_failed_leaves_the_labels_looked_at_as_before(monkeypatch, change, found, judged, step, error):
+    model = causal_lm()
+    if found != "causal":
+        enable_bidirectional(model if found == "bidirectional" else model.model, num_sink_tokens=2)
+    expected = found != "causal" and not judged
+    if judged:
+        leaks(model)
+    hooks, moved = watched(model), moves(model)
+    with monkeypatch.context() as patch:
+        if step == "verify_now":
+            patch.setattr(transition, "verify", lambda *args, **kwargs: None)
+            patch.setattr(transition, "verify_now", raises(error))
+        elif step == "watch_labels, half":
+            stock = transition.watch_labels
+            patch.setattr(transition, "watch_labels", lambda modules: stock(modules) or raises(error)())
+        else:
+            patch.setattr(transition, step, raises(error))
+        with pytest.raises(error if isinstance(error, type) else type(error)):
+            change(model)
+    assert watched(model) == hooks and moves(model) == moved
+    assert [leaks(model) for _ in range(2)] == [expected, 0]
+    if found == "bidirectional":
+        assert watched(model) == [1]
+    disable_bidirectional(model)
+    assert not watched(model) and moves(model) == CAUSAL and not leftovers(model)
+
+
+def test_a_block_leaves_the_labels_looked_at_as_before():
+    """They are looked at where a model was enabled, and a model is told of them once, whatever blocks there are."""
+    model = causal_lm()
+    enable_bidirectional(model.model)
+    hooks = watched(model)
+    for sinks in (0, 1):
+        with bidirectional(model, num_sink_tokens=sinks), bidirectional(model, enabled=False):
+            pass
+        assert watched(model) == hooks
+    assert [leaks(model) for _ in range(2)] == [1, 0]
+    model = enable_bidirectional(causal_lm())
+    assert leaks(model) == 1
+    with bidirectional(model, enabled=False):
+        assert leaks(model) == 0
+    with bidirectional(model, num_sink_tokens=1):
+        assert leaks(model) == 0
+    assert leaks(model) == 0
+    with bidirectional(model, enabled=False):
+        disable_bidirectional(model)
+        enable_bidirectional(model)
+    assert watched(model) == [1]
 
 
 def test_labels_are_told_of_around_a_decoder_that_alone_was_enabled():

@@ -493,9 +493,9 @@ class Orders(RuleBasedStateMachine):
                 return
             model.set_attn_implementation(backend)
 
-    @rule(i=which, layer=which)
-    def paste(self, i, layer):
-        """A layer of the other model, in its mode; then the verbs bring the mixture to one state."""
+    @rule(i=which, layer=which, inside=some_mode)
+    def paste(self, i, layer, inside):
+        """A layer of the other model, in its mode; a block leaves the mixture as it is, and the verbs bring it to one state."""
         one, other = self.all[i], self.all[1 - i]
         if one.is_busy or other.is_busy:
             return
@@ -507,6 +507,10 @@ class Orders(RuleBasedStateMachine):
         one.twin.model.layers[layer] = copy.deepcopy(other.twin.model.layers[layer]).to(one.model.dtype)
         if (one.mode is False) != (other.mode is False):
             assert not is_bidirectional(one.model)
+            with block_of(one.model, inside):
+                assert moves(one.model) == moved_by_last(inside)
+            with pytest.raises(OrderError, match="layer was put in or taken out"):
+                one.model(input_ids=IDS)
         bring_back(one)
 
     @rule(i=which)
