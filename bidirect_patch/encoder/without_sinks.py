@@ -84,7 +84,7 @@ class WithoutSinks(Module):
 
 
 def _move_to_the_left(features: dict[str, Any]) -> None:
-    """Let each row begin with the first token that is left, in place. What stood before it follows at the end of the row, masked."""
+    """Let each row begin with the first token that is left, in place. What stood before it follows at the end, masked."""
     tokens, mask = features["token_embeddings"], features["attention_mask"]
     first = mask.ne(0).int().argmax(1, keepdim=True)
     columns = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
