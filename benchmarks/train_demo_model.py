@@ -127,6 +127,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "tokenizer.json", state)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}
     settings |= {"model_max_length": CONFIG["max_position_embeddings"], "clean_up_tokenization_spaces": False}
+    settings |= {"model_input_names": ["input_ids", "attention_mask"]}  # older releases of transformers add token types
     write_json(folder / "tokenizer_config.json", settings, indent=2)
 
 

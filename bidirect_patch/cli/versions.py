@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.utils import is_torch_xla_available
 
@@ -50,6 +51,9 @@ REMOVED = {  # each with the value that asks for nothing; None stands for any em
 }
 _OTHER_NAME = {old: new for old, new in RENAMED} | {new: old for old, new in RENAMED}
 _CHOICE_TO_SWITCH = {choice: switch for switch, choice in SWITCH_TO_CHOICE.items()}
+
+# The trainer of sentence-transformers 5.4 and newer gives transformers' Trainer an argument that is new in 4.46.
+SENTENCE_TRANSFORMERS_TRAINS = Version(transformers.__version__) >= Version("4.46")
 
 
 def name_of_checkpointing(values: dict[str, Any]) -> str:

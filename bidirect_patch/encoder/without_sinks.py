@@ -3,7 +3,9 @@
 import os
 from typing import Any
 
+import sentence_transformers
 import torch
+from packaging.version import Version
 from sentence_transformers.base.modules.module import Module
 from torch import Tensor
 
@@ -11,6 +13,9 @@ from ..errors import ConfigError
 from .pooled import without_sinks
 
 FLAT = "cu_seq_lens_q"  # of a batch without padding: where each text begins in one row, and where the last one ends
+
+# Older releases weight the tokens of a weighted mean by where they stand in the row, whether the tokens before them count or not.
+WEIGHTS_BY_COLUMN = Version(sentence_transformers.__version__) < Version("6")
 
 
 class WithoutSinks(Module):
@@ -53,6 +58,8 @@ class WithoutSinks(Module):
             if mask is None or mask.shape != tokens.shape[:2]:  # as Pooling does
                 mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
             features["attention_mask"] = without_sinks(mask, self.num_sink_tokens)
+            if WEIGHTS_BY_COLUMN:
+                _move_to_the_left(features)
         if "prompt_length" in features:  # counted from the first token that is left
             rest = features["prompt_length"] - self.num_sink_tokens
             features["prompt_length"] = rest.clamp(min=0) if isinstance(rest, Tensor) else max(rest, 0)
@@ -74,3 +81,12 @@ class WithoutSinks(Module):
         """Write the settings to a folder."""
         os.makedirs(output_path, exist_ok=True)
         self.save_config(output_path)
+
+
+def _move_to_the_left(features: dict[str, Any]) -> None:
+    """Let each row begin with the first token that is left, in place. What stood before it follows at the end, masked."""
+    tokens, mask = features["token_embeddings"], features["attention_mask"]
+    first = mask.ne(0).int().argmax(1, keepdim=True)
+    columns = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
+    features["attention_mask"] = mask.gather(1, columns)
+    features["token_embeddings"] = tokens.gather(1, columns[..., None].expand_as(tokens))

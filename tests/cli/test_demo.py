@@ -120,6 +120,11 @@ def test_the_shipped_model_is_causal_and_the_same_on_every_transformers():
         assert torch.equal(model(input_ids=changed).logits[0, :-1], out.logits[0, :-1])
 
 
+def test_the_shipped_tokenizer_gives_what_the_model_takes():
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    assert list(tokenizer("A cat")) == ["input_ids", "attention_mask"]
+
+
 def test_the_shipped_model_is_small():
     sizes = {path.name: path.stat().st_size for path in SHIPPED.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} == set(sizes)

@@ -2,7 +2,8 @@
 
 python tests/helpers/readme_blocks.py README.md [FOLDER OTHER]
 
-With FOLDER and OTHER, FOLDER is replaced by OTHER after the first block.
+With FOLDER and OTHER, FOLDER is replaced by OTHER after the first block. A block whose package needs an environment of its own is
+left out: tests/recipes/test_pylate.py runs it there.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import shutil
 import sys
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+NEEDS_AN_ENVIRONMENT = ("from pylate import",)
 
 
 def blocks(text):
@@ -25,13 +28,15 @@ def blocks(text):
 
 
 def run(path, after_the_first=lambda: None):
-    """Run all blocks, and `after_the_first` once; the number of outputs that were compared."""
+    """Run all blocks but those for another environment, and `after_the_first` once; the number of outputs that were compared."""
     same, names, compared = doctest.OutputChecker().check_output, {"__name__": "__main__"}, 0
     with open(path) as file:
         text = file.read()
     for number, (line, code, shown) in enumerate(blocks(text)):
         if number == 1:
             after_the_first()
+        if any(imported in code for imported in NEEDS_AN_ENVIRONMENT):
+            continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile("\n" * (line - 1) + code, path, "exec"), names)

@@ -20,7 +20,12 @@ def write_folder(folder):
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=256
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=256,
+        model_input_names=["input_ids", "attention_mask"],  # as a decoder's: there are no token types
     )
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)

@@ -5,14 +5,16 @@ Each is trained, saved and opened, and gives the same in batches and alone.
 
 import pytest
 import torch
+from packaging.version import Version
 
 from bidirect_patch import enable_bidirectional
 
 from ..helpers.explicit_masks import sink_masks, under
 from ..helpers.heads import trainer_arguments
 from ..helpers.sentences import write_folder
+from ..helpers.versions import TRANSFORMERS
 
-st = pytest.importorskip("sentence_transformers", "6", reason="sentence-transformers 6 or newer isn't installed")
+st = pytest.importorskip("sentence_transformers", "5.4", reason="sentence-transformers 5.4 or newer isn't installed")
 pytest.importorskip("peft", reason="the folder holds an adapter")
 datasets = pytest.importorskip("datasets", reason="the recipes train on a data set")
 modules = pytest.importorskip("sentence_transformers.base.modules")
@@ -20,6 +22,10 @@ modules = pytest.importorskip("sentence_transformers.base.modules")
 QUERIES = ["w1 w2", "w3", "w4 w5 w6 w7"]
 DOCUMENTS = ["w1 w2 w3 w9 w10", "w7", "w20 w21 w22"]
 CLOSE = dict(rtol=1e-4, atol=1e-5)
+multi_vectors = pytest.mark.skipif(not hasattr(st, "MultiVectorEncoder"), reason="sentence-transformers has it from 6 on")
+trains = pytest.mark.skipif(
+    TRANSFORMERS < Version("4.46"), reason="the trainer of sentence-transformers needs transformers 4.46"
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,7 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@multi_vectors
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_vectors_of_tokens_are_those_of_an_explicit_mask_alone_and_in_batches(name, sinks):
     model = multi_vector(name, sinks)
@@ -81,6 +88,7 @@ def test_vectors_of_tokens_are_those_of_an_explicit_mask_alone_and_in_batches(na
         torch.testing.assert_close(torch.as_tensor(found), expected.detach(), **CLOSE)
 
 
+@multi_vectors
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_late_interaction_is_trained_saved_and_opened(name, tmp_path, auto, sinks):
     from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
@@ -113,6 +121,7 @@ def test_late_interaction_is_trained_saved_and_opened(name, tmp_path, auto, sink
     assert (torch.as_tensor(one[first]) - torch.as_tensor(other[first])).abs().max() > 1e-4
 
 
+@trains
 def test_a_reranker_is_trained_saved_and_opened(name, tmp_path, auto):
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss

@@ -27,7 +27,7 @@ def write_encoder_card(settings: Settings, trainer: SimCSETrainer, report: Repor
     left_out = (
         f", without the {'sink token' if sinks.num_sink_tokens == 1 else 'sink tokens'}" if sinks != NO_SINKS else ""
     )
-    prompts = ", ".join(f"`{prompt}`" for prompt in model.prompts)
+    prompts = ", ".join(f"`{prompt}`" for prompt, text in model.prompts.items() if text)  # there are empty ones by default
     write_card(
         trainer,
         report,
