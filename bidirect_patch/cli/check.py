@@ -16,9 +16,9 @@ from ..verify.probe import LENGTH
 from ..verify.report import LONGEST, attention_report
 from . import Parser, one_line
 from .layers import number_of_layers
-from .loading import loading
-from .sinks import check_sinkless, check_sinks, choose_sinks
-from .versions import DTYPE_ARGUMENT
+from .load_errors import loading
+from .settings_by_release import DTYPE_ARGUMENT
+from .sink_settings import check_sinkless, check_sinks, choose_sinks
 
 
 def run(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from peft.utils import load_peft_weights
 from ..checkpoints.loading import without_peft_warning
 from ..errors import ConfigError
 from ..model.find import decoders
-from .settings import CommonModelArguments
+from .common_settings import CommonModelArguments
 
 WHOLE_MODULES = "modules_to_save"  # PEFT's name for what it trains and saves as a whole
 

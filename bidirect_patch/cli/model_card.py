@@ -10,7 +10,7 @@ from ..attention.mixed import holds_open
 from ..model.sinks import NO_SINKS
 from ..verify.mode import sinks_in
 from .output_folder import writing
-from .report import Report
+from .run_report import Report
 
 TAG = "bidirect-patch"
 
@@ -81,7 +81,8 @@ def steps_in_words(trainer: Any) -> str:
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     best = trainer.state.best_model_checkpoint if training.load_best_model_at_end else None
     of_best = f"; the result is the checkpoint of step {str(best).rpartition('-')[2]}" if best else ""
-    return f"{trainer.state.global_step} steps of {batch}, learning rate {training.learning_rate:g}{of_best}"
+    done = trainer.state.global_step
+    return f"{done} step{'s' * (done != 1)} of {batch}, learning rate {training.learning_rate:g}{of_best}"
 
 
 def layers_in_words(layers: int | None) -> str | None:

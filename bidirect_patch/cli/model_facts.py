@@ -13,8 +13,8 @@ from ..model.sinks import Sinks
 from ..model.tiny import tiny_like
 from ..patch import enable_bidirectional
 from .layers import check_layers, number_of_layers
-from .loading import loading
-from .sinks import check_sinkless, choose_sinks
+from .load_errors import loading
+from .sink_settings import check_sinkless, choose_sinks
 
 POSITIONS = "max_position_embeddings"  # in every config; some have it under another name too
 

@@ -9,9 +9,9 @@ from transformers import Trainer, TrainerState
 from ..errors import ConfigError
 from .callbacks import StopAfter
 from .checkpoints import STATE, resuming
+from .common_settings import transformers_errors
 from .output_folder import writing
-from .settings import transformers_errors
-from .versions import allow_numpy_state
+from .settings_by_release import allow_numpy_state
 
 
 class RunTrainer(Trainer):

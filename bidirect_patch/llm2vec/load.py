@@ -10,8 +10,8 @@ from ..checkpoints.loading import loading, without_peft_warning
 from ..checkpoints.marks import HUB_OPTIONS, read_json
 from ..errors import ConfigError, extra_needed, warn_user
 from ..patch import enable_bidirectional
+from .encoder_settings import EncoderSettings, read_settings
 from .reading import KNOWN_NAMES, TextFormat, check_tokenizer
-from .settings import EncoderSettings, read_settings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -14,8 +14,8 @@ from ..checkpoints.marks import saved_sinks, was_marked
 from ..errors import ConfigError
 from ..patch import enable_bidirectional
 from .decoder import load_decoder
+from .encoder_settings import FILE_NAME, EncoderSettings, check_settings
 from .reading import TextFormat, check_tokenizer, read, split_inputs
-from .settings import FILE_NAME, EncoderSettings, check_settings
 
 
 class LLM2VecTransformer(InputModule):

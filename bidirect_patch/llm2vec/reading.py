@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .settings import EncoderSettings
+from .encoder_settings import EncoderSettings
 
 SEPARATOR = "!@#$%^&*()"
 

@@ -27,7 +27,7 @@ from ..swap.classes import Swapped, has_mixin, set_forward
 from ..swap.record import Plan, record_of, settings_of
 from ..swap.recording import is_transformed
 from .causal_lm import build_around, check_causal, check_module, find_causal, vocabulary_size
-from .evaluation import EVAL_LOGITS, EvalLogits, KeptLogits
+from .eval_logits import EVAL_LOGITS, EvalLogits, KeptLogits
 from .inputs import check_items, check_sequences, check_targets, checked_ignore_index, checked_labels
 from .strategies import Forward, Scored, choose, stock
 

@@ -151,7 +151,7 @@ def test_a_hub_name_is_said_to_the_hub_and_a_folder_is_not(place, monkeypatch, t
     from types import SimpleNamespace
 
     from bidirect_patch.cli.model_card import files_in_words, write_card
-    from bidirect_patch.cli.report import Column, Report
+    from bidirect_patch.cli.run_report import Column, Report
 
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), is_world_process_zero=lambda: True)
     report = Report(trainer, "", (Column("loss", "loss", 8, ".3f"),))

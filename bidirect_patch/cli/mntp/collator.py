@@ -8,7 +8,7 @@ import torch
 
 from ...mntp.collator import MNTPCollator, text_draws
 from .data import sequence_length
-from .passes import PASS
+from .epochs import PASS
 from .settings import DataArguments, MNTPArguments
 from .vocabulary import ADDED_MASK
 

@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import ConfigError
 from ...mntp.tokens import special_ids
 from ..datafiles import find_files, reader_of_all, reading
-from .passes import CountedSequences, EndlessStream
+from .epochs import CountedSequences, EndlessStream
 from .settings import DataArguments, MNTPTrainingArguments, ModelArguments
 
 Split = Literal["train", "validation"]

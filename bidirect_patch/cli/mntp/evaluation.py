@@ -9,7 +9,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ...mntp.collator import IGNORED
 from ...patch import bidirectional
-from ..report import Column, Report
+from ..run_report import Column, Report
 from .settings import SPEARMAN
 
 

@@ -13,8 +13,8 @@ from ...patch import enable_bidirectional
 from ..layers import keep_layers
 from ..lora import with_lora
 from ..model_facts import ModelFacts, load_part, look_at
-from ..sinks import choose_sinks
-from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
+from ..settings_by_release import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
+from ..sink_settings import choose_sinks
 from .settings import ModelArguments
 
 

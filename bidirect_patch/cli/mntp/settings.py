@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 from transformers import TrainingArguments
 
 from ...errors import ConfigError
+from ..common_settings import CommonModelArguments, check_counts, check_given, check_model_settings, parse_settings
 from ..output_folder import check_output_dir
 from ..ranges import LONGEST_SEQUENCE, WORKERS, Range, check_range
-from ..settings import CommonModelArguments, check_counts, check_given, check_model_settings, parse_settings
 
 PoolingMode = Literal["mean", "weighted_mean"]
 

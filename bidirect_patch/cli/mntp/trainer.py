@@ -14,9 +14,9 @@ from ..checkpoints import check_same_sinks, check_same_weights, resuming
 from ..lora import WHOLE_MODULES
 from ..output_folder import writing
 from ..trainer import RunTrainer
+from .epochs import CountingSampler
 from .evaluation import masked_token_sums, summarize
 from .model import adapter_of
-from .passes import CountingSampler
 from .saving import save_bidirectional
 from .sentence_pairs import SentencePairs
 from .settings import SPEARMAN

@@ -11,12 +11,12 @@ from ...errors import ConfigError
 from ...model.sinks import NO_SINKS, Sinks
 from ...verify.mode import sinks_in
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
+from ..common_settings import transformers_errors
 from ..lora import trains_rows
 from ..output_folder import check_space, make_output_dir
 from ..pairs import load_pairs
 from ..progress import hide_bars_in_files
-from ..report import say_what_is_next
-from ..settings import transformers_errors
+from ..run_report import say_what_is_next
 from ..sink_token import with_sink_token
 from .card import write_mntp_card
 from .collator import make_collator

@@ -13,8 +13,8 @@ from mteb.models.model_meta import ModelMeta
 from mteb.types import PromptType
 
 from ...errors import ConfigError, one_line
+from ..common_settings import read_json
 from ..output_folder import make_output_dir, writing
-from ..settings import read_json
 from .model import Encoder, load
 from .tasks import get_tasks
 

@@ -15,8 +15,8 @@ from ...checkpoints.marks import read_json as read_json_of
 from ...errors import ConfigError
 from ...model.sinks import NO_SINKS
 from ...patch import enable_bidirectional
-from ..loading import loading
-from ..settings import read_json
+from ..common_settings import read_json
+from ..load_errors import loading
 from ..simcse.instructions import as_prompt
 from ..simcse.model import load_encoder
 from ..simcse.settings import EncoderArguments

@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     check_training_packages("simcse", subject="simcse")
     with extra_needed("simcse", subject="simcse"):
         import sentence_transformers.base.modules  # noqa: F401  (new in release 5.4)
-    from ..versions import SENTENCE_TRANSFORMERS_TRAINS
+    from ..settings_by_release import SENTENCE_TRANSFORMERS_TRAINS
 
     if not SENTENCE_TRANSFORMERS_TRAINS:
         raise BackendError(

@@ -13,7 +13,7 @@ from ..model_card import (
     steps_in_words,
     write_card,
 )
-from ..report import Report
+from ..run_report import Report
 from ..sink_token import first_token
 from .settings import Settings
 from .trainer import SimCSETrainer

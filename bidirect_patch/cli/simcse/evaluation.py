@@ -5,7 +5,7 @@ from typing import Any
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 from ..pairs import PAIR_COLUMNS
-from ..report import Column, Report
+from ..run_report import Column, Report
 from .settings import METRICS
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...errors import ConfigError
-from ..settings import read_json
+from ..common_settings import read_json
 from .e5_instructions import E5_INSTRUCTIONS
 from .settings import E5, TextArguments
 

@@ -18,11 +18,11 @@ from ...model.config import parts
 from ...model.sinks import NO_SINKS, Sinks
 from ...patch import disable_bidirectional, enable_bidirectional
 from ..layers import check_layers, keep_layers, number_of_layers
-from ..loading import loading
+from ..load_errors import loading
 from ..lora import check_depth, with_lora
+from ..settings_by_release import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
+from ..sink_settings import check_sinkless, choose_sinks
 from ..sink_token import with_sink_token
-from ..sinks import check_sinkless, choose_sinks
-from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from .end_token import append_end_token
 from .prompt_tokens import with_countable_prompts
 from .settings import DROPOUT, EncoderArguments, PoolingMode

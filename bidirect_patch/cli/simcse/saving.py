@@ -13,7 +13,7 @@ from transformers import AutoModel
 from ...checkpoints.guard import opening_sinks
 from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights, resuming
-from ..versions import DTYPE_ARGUMENT
+from ..settings_by_release import DTYPE_ARGUMENT
 
 PROJECTION = "projection.safetensors"  # in a checkpoint: what is trained after the pooling, with a teacher
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from ...errors import ConfigError
-from ..settings import (
+from ..common_settings import (
     CommonModelArguments,
     check_counts,
     check_dropout,

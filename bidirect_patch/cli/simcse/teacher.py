@@ -5,7 +5,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 
-from ..loading import loading
+from ..load_errors import loading
 from .data import Examples
 
 

@@ -12,11 +12,11 @@ from ...errors import ConfigError
 from ...model.sinks import NO_SINKS
 from ...verify.mode import sinks_in
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
+from ..common_settings import transformers_errors
 from ..output_folder import make_output_dir
 from ..pairs import load_pairs
 from ..progress import hide_bars_in_files
-from ..report import say_what_is_next
-from ..settings import transformers_errors
+from ..run_report import say_what_is_next
 from .card import write_encoder_card
 from .checks import check_batches, check_known_tokens, check_single, check_space_for
 from .data import Examples, first_example, load_examples

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from ...attention.versions import DTYPE_ARGUMENT
-from ..loading import loading
-from ..versions import plain_gguf_weights, remove_gguf_mark
+from ..load_errors import loading
+from ..settings_by_release import plain_gguf_weights, remove_gguf_mark
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..model_card import (
     steps_in_words,
     write_card,
 )
-from ..report import Report
+from ..run_report import Report
 from .saving import is_whole
 from .settings import Settings
 from .trainer import WordsTrainer

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import EvalPrediction
 
 from .. import extra_needed
-from ..report import Column, Report
+from ..run_report import Column, Report
 from .data import Sentence
 from .tokens import IGNORED
 

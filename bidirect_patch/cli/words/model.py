@@ -19,11 +19,11 @@ from ...model.config import parts
 from ...model.sinks import NO_SINKS, Sinks
 from ...patch import disable_bidirectional, enable_bidirectional
 from ..layers import keep_layers
-from ..loading import loading
+from ..load_errors import loading
 from ..lora import check_depth, with_lora
 from ..model_facts import ModelFacts, load_part, look_at
-from ..sinks import choose_sinks
-from ..versions import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
+from ..settings_by_release import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
+from ..sink_settings import choose_sinks
 from .settings import ModelArguments
 from .tagger import head_of
 

@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...model.sinks import Sinks
 from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights
-from ..settings import read_json
+from ..common_settings import read_json
 from .model import adapter_of
 from .tagger import WordTagger, head_of
 from .tokens import Reading

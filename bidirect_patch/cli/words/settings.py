@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 from transformers import TrainingArguments
 
 from ...errors import ConfigError
+from ..common_settings import check_counts, check_dropout, check_given, check_model_settings, parse_settings
 from ..mntp import settings as mntp
 from ..output_folder import check_output_dir
 from ..ranges import LONGEST_SEQUENCE, Range, check_range
-from ..settings import check_counts, check_dropout, check_given, check_model_settings, parse_settings
 
 RetroactiveLabels = Literal["same_token", "next_token"]
 METRICS = ("loss", "accuracy", "f1", "precision", "recall")  # what an evaluation gives, the last three of spans alone

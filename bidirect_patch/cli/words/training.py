@@ -13,11 +13,11 @@ from ...errors import ConfigError
 from ...model.sinks import NO_SINKS
 from ...verify.mode import sinks_in
 from ..checkpoints import checkpoint_to_resume, is_finished, put_aside_checkpoints
+from ..common_settings import transformers_errors
 from ..mntp.model import load_tokenizer
 from ..output_folder import check_space, make_output_dir
 from ..progress import hide_bars_in_files
-from ..report import Report, say_what_is_next
-from ..settings import transformers_errors
+from ..run_report import Report, say_what_is_next
 from ..sink_token import with_sink_token
 from .card import write_words_card
 from .collator import WordCollator

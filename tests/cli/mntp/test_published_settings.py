@@ -67,7 +67,7 @@ def test_each_setting_is_read_as_it_is_written(tmp_path, name):
 
     from bidirect_patch.cli.mntp.collator import make_collator
     from bidirect_patch.cli.mntp.settings import parse
-    from bidirect_patch.cli.versions import translate_settings
+    from bidirect_patch.cli.settings_by_release import translate_settings
 
     published = COMMON | OWN[name] | {"model_name_or_path": name, "output_dir": str(tmp_path / "out")}
     path = tmp_path / "published.json"

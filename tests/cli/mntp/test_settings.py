@@ -81,7 +81,7 @@ def test_a_flag_for_texts_replaces_the_texts_of_the_file(settings, tmp_path, hub
 
 @pytest.mark.parametrize("flag", ["--bf16", "--bf16_full_eval"])
 def test_bf16_without_an_accelerator_trains_on_the_cpu(settings, monkeypatch, tmp_path, flag):
-    from bidirect_patch.cli import settings as module
+    from bidirect_patch.cli import common_settings as module
     from bidirect_patch.cli.mntp.settings import parse
 
     monkeypatch.setattr(module, "has_accelerator", lambda: False)
@@ -92,7 +92,7 @@ def test_bf16_without_an_accelerator_trains_on_the_cpu(settings, monkeypatch, tm
 
 
 def test_without_flash_attention_another_backend_is_named():
-    from bidirect_patch.cli.loading import loading
+    from bidirect_patch.cli.load_errors import loading
     from bidirect_patch.errors import BackendError
 
     with pytest.raises(BackendError, match=r"give --attn_implementation sdpa\.$"), loading("it"):
@@ -148,7 +148,7 @@ def test_deepspeeds_settings_reach_trainers_arguments_as_they_are(settings, monk
     ],
 )
 def test_names_of_other_releases_keep_their_meaning(given, known, expected):
-    from bidirect_patch.cli.versions import translate_settings
+    from bidirect_patch.cli.settings_by_release import translate_settings
 
     assert translate_settings(given, known) == expected
 
@@ -163,7 +163,7 @@ def test_names_of_other_releases_keep_their_meaning(given, known, expected):
     ],
 )
 def test_a_meaning_that_would_be_lost_is_an_error(given, known, said):
-    from bidirect_patch.cli.versions import translate_settings
+    from bidirect_patch.cli.settings_by_release import translate_settings
 
     with pytest.raises(ConfigError, match=said):
         translate_settings(given, known)
@@ -174,7 +174,7 @@ def test_every_setting_that_older_trainers_knew_is_accounted_for():
     from dataclasses import fields
 
     from bidirect_patch.cli.mntp.settings import KINDS
-    from bidirect_patch.cli.versions import translate_settings
+    from bidirect_patch.cli.settings_by_release import translate_settings
 
     known = {field.name for kind in KINDS for field in fields(kind)}
     old = """adafactor dispatch_batches evaluation_strategy fp16_backend fp16_opt_level fsdp_min_num_params

@@ -208,7 +208,7 @@ def test_a_published_file_of_each_kind_trains_and_its_pair_tests(published_place
 def test_each_setting_is_read_as_it_is_written(tmp_path, kind, written):
     from dataclasses import asdict
 
-    from bidirect_patch.cli.versions import translate_settings
+    from bidirect_patch.cli.settings_by_release import translate_settings
     from bidirect_patch.cli.words.settings import parse
 
     written = {"model_name_or_path": "m"} | written | KINDS[kind] | {"output_dir": str(tmp_path / "out")}

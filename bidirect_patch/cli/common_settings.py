@@ -19,9 +19,9 @@ from ..model.sinks import Sinks
 from . import Parser, one_line, underscored
 from .output_folder import check_output_dir as check_output_dir
 from .ranges import BELOW_ONE, COUNT, RANK, check_range, check_text, check_training_numbers
+from .settings_by_release import has_accelerator, name_of_checkpointing, translate_settings
 from .settings_help import ALL, NOTES, Formatter, shorten
-from .sinks import check_sinks
-from .versions import has_accelerator, name_of_checkpointing, translate_settings
+from .sink_settings import check_sinks
 
 
 @dataclass
