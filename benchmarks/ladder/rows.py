@@ -53,6 +53,13 @@ class Row(NamedTuple):
         """The steps of its training."""
         return RECIPES[self.recipe]
 
+    @property
+    def causal(self) -> "Row":
+        """The causal row with the same training, but for MNTP, which trains no causal model."""
+        steps = tuple(step for step in self.steps if step != "mntp")
+        recipe = next(name for name, its_steps in RECIPES.items() if its_steps == steps)
+        return self._replace(recipe=recipe, attention=CAUSAL_ROW)
+
 
 def all_rows(seeds: int) -> list[Row]:
     """Every row: the untrained ones first, then one seed after the other."""

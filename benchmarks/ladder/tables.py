@@ -57,7 +57,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _others(row: Row) -> list[str]:
     """The causal row with the same training, and the untrained row with the same attention."""
-    return [str(row._replace(attention=CAUSAL_ROW)), str(row._replace(recipe=UNTRAINED))]
+    return [str(row.causal), str(row._replace(recipe=UNTRAINED))]
 
 
 def sentences(results: Mapping[Row, Any], scores: Mapping[str, np.ndarray], teacher: Any) -> str:
@@ -87,7 +87,7 @@ def sentences(results: Mapping[Row, Any], scores: Mapping[str, np.ndarray], teac
             lines = [results[each][key] for each in group]
             title = f"{UNTRAINED}, {key}" if key else name
             same = f"{UNTRAINED}, {untrained.get(row.attention, '')}"
-            causal = f"{UNTRAINED}, causal" if row.recipe == UNTRAINED else str(row._replace(attention=CAUSAL_ROW))
+            causal = str(row.causal)
             hidden = f"{UNTRAINED}, causal, first token hidden from the last layer"
             others = [causal, same] if row.steps else [causal, hidden] if title != causal else []
             table.add(title, notes(lines), [values(line) for line in lines], others)
