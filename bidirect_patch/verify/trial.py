@@ -75,9 +75,9 @@ def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last:
     try:
         with left_as_it_was(small):
             seen = Probe(small, _length(decoder)).observe()
+            report = report_of(small, seen)
     except (UnsupportedModelError, AttentionMaskError) as error:
         return Trial(handling, -1, f"a small random model of its class doesn't run any more: {error}")
-    report = report_of(small, seen)
     right = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
     problem = problem_of(report, "a small random model of its class") or _beyond_span(report, found)
     return Trial(handling, right, problem or _last_token_moved(decoder, seen.last_tokens(), last))
