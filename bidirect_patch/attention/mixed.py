@@ -17,13 +17,13 @@ from ..errors import OrderError
 from ..model.decoder import Decoder
 from ..model.facts import builds_causal_mask
 from ..model.find import is_attention
-from ..model.places import Channels, Place, attentions_in, out_of_place, submodule
+from ..model.places import Channels, Place, attentions_in, fits_inside, out_of_place, spans_in, submodule
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open, original
 from ..swap.record import setting_of, settings_of
-from .module_settings import ModelSettings
+from ..swap.recording import is_graph_captured
 
 
 def holds_open(model: nn.Module) -> bool:
@@ -44,24 +44,18 @@ def check_layers(model: nn.Module, places: Sequence[Place]) -> None:
         _refuse(model, moved, _OUT_OF_PLACE, _A_LAYER)
 
 
-def check_decoder_inside(maker: nn.Module, path: str) -> None:
-    """Raise OrderError if a bidirectional model makes the mask of a decoder inside it that isn't, or has other sinks.
-
-    Args:
-        maker: the model.
-        path: where the decoder is in it; "" for itself.
-    """
-    inside = submodule(maker, path) if path else None
-    if inside is None:
+def check_decoder_inside(maker: nn.Module) -> None:
+    """Raise OrderError if a bidirectional model makes the mask of a decoder inside it that isn't, or has other sinks."""
+    channels = settings_of(maker, Channels)
+    if channels is None or fits_inside(maker):
         return
-    channels = next(filter(None, (settings_of(module, Channels) for module in modules_of(inside))), None)
-    if channels is None:
-        if setting_of(inside) is not None:  # in a causal block, maybe of another thread
-            in_use.check_caller(inside)
-        _refuse(maker, [path], _otherwise(maker), _BY_ITSELF)
-    mine = settings_of(maker, Channels)
-    if mine is not None and channels.spans != mine.spans:
-        _refuse(maker, [path], "has other sink tokens or windows than the model", _BY_ITSELF)
+    decoder = submodule(maker, channels.decoder)
+    assert decoder is not None  # it doesn't fit
+    if spans_in(decoder) is not None:
+        _refuse(maker, [channels.decoder], "has other sink tokens or windows than the model", _BY_ITSELF)
+    if setting_of(decoder) is not None:  # in a causal block, maybe of another thread
+        in_use.check_caller(decoder)
+    _refuse(maker, [channels.decoder], _otherwise(maker), _BY_ITSELF)
 
 
 def check_model_above(module: nn.Module) -> None:
@@ -87,6 +81,14 @@ def models_under_way() -> Iterator[PreTrainedModel]:
         frame = frame.f_back
 
 
+def has_maker_under_way(decoder: nn.Module) -> bool:
+    """Whether a patched model runs now that makes the mask of the `decoder` inside it, which may have been changed by itself."""
+    if is_graph_captured():  # which can't tell who calls
+        return False
+    makers = ((model, channels) for model in models_under_way() if (channels := settings_of(model, Channels)) is not None)
+    return any(channels.decoder and submodule(model, channels.decoder) is decoder for model, channels in makers)
+
+
 def check_decoder(decoder: Decoder) -> None:
     """Raise OrderError for a decoder that is no whole: see `check_layers` and `check_decoder_inside`, or if it is not patched."""
     model = decoder.module
@@ -95,8 +97,7 @@ def check_decoder(decoder: Decoder) -> None:
     if moved := decoder.out_of_place:
         _refuse(model, moved, _OUT_OF_PLACE, _A_LAYER)
     for maker in decoder.builders:
-        if (settings := settings_of(maker, ModelSettings)) is not None:
-            check_decoder_inside(maker, settings.decoder)
+        check_decoder_inside(maker)
 
 
 _OUT_OF_PLACE = "has other sink tokens or another window than its place in the model asks for"

@@ -14,8 +14,7 @@ class ModelSettings(Channels):
 
     handling: MaskHandling
     code: Code | None  # the code with which the class was seen to become bidirectional; None if that was not seen
-    has_outer_maker: bool  # whether a model around it makes its mask
-    decoder: str  # where the decoder is that it makes the mask for: "" for itself
+    has_outer_maker: bool  # whether a model around it was patched with it, which makes its mask
     places: tuple[Place, ...]  # of the attention modules in its layers; none for a model around the decoder
     config_is_causal: bool  # whether its config says so, which reaches the forward as a keyword
 

@@ -13,7 +13,7 @@ from ..swap.instance_forward import calls_the_patch
 from ..swap.modes import Mode, Setting
 from ..swap.record import before_patch, own_before_patch, plans_of, setting_of
 from .buffers import triangular_buffers
-from .places import Place, attentions_in, out_of_place
+from .places import Place, attentions_in, fits_inside, out_of_place
 from .sinks import NO_SINKS, Sinks
 from .walk import layers_of, modules_of, parameters_of
 from .windows import Span
@@ -145,11 +145,11 @@ class Decoder:
     def is_patched(self) -> bool:
         """Whether every model that makes the mask and every attention module has the patch, and a call of each runs it.
 
-        And each attention module has the sinks and the window of its place.
+        And each attention module has the sinks and the window of its place, and the models around it make the mask for these.
         """
         parts = (attention.module for attention in self.attentions)
         has_all = all(is_open(part) and calls_the_patch(part) for part in (*self.mask_makers, *parts))
-        return has_all and not self.out_of_place
+        return has_all and not self.out_of_place and all(map(fits_inside, self.builders))
 
     @property
     def out_of_place(self) -> list[str]:

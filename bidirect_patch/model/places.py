@@ -27,6 +27,7 @@ class Channels:
     """What a patched model knows of the mask that it makes: one channel for each of its decoder's spans."""
 
     spans: tuple[Span, ...]
+    decoder: str  # the decoder's name in it, "" where it is the decoder itself
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,21 @@ def out_of_place(model: nn.Module, layers: Iterable[Sequence[Named]]) -> list[st
         for name, own in layer
         if own.span.sinks != tokens or own.span.sees_sinks != (left > sinkless) or not own.is_among(channels.spans)
     ]
+
+
+def fits_inside(maker: nn.Module) -> bool:
+    """Whether the decoder in a model is patched for the mask that the patched model makes for it, with the same spans.
+
+    Also where the model is the decoder itself, and where no decoder is found any more.
+    """
+    mine = settings_of(maker, Channels)
+    inside = submodule(maker, mine.decoder) if mine is not None and mine.decoder else None
+    return mine is None or inside is None or spans_in(inside) == mine.spans
+
+
+def spans_in(model: nn.Module) -> tuple[Span, ...] | None:
+    """The spans of the first patched model in `model`; None if there is none."""
+    return next((own.spans for module in modules_of(model) if (own := settings_of(module, Channels))), None)
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
