@@ -17,7 +17,7 @@ from ..errors import OrderError
 from ..model.decoder import Decoder
 from ..model.facts import builds_causal_mask
 from ..model.find import is_attention
-from ..model.places import Channels, Place, attentions_in, fits_inside, out_of_place, spans_in, submodule
+from ..model.places import Channels, Place, attentions_in, fits_inside, names_of, out_of_place, spans_in, submodule
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
@@ -37,11 +37,11 @@ def check_layers(model: nn.Module, places: Sequence[Place]) -> None:
     This walks no further than the model's layers.
     """
     layers = list(attentions_in(model, places))
-    for name, module in chain.from_iterable(layers):
+    for module in chain.from_iterable(layers):
         if not is_open(module) and is_attention(module):
-            _refuse(model, [name], _otherwise(model), _A_LAYER)
+            _refuse(model, names_of(model, [module]), _otherwise(model), _A_LAYER)
     if moved := out_of_place(model, layers):
-        _refuse(model, moved, _OUT_OF_PLACE, _A_LAYER)
+        _refuse(model, names_of(model, moved), _OUT_OF_PLACE, _A_LAYER)
 
 
 def check_decoder_inside(maker: nn.Module) -> None:
@@ -95,7 +95,7 @@ def check_decoder(decoder: Decoder) -> None:
     if different := [each.path for each in decoder.attentions if is_open(each.module) != is_open(model)]:
         _refuse(model, different, _otherwise(model), _A_LAYER)
     if moved := decoder.out_of_place:
-        _refuse(model, moved, _OUT_OF_PLACE, _A_LAYER)
+        _refuse(model, names_of(model, moved), _OUT_OF_PLACE, _A_LAYER)
     for maker in decoder.builders:
         check_decoder_inside(maker)
 

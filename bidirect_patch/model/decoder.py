@@ -152,8 +152,8 @@ class Decoder:
         return has_all and not self.out_of_place and all(map(fits_inside, self.builders))
 
     @property
-    def out_of_place(self) -> list[str]:
-        """The names of its patched attention modules that have other sinks or another window than their places ask for."""
+    def out_of_place(self) -> list[nn.Module]:
+        """Its patched attention modules that have other sinks or another window than their places ask for."""
         return out_of_place(self.module, attentions_in(self.module, self.places))
 
     @property

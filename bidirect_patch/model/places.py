@@ -43,26 +43,22 @@ class Channel:
         return self.spans == len(spans) and spans[self.index] == self.span
 
 
-Named = tuple[str, nn.Module]
-
-
-def attentions_in(model: nn.Module, places: Sequence[Place]) -> Iterator[list[Named]]:
-    """For each layer of a decoder, in order, the modules where its attention stands, with their names in the decoder.
+def attentions_in(model: nn.Module, places: Sequence[Place]) -> Iterator[list[nn.Module]]:
+    """For each layer of a decoder, in order, the modules where its attention stands.
 
     Of a layer that has nothing there, since it is inside a wrapper or has no attention, the patched ones wherever they are.
     """
     for where in dict.fromkeys(place.layers for place in places):
         paths = [place.attention for place in places if place.layers == where]
         layers = submodule(model, where)
-        for name, layer in ({} if layers is None else layers._modules).items():
+        for layer in () if layers is None else layers._modules.values():
             if layer is not None:
-                found = [(f"{where}.{name}.{path}" if path else f"{where}.{name}", submodule(layer, path)) for path in paths]
-                inside = [(path, module) for path, module in found if module is not None]
-                yield inside or [(f"{where}.{name}", part) for part in modules_of(layer) if settings_of(part, Channel)]
+                inside = [module for path in paths if (module := submodule(layer, path)) is not None]
+                yield inside or [part for part in modules_of(layer) if settings_of(part, Channel) is not None]
 
 
-def out_of_place(model: nn.Module, layers: Iterable[Sequence[Named]]) -> list[str]:
-    """The names of the patched attention modules whose spans aren't those that a bidirectional decoder asks for.
+def out_of_place(model: nn.Module, layers: Iterable[Sequence[nn.Module]]) -> list[nn.Module]:
+    """The patched attention modules whose spans aren't those that a bidirectional decoder asks for.
 
     Args:
         model: the decoder.
@@ -72,14 +68,20 @@ def out_of_place(model: nn.Module, layers: Iterable[Sequence[Named]]) -> list[st
     if channels is None or setting is None:
         return []
     tokens, sinkless = setting.sinks
-    patched = [[(name, own) for name, module in layer if (own := settings_of(module, Channel))] for layer in layers]
+    patched = [[(module, own) for module in layer if (own := settings_of(module, Channel)) is not None] for layer in layers]
     patched = [layer for layer in patched if layer]
     return [
-        name
+        module
         for left, layer in zip(range(len(patched), 0, -1), patched)
-        for name, own in layer
+        for module, own in layer
         if own.span.sinks != tokens or own.span.sees_sinks != (left > sinkless) or not own.is_among(channels.spans)
     ]
+
+
+def names_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
+    """The names of some modules in `model`."""
+    asked = set(modules)
+    return [name for name, module in model.named_modules() if module in asked]
 
 
 def fits_inside(maker: nn.Module) -> bool:
