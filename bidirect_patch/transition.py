@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from .attention.labels import unwatch_labels, watch_labels, watch_only, watched_among
-from .attention.module_settings import AttentionSettings
 from .attention.plan import MIXINS, OF_ATTENTION, bidirectional_plans, causal_block_plans
 from .attention.recompute import forget_checkpoints
 from .checkpoints import hooks
@@ -19,7 +18,7 @@ from .swap.apply import Change, apply, commit, prepare
 from .swap.classes import Swapped, is_sharded
 from .swap.instance_forward import calls_the_patch, name_and_place
 from .swap.modes import Mode, Setting
-from .swap.record import Found, Plan, before_patch, plans_of, plans_on, record_of, settings_of
+from .swap.record import Found, Plan, before_patch, plans_of, plans_on, record_of
 from .verify.late import Unverified, unverified_plan, verify_now
 from .verify.mode import is_verified_patch
 from .verify.proof import native_attention, verify
@@ -190,15 +189,8 @@ def _as_it_was_and_is(seen: Survey, decoder: Decoder) -> list[Decoder]:
 
 
 def _is_so(decoder: Decoder) -> bool:
-    """Whether a decoder is bidirectional with its sinks already, in each layer: one that has others may have been put in."""
-    if not (is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks):
-        return False
-    there = [settings_of(attention.module, AttentionSettings) for attention in decoder.attentions]
-    return all(
-        each is not None and each.spans == len(decoder.spans) and each.span.sinks == attention.span.sinks
-        and each.span.sees_sinks == attention.span.sees_sinks
-        for each, attention in zip(there, decoder.attentions)
-    )  # fmt: skip
+    """Whether a decoder is bidirectional with its sinks already."""
+    return is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks
 
 
 def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:

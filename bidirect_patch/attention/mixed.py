@@ -1,12 +1,14 @@
-"""A model of which some attention modules are bidirectional and others are not: an error where it runs, generates or is saved.
+"""A model of which some parts are bidirectional and others are not: an error where it runs, generates or is saved.
 
 A layer was taken out while the rest was undone and put back, a copy of a layer was put into another model, or two models share
-their layers.
+their layers. A layer was put in the place of one with other sink tokens. Or of a model and the decoder inside it, for which the
+model makes the mask, only one was changed.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,21 +17,13 @@ from ..errors import OrderError
 from ..model.decoder import Decoder
 from ..model.facts import builds_causal_mask
 from ..model.find import is_attention
+from ..model.places import Channels, Place, attentions_in, fits_inside, names_of, out_of_place, spans_in, submodule
+from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
+from ..swap import in_use
 from ..swap.classes import is_open, original
-
-
-class Place(NamedTuple):
-    """Where each layer of a decoder has an attention module: `layers` and `self_attn`, for example."""
-
-    layers: str
-    attention: str
-
-
-def places(decoder: Decoder) -> tuple[Place, ...]:
-    """Where the attention modules of a decoder stand in its layers."""
-    pairs = ((each.layer.rpartition(".")[0], each.path[len(each.layer) + 1 :]) for each in decoder.attentions)
-    return tuple(dict.fromkeys(Place(layers, attention) for layers, attention in pairs if layers and attention))
+from ..swap.record import setting_of, settings_of
+from ..swap.recording import is_graph_captured
 
 
 def holds_open(model: nn.Module) -> bool:
@@ -37,14 +31,31 @@ def holds_open(model: nn.Module) -> bool:
     return any(isinstance(module, PreTrainedModel) and is_open(module) for module in modules_of(model))
 
 
-def check_layers(model: nn.Module, where: Iterable[Place]) -> None:
-    """Raise OrderError if a bidirectional model holds a layer that is not, by walking no further than its layers."""
-    for place in where:
-        layers = _submodule(model, place.layers)
-        for name, layer in ({} if layers is None else layers._modules).items():
-            module = None if layer is None else _submodule(layer, place.attention)
-            if module is not None and not is_open(module) and is_attention(module):
-                _refuse(model, [f"{place.layers}.{name}.{place.attention}"])
+def check_layers(model: nn.Module, places: Sequence[Place]) -> None:
+    """Raise OrderError if a bidirectional model holds a layer that is not, or one that was made for another place.
+
+    This walks no further than the model's layers.
+    """
+    layers = list(attentions_in(model, places))
+    for module in chain.from_iterable(layers):
+        if not is_open(module) and is_attention(module):
+            _refuse(model, names_of(model, [module]), _otherwise(model), _A_LAYER)
+    if moved := out_of_place(model, layers):
+        _refuse(model, names_of(model, moved), _OUT_OF_PLACE, _A_LAYER)
+
+
+def check_decoder_inside(maker: nn.Module) -> None:
+    """Raise OrderError if a bidirectional model makes the mask of a decoder inside it that isn't, or has other sinks."""
+    channels = settings_of(maker, Channels)
+    if channels is None or fits_inside(maker):
+        return
+    decoder = submodule(maker, channels.decoder)
+    assert decoder is not None  # it doesn't fit
+    if spans_in(decoder) is not None:
+        _refuse(maker, [channels.decoder], "has other sink tokens or windows than the model", _BY_ITSELF)
+    if setting_of(decoder) is not None:  # in a causal block, maybe of another thread
+        in_use.check_caller(decoder)
+    _refuse(maker, [channels.decoder], _otherwise(maker), _BY_ITSELF)
 
 
 def check_model_above(module: nn.Module) -> None:
@@ -56,7 +67,8 @@ def check_model_above(module: nn.Module) -> None:
     if model is None or is_open(model) or not builds_causal_mask(original(type(model))):
         return
     if any(each is module for each in modules_of(model)):
-        _refuse(model, [name for name, each in model.named_modules() if is_attention(each) and is_open(each)])
+        opened = [name for name, each in model.named_modules() if is_attention(each) and is_open(each)]
+        _refuse(model, opened, _otherwise(model), _A_LAYER)
 
 
 def models_under_way() -> Iterator[PreTrainedModel]:
@@ -69,25 +81,41 @@ def models_under_way() -> Iterator[PreTrainedModel]:
         frame = frame.f_back
 
 
+def has_maker_under_way(decoder: nn.Module) -> bool:
+    """Whether a patched model runs now that makes the mask of the `decoder` inside it, which may have been changed by itself."""
+    if is_graph_captured():  # which can't tell who calls
+        return False
+    makers = ((model, channels) for model in models_under_way() if (channels := settings_of(model, Channels)) is not None)
+    return any(channels.decoder and submodule(model, channels.decoder) is decoder for model, channels in makers)
+
+
 def check_decoder(decoder: Decoder) -> None:
-    """Raise OrderError if some attention modules of a decoder are bidirectional and others are not, or the model is not."""
+    """Raise OrderError for a decoder that is no whole: see `check_layers` and `check_decoder_inside`, or if it is not patched."""
     model = decoder.module
     if different := [each.path for each in decoder.attentions if is_open(each.module) != is_open(model)]:
-        _refuse(model, different)
+        _refuse(model, different, _otherwise(model), _A_LAYER)
+    if moved := decoder.out_of_place:
+        _refuse(model, names_of(model, moved), _OUT_OF_PLACE, _A_LAYER)
+    for maker in decoder.builders:
+        check_decoder_inside(maker)
 
 
-def _refuse(model: nn.Module, different: Iterable[str]) -> None:
-    """Raise for attention modules that attend otherwise than their model."""
-    how = "isn't bidirectional, and the model is" if is_open(model) else "is bidirectional, and the model isn't"
+_OUT_OF_PLACE = "has other sink tokens or another window than its place in the model asks for"
+_A_LAYER = "since a layer was put in or taken out, or belongs to another model too"
+_BY_ITSELF = "since it was changed by itself, and this model makes its mask"
+
+
+def _otherwise(model: nn.Module) -> str:
+    """What to say of a part of `model` that attends otherwise."""
+    return "isn't bidirectional, and the model is" if is_open(model) else "is bidirectional, and the model isn't"
+
+
+def _refuse(model: nn.Module, names: Iterable[str], how: str, why: str) -> NoReturn:
+    """Raise for parts of a model that don't attend as the model asks for."""
+    setting = setting_of(model)
+    sinks = NO_SINKS if setting is None else Sinks(*setting.sinks)
+    arguments = f"model, {sinks.in_words}" if any(sinks) else "model"
     raise OrderError(
-        f"{original(type(model)).__name__}: {', '.join(different)} {how}, since a layer was put in or taken out, or belongs to "
-        "another model too: call enable_bidirectional(model) or disable_bidirectional(model) again"
+        f"{original(type(model)).__name__}: {', '.join(names)} {how}, {why}: call enable_bidirectional({arguments}) or "
+        "disable_bidirectional(model) again"
     )
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path; None where a wrapper stands in between."""
-    found: nn.Module | None = module
-    for name in path.split("."):
-        found = None if found is None else found._modules.get(name)
-    return found

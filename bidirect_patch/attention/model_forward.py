@@ -26,7 +26,7 @@ from ..swap.record import setting_of, settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .label_leak import look_around
-from .mixed import check_layers
+from .mixed import check_decoder_inside, check_layers, has_maker_under_way
 from .module_settings import ModelSettings
 from .old_releases import LetsReadyMaskPass, step_aside
 from .padding_and_packing import read_boundaries, read_positions, read_sequences
@@ -57,7 +57,7 @@ class BidirectionalModel(LetsReadyMaskPass):
             inputs = given_input(kwargs)
             _check_input(inputs, kwargs)
             if isinstance(inputs, Tensor) and mask_name is not None:  # else the model reports missing input itself
-                from_outer = settings.has_outer_maker and called_by_outer
+                from_outer = called_by_outer and (settings.has_outer_maker or has_maker_under_way(model))
                 mask = _mask(model, settings, kwargs.get(mask_name), inputs, kwargs, from_outer)
                 if getattr(kwargs.get("position_ids"), "ndim", 2) == 1:  # checked: (length,); most models take no such shape
                     kwargs["position_ids"] = kwargs["position_ids"][None]
@@ -82,6 +82,7 @@ class BidirectionalModel(LetsReadyMaskPass):
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
                 check_layers(self, settings.places)
+                check_decoder_inside(self)
                 note_checkpoints(self)
                 called_by_outer = in_use.mask_is_ours()  # a patched forward is under way already
                 with in_use.patched(this_forward):

@@ -4,30 +4,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.code import Code
-from ..model.windows import Span
+from ..model.places import Channel, Channels, Place
 from .handling import MaskHandling
-from .mixed import Place
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Channels):
     """What the patch knows of a model that makes the mask."""
 
-    spans: tuple[Span, ...]
     handling: MaskHandling
     code: Code | None  # the code with which the class was seen to become bidirectional; None if that was not seen
-    has_outer_maker: bool  # whether a model around it makes its mask
+    has_outer_maker: bool  # whether a model around it was patched with it, which makes its mask
     places: tuple[Place, ...]  # of the attention modules in its layers; none for a model around the decoder
     config_is_causal: bool  # whether its config says so, which reaches the forward as a keyword
 
 
 @dataclass(frozen=True)
-class AttentionSettings:
+class AttentionSettings(Channel):
     """What the patch knows of one attention module."""
 
-    span: Span
-    index: int  # which of the decoder's spans that is
-    spans: int  # how many there are
     config: Any  # the decoder's, for modules that keep none
     handling: MaskHandling
     omits_mask_on: tuple[str, ...]  # backends on which the module sees everything without a mask

@@ -19,7 +19,6 @@ from ..swap.record import Plan, own_before_patch
 from .attention_forward import BidirectionalAttention, BidirectionalPart
 from .handling import MaskHandling, possible_handlings
 from .mirror import mirrored_buffer
-from .mixed import places
 from .model_forward import BidirectionalModel, CausalBlock, WithoutCache
 from .module_settings import AttentionSettings, ModelSettings
 from .old_releases import shorter_window
@@ -54,7 +53,8 @@ def bidirectional_plans(
             handling=handling,
             code=code,
             has_outer_maker=part.module is not decoder.outermost,
-            places=places(decoder) if part.module is decoder.module else (),
+            decoder=decoder.name_in(part.module),
+            places=decoder.places if part.module is decoder.module else (),
             config_is_causal=getattr(part.config, "is_causal", None) is True,
         )
         yield part.module, Plan(BidirectionalModel, settings, _not_causal(part), _mirrored(part), setting)

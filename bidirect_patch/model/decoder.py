@@ -13,6 +13,7 @@ from ..swap.instance_forward import calls_the_patch
 from ..swap.modes import Mode, Setting
 from ..swap.record import before_patch, own_before_patch, plans_of, setting_of
 from .buffers import triangular_buffers
+from .places import Place, attentions_in, fits_inside, out_of_place
 from .sinks import NO_SINKS, Sinks
 from .walk import layers_of, modules_of, parameters_of
 from .windows import Span
@@ -109,6 +110,16 @@ class Decoder:
         """The outermost model that makes its mask."""
         return self.builders[0] if self.builders else self.module
 
+    def name_in(self, maker: nn.Module) -> str:
+        """The name of the decoder in one of its `mask_makers`."""
+        return next(name for name, module in maker.named_modules() if module is self.module)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the attention modules stand in its layers."""
+        pairs = ((each.layer.rpartition(".")[0], each.path[len(each.layer) + 1 :]) for each in self.attentions)
+        return tuple(dict.fromkeys(Place(layers, attention) for layers, attention in pairs if layers))
+
     @property
     def modules(self) -> list[nn.Module]:
         """Every module that the patch may change for it."""
@@ -132,9 +143,18 @@ class Decoder:
 
     @property
     def is_patched(self) -> bool:
-        """Whether every model that makes the mask and every attention module has the patch, and a call of each runs it."""
+        """Whether every model that makes the mask and every attention module has the patch, and a call of each runs it.
+
+        And each attention module has the sinks and the window of its place, and the models around it make the mask for these.
+        """
         parts = (attention.module for attention in self.attentions)
-        return all(is_open(part) and calls_the_patch(part) for part in (*self.mask_makers, *parts))
+        has_all = all(is_open(part) and calls_the_patch(part) for part in (*self.mask_makers, *parts))
+        return has_all and not self.out_of_place and all(map(fits_inside, self.builders))
+
+    @property
+    def out_of_place(self) -> list[nn.Module]:
+        """Its patched attention modules that have other sinks or another window than their places ask for."""
+        return out_of_place(self.module, attentions_in(self.module, self.places))
 
     @property
     def has_any_patch(self) -> bool:
@@ -143,7 +163,7 @@ class Decoder:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether the patch has made only some of its modules bidirectional, or a call of one goes around it."""
+        """Whether the patch has made only some of its modules bidirectional, a call of one goes around it, or one was moved."""
         if self.is_in_block:
             return any(is_open(attention.module) for attention in self.attentions)
         return self.has_any_patch and not self.is_patched

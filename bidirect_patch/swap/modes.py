@@ -11,7 +11,7 @@ class Mode(Enum):
     BIDIRECTIONAL = "bidirectional"
     UNVERIFIED = "bidirectional, but not verified yet"  # it could not run when it was patched
     CAUSAL_BLOCK = "inside a causal block"  # it was bidirectional before the block
-    MIXED = "bidirectional in part"  # some of its modules have the patch, others don't, or a call of one goes around it
+    MIXED = "bidirectional in part"  # some of its modules have the patch, or a call of one goes around it, or one was moved
 
 
 class Setting(NamedTuple):

@@ -1,0 +1,91 @@
+"""A model that makes the mask of the decoder inside it, where only one of the two was changed: it is right, or it is said."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.errors import CausalMaskWarning, OrderError
+from bidirect_patch.model.find import decoders
+
+from ..helpers import zoo
+from ..helpers.one_text import BOTH, CAUSAL, IDS, ONE_SINK, TWO_SINKS, moves, output
+
+TYPES = [name for name in ("gemma3", "gemma4", "gemma4_unified") if name in zoo.buildable_types()]
+pytestmark = [
+    pytest.mark.skipif(not TYPES, reason="no causal LM of this transformers makes the mask of a decoder inside it"),
+    pytest.mark.parametrize("backend", ["eager", "sdpa"]),
+    pytest.mark.parametrize("model_type", TYPES),
+]
+FULL = {"text_config": {"layer_types": ["full_attention"] * 4}}
+
+
+def changed_inside(outer):
+    inner = decoders(outer)[0].module
+    assert inner is not outer
+    return inner
+
+
+def refuses(outer, tmp_path):
+    """Neither runs, generates nor is saved."""
+    for use in (
+        lambda: outer(input_ids=IDS),
+        lambda: copy.deepcopy(outer)(input_ids=IDS),
+        lambda: outer.generate(IDS, max_new_tokens=1),
+        lambda: outer.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(OrderError, match="language_model.*enable_bidirectional.*disable_bidirectional"):
+            use()
+    assert not is_bidirectional(outer) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overrides", [{}, FULL], ids=["windows", "full"])
+def test_a_causal_decoder_in_a_bidirectional_model(model_type, backend, overrides, tmp_path):
+    outer = enable_bidirectional(zoo.build(model_type, backend, **overrides))
+    want = output(outer)
+    disable_bidirectional(changed_inside(outer))
+    refuses(outer, tmp_path)
+    assert moves(changed_inside(outer)) == CAUSAL
+    twin = copy.deepcopy(outer)
+    assert torch.equal(output(enable_bidirectional(outer)), want) and is_bidirectional(outer)
+    assert moves(disable_bidirectional(twin)) == CAUSAL
+    twin.generate(IDS, max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+
+def test_a_causal_block_of_the_decoder_alone(model_type, backend, tmp_path):
+    outer = enable_bidirectional(zoo.build(model_type, backend))
+    want, inner = output(outer), changed_inside(outer)
+    with bidirectional(inner, enabled=False):
+        refuses(outer, tmp_path)
+        assert moves(inner) == CAUSAL
+    assert torch.equal(output(outer), want) and is_bidirectional(outer)
+
+
+def test_other_sinks_in_the_decoder_than_around_it(model_type, backend, tmp_path):
+    outer = enable_bidirectional(zoo.build(model_type, backend), num_sink_tokens=1)
+    inner = changed_inside(outer)
+    want = output(outer)
+    enable_bidirectional(inner, num_sink_tokens=2)
+    refuses(outer, tmp_path)
+    assert moves(inner) == TWO_SINKS and is_bidirectional(inner)
+    with bidirectional(outer, num_sink_tokens=1):
+        assert torch.equal(output(outer), want)
+    refuses(outer, tmp_path)
+    assert torch.equal(output(enable_bidirectional(outer, num_sink_tokens=1)), want)
+    assert moves(outer) == ONE_SINK and is_bidirectional(outer)
+
+
+def test_a_decoder_alone_is_bidirectional_or_it_is_said(model_type, backend):
+    """The model around it makes a causal mask, which is followed."""
+    outer = zoo.build(model_type, backend)
+    enable_bidirectional(changed_inside(outer))
+    assert not is_bidirectional(outer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        moved = moves(outer)
+    assert any(issubclass(each.category, CausalMaskWarning) for each in caught) or moved == BOTH
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CausalMaskWarning)
+        assert moves(enable_bidirectional(outer)) == BOTH and is_bidirectional(outer)
