@@ -11,7 +11,6 @@ from bidirect_patch import enable_bidirectional
 
 from ..helpers.explicit_masks import sink_masks, under
 from ..helpers.heads import trainer_arguments
-from ..helpers.sentences import write_folder
 from ..helpers.versions import TRANSFORMERS
 
 st = pytest.importorskip("sentence_transformers", "5.4", reason="sentence-transformers 5.4 or newer isn't installed")
@@ -26,19 +25,6 @@ multi_vectors = pytest.mark.skipif(not hasattr(st, "MultiVectorEncoder"), reason
 trains = pytest.mark.skipif(
     TRANSFORMERS < Version("4.46"), reason="the trainer of sentence-transformers needs transformers 4.46"
 )
-
-
-@pytest.fixture(scope="module")
-def name(tmp_path_factory):
-    """The folder of a decoder, whose tokenizer puts a beginning token before each text."""
-    from transformers import AutoTokenizer
-
-    from bidirect_patch.cli.sink_token import prepend_sink_token
-
-    folder = tmp_path_factory.mktemp("place")
-    write_folder(folder)
-    prepend_sink_token(AutoTokenizer.from_pretrained(folder / "model"), "<s>").save_pretrained(folder / "model")
-    return str(folder / "model")
 
 
 def multi_vector(name, num_sink_tokens=0):

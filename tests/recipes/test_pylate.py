@@ -28,19 +28,6 @@ EXPANSIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def name(tmp_path_factory):
-    """The folder of a decoder, whose tokenizer puts a beginning token before each text."""
-    from transformers import AutoTokenizer
-
-    from bidirect_patch.cli.sink_token import prepend_sink_token
-
-    folder = tmp_path_factory.mktemp("place")
-    write_folder(folder)
-    prepend_sink_token(AutoTokenizer.from_pretrained(folder / "model"), "<s>").save_pretrained(folder / "model")
-    return str(folder / "model")
-
-
 def colbert(name, **settings):
     torch.manual_seed(0)
     return models.ColBERT(name, device="cpu", **{**EXPANSIONS["none"], **settings})
