@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from benchmarks.head import make_model
@@ -38,8 +36,11 @@ def sentences(count: int, vocab: int) -> list[str]:
     return [" ".join(f"w{i}" for i in words.tolist()) for words in drawn]
 
 
-def encoder(model: torch.nn.Module, words: Any, **settings: Any) -> SentenceTransformer:
+def encoder(model: torch.nn.Module, words: Any, **settings: Any) -> Any:
     """A mean-pooled encoder of a model as it opens with these settings in its config."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
     with tempfile.TemporaryDirectory() as folder:
         words.save_pretrained(folder)
         model.save_pretrained(folder)
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     words.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     stock, ours = encoder(model, words, is_causal=False), encoder(model, words)
 
-    def encode(model: SentenceTransformer) -> torch.Tensor:
+    def encode(model: Any) -> torch.Tensor:
         return model.encode(texts, batch_size=BATCH, show_progress_bar=False, convert_to_tensor=True)
 
     def patched(**sinks: int) -> torch.Tensor:
