@@ -65,10 +65,19 @@ class Observation:
     real: dict[Case, slice]
     apart: list[bool] | None = None
 
-    def last_tokens(self) -> list[Tensor]:
-        """(features,) each: what the first layer made of the last real token, where in every causal model it sees these alone."""
-        cases: list[Case] = ["no mask", "mask of ones", "padded right"]  # XLM's causal tokens see the padding before them
-        return [self.calls[case][0].outputs[0, self.real[case]][-1] for case in cases if case in self.calls]
+    def last_tokens(self) -> list[tuple[Tensor, bool]]:
+        """What the first layer made of the last real token, (features,), in each way of calling the model but packed.
+
+        And whether that token depended on every real token and on nothing else.
+        """
+        found = []
+        for case, (first, *_) in self.calls.items():
+            if case != "packed":
+                positions = range(len(first.matrix))[self.real[case]]
+                seen = first.matrix[positions[-1]].tolist()
+                sees_all = seen == [position in positions for position in range(len(seen))]
+                found.append((first.outputs[0, positions[-1]], sees_all))
+        return found
 
 
 class Probe:

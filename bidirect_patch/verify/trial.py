@@ -23,6 +23,7 @@ from .probe import LENGTH, Probe, left_as_it_was
 from .report import BIDIRECTIONAL, AttentionReport, attention_report, report_of
 
 MOST_SINKS = 3  # in a small model: more show nothing else
+LastToken = tuple[Tensor, bool]  # see `last_tokens`
 SAME = 0.03  # relative distance of two outputs that are the same but for rounding, in bfloat16 too
 
 
@@ -56,7 +57,7 @@ def _is_seen_unpatched(decoder: Decoder) -> bool:
     return True
 
 
-def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: list[Tensor]) -> Trial:
+def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: list[LastToken]) -> Trial:
     best = _try(decoder, handlings[0], small, last)
     for handling in handlings[1:]:
         if not best.problem or (decoder.unsupported_layers and best.right_layers):
@@ -67,7 +68,7 @@ def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandlin
     return best
 
 
-def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: list[Tensor]) -> Trial:
+def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: list[LastToken]) -> Trial:
     cls = original(type(decoder.module))
     found = [each.with_sinks(_sinks_of_small(decoder, each)) for each in decoders(small)]
     handlings = [handling if original(type(each.module)) is cls else None for each in found]
@@ -83,7 +84,7 @@ def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last:
     return Trial(handling, right, problem or _last_token_moved(decoder, seen.last_tokens(), last))
 
 
-def _causal_run(small: PreTrainedModel, length: int) -> list[Tensor]:
+def _causal_run(small: PreTrainedModel, length: int) -> list[LastToken]:
     """What the first layer of a small model makes of the last token without the patch, as `last_tokens` gives it."""
     with left_as_it_was(small):
         probe = Probe(small, length)
@@ -94,23 +95,24 @@ def _causal_run(small: PreTrainedModel, length: int) -> list[Tensor]:
             return []
 
 
-def _last_token_moved(decoder: Decoder, now: list[Tensor], before: list[Tensor]) -> str:
+def _last_token_moved(decoder: Decoder, now: list[LastToken], before: list[LastToken]) -> str:
     """Whether a mask was read the wrong way round by the model's own code: where all is hidden, all is seen alike.
 
-    The last token sees all of a text in the causal model already, so that the first attention does the same with it. That
-    can't be seen where it doesn't see sinks, nor of two attention modules in one layer, nor beside windows: releases make them
-    one token too long (4.39, Moshi's in 5.24) or give them to all layers (Qwen2-MoE's up to 4.57).
+    Where the last token sees all of a text and nothing else in the causal model already (there may be a window, and XLM's sees
+    padding), the first attention does the same with it. That can't be said of one that doesn't see sinks, nor of two attention
+    modules in one layer.
 
     Args:
         decoder: whose class it is.
-        now: what the first layer of the patched small model made of the last token.
+        now: of the patched small model.
         before: the same, without the patch.
     """
     first = decoder.attentions[0]
     is_alone = sum(attention.layer == first.layer for attention in decoder.attentions) == 1
-    if not is_alone or not first.span.sees_sinks or any(span.limit is not None for span in decoder.spans):
+    if not is_alone or not first.span.sees_sinks:
         return ""
-    if all(a.shape == b.shape and bool(relative_distance(a, b) < SAME) for a, b in zip(now, before)):
+    pairs = [(a, b) for (a, *sees_all), (b, *saw_all) in zip(now, before) if all(sees_all + saw_all)]
+    if all(a.shape == b.shape and bool(relative_distance(a, b) < SAME) for a, b in pairs):
         return ""
     return "the first layer of a small random model of its class does something else with the last token than without the patch"
 
