@@ -217,6 +217,13 @@ def callables(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("package", sorted(path.parent for path in PACKAGE.glob("*/__init__.py")), ids=lambda path: path.name)
+def test_the_first_words_of_a_folder_name_files_that_are_there(package):
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    named = set(re.findall(r"`([a-z_]+)`", text)) - {"load_llm2vec"}
+    assert named <= {path.stem for path in package.iterdir()}
+
+
 def test_lower_folders_are_handed_no_callables_but_these():
     found = {
         f"{module.removeprefix(f'{FACE}.')}.{name}"

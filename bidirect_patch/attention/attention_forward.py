@@ -1,4 +1,4 @@
-"""An attention module: it takes the mask of its own span, and is not causal."""
+"""What an attention module is called with to be bidirectional, backend by backend: the mask of its own span."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every fact about a release of transformers that the forward pass needs, or that loading needs, by name."""
+"""Facts by release of transformers that several files need, by name. Quirks of one class stand in `model.facts`."""
 
 from importlib.util import find_spec
 from typing import Any

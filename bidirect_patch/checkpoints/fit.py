@@ -1,4 +1,4 @@
-"""Whether what is loaded belongs to the model that has it now, and what to say where it doesn't."""
+"""Whether a model has the attention and sinks that a loaded adapter or checkpoint was trained with; what to say if not."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""What `checkpoints.loading` does, with the flag that is the way out where FlashAttention is missing.
+"""Errors of loading, as the commands say them: with the flag to give where FlashAttention is missing.
 
 This module does not need PEFT, so that `bidirect-patch check` runs without it.
 """

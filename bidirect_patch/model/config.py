@@ -1,4 +1,4 @@
-"""Reading configs, and a view of a config in which some attributes have other values."""
+"""Reading configs: the attention backends and which one a model has, its text part, and a view in which attributes differ."""
 
 import copy
 from collections.abc import Iterator

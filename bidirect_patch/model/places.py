@@ -1,4 +1,4 @@
-"""Where the attention modules of a decoder stand, and whether each patched one has the span that its place asks for.
+"""Where the attention modules of a decoder stand, and whether each patched one has the window and sinks of its place.
 
 A layer may be put in, moved or taken out while a model is bidirectional. It brings the span that it has been given: the sinks of
 its model then, and whether it is one of the sinkless layers.

@@ -1,4 +1,4 @@
-"""What is checked before a model is loaded or before the first step, because a run would go on and learn nothing."""
+"""Checks of examples, tokens and disk space before the first step. `settings` checks the settings."""
 
 from itertools import islice
 from typing import Any

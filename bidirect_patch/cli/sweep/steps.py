@@ -1,4 +1,4 @@
-"""The steps of the command, in their order."""
+"""The steps of the command, from its flags to the folder that it writes. `measure` measures."""
 
 import argparse
 import json
