@@ -267,7 +267,7 @@ class _LayerHooks:
                 return
             matrix, _ = by_perturbation(outputs.detach())
             if verdict_of(matrix) == CAUSAL:
-                self.looking_back.append((part, outputs, matrix))
+                self.looking_back.append((part, outputs.clone(), matrix))  # the layer may add to it in place
 
         return read_part
 
