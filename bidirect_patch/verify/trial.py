@@ -90,7 +90,7 @@ def _causal_run(small: PreTrainedModel, length: int) -> list[LastToken]:
         probe = Probe(small, length)
         probe.gradients = False
         try:
-            return probe.observe(packed=False).last_tokens()
+            return probe.observe(brief=True).last_tokens()
         except UnseenLayersError:
             return []
 
