@@ -104,7 +104,7 @@ class Probe:
         """Run the model in each way of calling it that its forward takes.
 
         Args:
-            brief: leave out packed documents, and the causal modules inside the layers.
+            brief: leave out padding on the left, packed documents, and the causal modules inside the layers.
         """
         rows, length = self.grid
         ids = self.ids.expand(rows, length)
@@ -117,6 +117,8 @@ class Probe:
                 "padded right": slice(0, length - padding),
                 "padded left": slice(padding, length),
             }
+            if brief:
+                del real["padded left"]
             for case, positions in real.items():
                 mask = torch.zeros_like(ids)
                 mask[:, positions] = 1
