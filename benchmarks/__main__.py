@@ -27,7 +27,7 @@ Made by `python -m benchmarks`. Each section is one script, run in a process of 
 seconds on one thread, in turns: one round runs each way once, and a ratio is taken within a round. `a / b / c` is the
 minimum, median and maximum over rounds; `b [a, c]` is the median and the quartiles.
 """
-KEPT = ("## The ladder", "## On a GPU", "## Mutants")  # sections that other commands make
+KEPT = ("## The ladder", "## Tests", "## On a GPU", "## Mutants")  # sections that other commands make
 SECTIONS = (  # title, script and its arguments
     ("The MNTP head against the stock step", ("head", "--quick", "--rounds", "3")),
     ("The MNTP head on two threads", ("head", "--quick", "--rounds", "3", "--threads", "2")),

@@ -28,6 +28,10 @@ from benchmarks.texts import tokenizer
 FEW, MORE = 1, 3  # steps
 MNTP, SIMCSE = "mntp", "simcse, no checkpoints"
 FLOORS = {MNTP: 1.4, f"{MNTP}, bf16": 1.4, SIMCSE: 1.5, f"{SIMCSE}, bf16": 1.5}  # goals: so many times the floor
+IN_BF16 = (
+    "Matrix products are four times as fast in bfloat16, so that the rest weighs more: torch's SDPA on a CPU, the casts of "
+    "autocast (a fifth and an eighth of a profiled step of mntp on six layers), and what stays in float32."
+)
 PEAK = 3.1  # GB of simcse at most: a goal
 BF16 = {"bf16": True}
 LORA = {"lora_r": 16, "lora_dropout": 0.0}
@@ -175,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:  # of other sizes than the goals
         return
     for name, most in FLOORS.items():
-        goal(f"{name}: at most {most} times the floor: {over[name]:.2f}", over[name] <= most)
+        goal(f"{name}: at most {most} times the floor: {over[name]:.2f}", over[name] <= most, IN_BF16 if "bf16" in name else "")
     least = min((peak, name) for name, (_, peak) in measured.items() if not name.startswith(MNTP))
     goal(f"simcse: at most {PEAK} GB: {least[0]:.2f} ({least[1]})", least[0] <= PEAK)
 

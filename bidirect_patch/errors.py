@@ -82,7 +82,7 @@ class CausalMaskWarning(UserWarning):
     """A bidirectional model was given a ready mask in which no token sees a later one, and follows it."""
 
 
-# By these, a user's code comes to a warning. With one that is not among them, the warning names a line of that library.
+# Libraries that may stand between the user's line and a warning. With another one, the warning names a line of that library.
 _LIBRARIES = "bidirect_patch torch transformers peft accelerate sentence_transformers trl wrapt contextlib".split()
 
 

@@ -75,19 +75,23 @@ def enable_with_sinks_found(model: Model) -> Model:
 
 
 def enable_after_blocks(model: nn.Module, sinks: Sinks) -> None:
-    """`enable_bidirectional`; a decoder that a block holds keeps the block's mode, and is enabled when the last block ends.
+    """`enable_bidirectional`; a decoder in a block of the caller keeps the block's mode, and is enabled when the last block ends.
 
-    For what was loaded into a model: it stays there when the block ends, so its mode does too.
+    For what was loaded into a model: it stays there when the block ends, so its mode does too. Where only others hold a block,
+    the caller would run the model in their mode without a word: that is a ModeConflictError, as `enable_bidirectional` has it.
     """
     with in_use.lock:
         seen = survey(model)
         wanted = [decoder.with_sinks(sinks) for decoder in seen.decoders]
-        now = [decoder for decoder in wanted if in_use.after_all(decoder.module) is None]
-        later = [decoder for decoder in wanted if in_use.after_all(decoder.module) is not None]
+        later = [decoder for decoder in wanted if in_use.caller_holds(decoder.module)]
+        now = [decoder for decoder in wanted if not in_use.caller_holds(decoder.module)]
         settings = [setting_to_come(decoder) for decoder in later]
         _enable(seen, now, False)
         for decoder, setting in zip(later, settings):
-            in_use.set_after_all(decoder.module, setting)
+            if in_use.caller_holds(decoder.module):
+                in_use.set_after_all(decoder.module, setting)
+            else:  # a block that nobody kept is gone by now
+                _enable(seen, [decoder], False)
 
 
 def disable_bidirectional(model: Model) -> Model:

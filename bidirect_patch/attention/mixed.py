@@ -90,7 +90,7 @@ def has_maker_under_way(decoder: nn.Module) -> bool:
 
 
 def check_decoder(decoder: Decoder) -> None:
-    """Raise OrderError for a decoder that is no whole: see `check_layers` and `check_decoder_inside`, or if it is not patched."""
+    """Raise OrderError unless a decoder, its attention modules and the models that make its mask are in one mode."""
     model = decoder.module
     if different := [each.path for each in decoder.attentions if is_open(each.module) != is_open(model)]:
         _refuse(model, different, _otherwise(model), _A_LAYER)
@@ -102,7 +102,7 @@ def check_decoder(decoder: Decoder) -> None:
 
 _OUT_OF_PLACE = "has other sink tokens or another window than its place in the model asks for"
 _A_LAYER = "since a layer was put in or taken out, or belongs to another model too"
-_BY_ITSELF = "since it was changed by itself, and this model makes its mask"
+_BY_ITSELF = "since that was changed without the model around it, which makes its mask"
 
 
 def _otherwise(model: nn.Module) -> str:

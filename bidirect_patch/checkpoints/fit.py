@@ -19,7 +19,7 @@ _CAUSAL, _IN_PART = "causal", Mode.MIXED.value
 
 
 def warn_of_misfit(what: str, verb: str, model: nn.Module, sinks: Sinks) -> None:
-    """Warn if a model is not as what was loaded is to have it, and will not be so after the blocks that are open.
+    """Warn if the model attends otherwise than what was loaded was trained for, now and after the blocks that are open.
 
     Args:
         what: was loaded.

@@ -89,4 +89,6 @@ def _move_to_the_left(features: dict[str, Any]) -> None:
     first = mask.ne(0).int().argmax(1, keepdim=True)
     columns = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
     features["attention_mask"] = mask.gather(1, columns)
+    if isinstance(ids := features.get("input_ids"), Tensor) and ids.shape == mask.shape:
+        features["input_ids"] = ids.gather(1, columns)
     features["token_embeddings"] = tokens.gather(1, columns[..., None].expand_as(tokens))

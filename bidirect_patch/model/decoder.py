@@ -206,8 +206,10 @@ class Decoder:
         return replace(self, attentions=attentions, sinks=sinks)
 
     def _check_layers_are_apart(self) -> None:
-        for layers in modules_of(self.module):
-            if isinstance(layers, nn.ModuleList) and len({id(layer) for layer in layers}) < len(layers):
+        lists = [list(each._modules.values()) for each in modules_of(self.module) if isinstance(each, nn.ModuleList)]
+        for each in (*lists, [attention.module for attention in self.attentions]):
+            there = [id(module) for module in each if module is not None]
+            if len(set(there)) < len(there):
                 raise UnsupportedModelError(
                     f"{type(self.module).__name__} uses one layer several times, so that its last layers can't be told from the "
                     "others: give num_sinkless_layers=0"

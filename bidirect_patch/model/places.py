@@ -46,15 +46,22 @@ class Channel:
 def attentions_in(model: nn.Module, places: Sequence[Place]) -> Iterator[list[nn.Module]]:
     """For each layer of a decoder, in order, the modules where its attention stands.
 
-    Of a layer that has nothing there, since it is inside a wrapper or has no attention, the patched ones wherever they are.
+    Of a layer that has nothing there, or only a wrapper of it, the patched ones wherever they are.
     """
     for where in dict.fromkeys(place.layers for place in places):
         paths = [place.attention for place in places if place.layers == where]
         layers = submodule(model, where)
         for layer in () if layers is None else layers._modules.values():
             if layer is not None:
-                inside = [module for path in paths if (module := submodule(layer, path)) is not None]
-                yield inside or [part for part in modules_of(layer) if settings_of(part, Channel) is not None]
+                there = [module for path in paths if (module := submodule(layer, path)) is not None]
+                yield [part for module in there for part in _patched_in(module) or [module]] or _patched_in(layer)
+
+
+def _patched_in(module: nn.Module) -> list[nn.Module]:
+    """The module itself if it is patched attention, else what is so inside it: it may be a wrapper."""
+    if settings_of(module, Channel) is not None:
+        return [module]
+    return [part for part in modules_of(module) if settings_of(part, Channel) is not None]
 
 
 def out_of_place(model: nn.Module, layers: Iterable[Sequence[nn.Module]]) -> list[nn.Module]:

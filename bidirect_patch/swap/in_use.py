@@ -165,10 +165,15 @@ def check_caller(decoder: nn.Module, what: str = "called") -> None:
         )
 
 
+def caller_holds(decoder: nn.Module) -> bool:
+    """Whether the caller has `decoder` in a block. Call it with `lock` held."""
+    me = _owner()
+    return any(_is_mine(hold, me) for hold in state_of(decoder).holds)
+
+
 def only_others_hold(decoder: nn.Module) -> bool:
     """Whether blocks hold `decoder`, and none of them is the caller's. Call it with `lock` held."""
-    holds, me = state_of(decoder).holds, _owner()
-    return bool(holds) and not any(_is_mine(hold, me) for hold in holds)
+    return bool(state_of(decoder).holds) and not caller_holds(decoder)
 
 
 def set_after_others(decoder: nn.Module, setting: Setting) -> None:

@@ -100,25 +100,31 @@ class Probe:
         self.ids = _random_ids(model.config, weight.shape[0], length).to(self.device)  # (length,)
         self.takes = {*parameter_names(type(model)), *parameter_names(type(getattr(model, "base_model", model)))}
 
-    def observe(self, packed: bool = True) -> Observation:
-        """Run the model in each way of calling it that its forward takes, with packed documents or without."""
+    def observe(self, brief: bool = False) -> Observation:
+        """Run the model in each way of calling it that its forward takes.
+
+        Args:
+            brief: leave out padding on the left, packed documents, and the causal modules inside the layers.
+        """
         rows, length = self.grid
         ids = self.ids.expand(rows, length)
         seen = Observation({}, {})
         whole, padding = slice(0, length), max(1, length // 3)
-        seen.calls["no mask"], seen.real["no mask"] = self.run({"input_ids": ids}, parts=True), whole
+        seen.calls["no mask"], seen.real["no mask"] = self.run({"input_ids": ids}, parts=not brief), whole
         if "attention_mask" in self.takes:
             real: dict[Case, slice] = {
                 "mask of ones": whole,
                 "padded right": slice(0, length - padding),
                 "padded left": slice(padding, length),
             }
+            if brief:
+                del real["padded left"]
             for case, positions in real.items():
                 mask = torch.zeros_like(ids)
                 mask[:, positions] = 1
                 seen.calls[case] = self.run({"input_ids": ids, "attention_mask": mask})
             seen.real |= real
-        if packed and "position_ids" in self.takes:
+        if not brief and "position_ids" in self.takes:
             self._observe_packed(seen)
         return seen
 
@@ -267,7 +273,7 @@ class _LayerHooks:
                 return
             matrix, _ = by_perturbation(outputs.detach())
             if verdict_of(matrix) == CAUSAL:
-                self.looking_back.append((part, outputs, matrix))
+                self.looking_back.append((part, outputs.clone(), matrix))  # the layer may add to it in place
 
         return read_part
 

@@ -81,7 +81,7 @@ def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last:
         return Trial(handling, -1, f"a small random model of its class doesn't run any more: {error}")
     right = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
     problem = problem_of(report, "a small random model of its class") or _beyond_span(report, found)
-    return Trial(handling, right, problem or _last_token_moved(decoder, seen.last_tokens(), last))
+    return Trial(handling, right, problem or _last_token_moved(found[0], seen.last_tokens(), last))
 
 
 def _causal_run(small: PreTrainedModel, length: int) -> list[LastToken]:
@@ -90,7 +90,7 @@ def _causal_run(small: PreTrainedModel, length: int) -> list[LastToken]:
         probe = Probe(small, length)
         probe.gradients = False
         try:
-            return probe.observe(packed=False).last_tokens()
+            return probe.observe(brief=True).last_tokens()
         except UnseenLayersError:
             return []
 
@@ -103,8 +103,8 @@ def _last_token_moved(decoder: Decoder, now: list[LastToken], before: list[LastT
     modules in one layer.
 
     Args:
-        decoder: whose class it is.
-        now: of the patched small model.
+        decoder: the small model's first one.
+        now: of it with the patch.
         before: the same, without the patch.
     """
     first = decoder.attentions[0]

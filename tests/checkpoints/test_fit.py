@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bidirect_patch import bidirectional, enable_bidirectional
-from bidirect_patch.errors import OrderError, UnsupportedModelError
+from bidirect_patch.errors import ModeConflictError, OrderError, UnsupportedModelError
 from bidirect_patch.model.sinks import Sinks
 
 from ..helpers import zoo
@@ -185,7 +185,8 @@ def test_with_auto_blocks_may_end_in_any_order(saved, auto):
     same(encode(with_adapter), want)
 
 
-def test_with_auto_another_threads_causal_block_keeps_its_mode(saved, auto):
+def test_with_auto_another_threads_causal_block_keeps_its_mode_and_the_loader_is_told(saved, auto):
+    """Else the one who loaded it would run a causal model without a word."""
     folder, want = saved["with sinks"]
     model, entered, leave, seen = tiny_model(), threading.Event(), threading.Event(), []
 
@@ -198,10 +199,12 @@ def test_with_auto_another_threads_causal_block_keeps_its_mode(saved, auto):
     thread = threading.Thread(target=hold, daemon=True)
     thread.start()
     assert entered.wait(20)
-    with_adapter, _ = loaded(model, folder, "peft")
+    with pytest.raises(ModeConflictError):
+        loaded(model, folder, "peft")
     leave.set()
     thread.join(20)
     assert seen == [SAID[CAUSAL]]
+    with_adapter, _ = loaded(tiny_model(), folder, "peft")
     same(encode(with_adapter), want)
 
 

@@ -120,3 +120,13 @@ def test_it_is_saved_and_opened(modules, tmp_path):
 def test_the_number_is_checked(modules, count):
     with pytest.raises(ConfigError, match="num_sink_tokens must be an int of 0 or more"):
         modules[0](count)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_ids_and_embeddings_stay_in_the_same_columns(modules, side):
+    """For a module after it that weights words by their ids."""
+    tokens, mask = rows([5, 3, 2, 1], side)
+    ids = torch.arange(mask.numel()).reshape(mask.shape)
+    by_id = tokens.reshape(-1, tokens.shape[-1])
+    found = modules[0](1)({"token_embeddings": tokens, "attention_mask": mask, "input_ids": ids})
+    assert torch.equal(by_id[found["input_ids"]], found["token_embeddings"])

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
-from bidirect_patch.errors import OrderError
+from bidirect_patch.errors import OrderError, UnsupportedModelError
 
 from ..helpers.explicit_masks import sink_masks, under
 from ..helpers.one_text import BOTH, CAUSAL, IDS, moves, output
@@ -231,3 +231,36 @@ def test_layers_that_fit_their_places_run(change):
         want = explicit(model)
     torch.testing.assert_close(output(model), want, atol=1e-4, rtol=1e-4)
     assert is_bidirectional(model)
+
+
+class Around(nn.Module):
+    """Somebody's own module around another one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Around, partial(torch.compile, backend="eager")], ids=["own", "compiled"])
+def test_a_wrapper_around_the_attention_alone_is_looked_into(wrap):
+    model = model_with_sinks()
+    expected = output(model)
+    model.model.layers[2].self_attn = wrap(model.model.layers[2].self_attn)
+    torch.testing.assert_close(output(model), expected)
+    model.model.layers[1].self_attn = wrap(model_with_sinks(2, 1, seed=1).model.layers[1].self_attn)
+    with pytest.raises(OrderError, match="has other sink tokens"):
+        output(model)
+
+
+def test_one_attention_in_several_layers_has_no_sinkless_layers():
+    """Its last plan would be the plan of all of them."""
+    model = make()
+    for layer in model.model.layers[1:]:
+        layer.self_attn = model.model.layers[0].self_attn
+    with pytest.raises(UnsupportedModelError, match="give num_sinkless_layers=0"):
+        enable_bidirectional(model, **SINKS)
+    assert not leftovers(model)
+    assert moves(enable_bidirectional(model)) == BOTH

@@ -164,6 +164,20 @@ def test_a_causal_part_beside_attention_is_named():
     assert not report.is_bidirectional and "only looks back: conv" in str(report)
 
 
+class InPlace(SideBranch):
+    """What looks both ways is added to what only looks back, in its own memory."""
+
+    def forward(self, states, mask=None, documents=1):
+        back = self.conv(states, mask, documents)
+        back += self.mix(states, mask, documents)
+        return states + back
+
+
+def test_a_causal_part_whose_output_is_changed_in_place_is_named():
+    (layer,) = attention_report(Toy(InPlace(FULL)).eval()).layers
+    assert layer.verdict == "partial" and layer.causal_parts == ("conv",)
+
+
 class Sharp(Layer):
     """Attention whose weights but the first are too small to move the output, and beside it the plain states."""
 
