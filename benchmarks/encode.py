@@ -16,13 +16,11 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from benchmarks.head import make_model
 from benchmarks.measure import paired_times, table
 from benchmarks.report import goal, paired, parser, single_thread, spread
-from benchmarks.steps import QUICK, SMOLLM2
-from benchmarks.texts import sentence_lengths, tokenizer
+from benchmarks.steps import QUICK, SMOLLM2, Shape, save_model
+from benchmarks.texts import sentence_lengths
 from bidirect_patch import disable_bidirectional, enable_bidirectional
 
 BATCH = 32
@@ -36,14 +34,13 @@ def sentences(count: int, vocab: int) -> list[str]:
     return [" ".join(f"w{i}" for i in words.tolist()) for words in drawn]
 
 
-def encoder(model: torch.nn.Module, words: Any, **settings: Any) -> Any:
-    """A mean-pooled encoder of a model as it opens with these settings in its config."""
+def encoder(shape: Shape, **settings: Any) -> Any:
+    """A mean-pooled encoder of one random model of this shape, as it opens with these settings in its config."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     with tempfile.TemporaryDirectory() as folder:
-        words.save_pretrained(folder)
-        model.save_pretrained(folder)
+        save_model(shape, Path(folder))
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
         module = Transformer(folder, max_seq_length=512)
@@ -66,9 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     shape, count = (QUICK, 40) if options.quick else (replace(SMOLLM2, layers=2), 2000)
     texts = sentences(count, shape.vocab)
-    model, words = make_model(shape), tokenizer(shape.vocab)
-    words.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
-    stock, ours = encoder(model, words, is_causal=False), encoder(model, words)
+    stock, ours = encoder(shape, is_causal=False), encoder(shape)
 
     def encode(model: Any) -> torch.Tensor:
         return model.encode(texts, batch_size=BATCH, show_progress_bar=False, convert_to_tensor=True)
