@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,49 @@ def test_trained_rows_and_a_teacher(place, untrained, tmp_path, capsys):
     assert "| MNTP, sink | part of speech: " in capsys.readouterr().out
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """The commands run here and not in a process each."""
+    from benchmarks.ladder import training
+    from bidirect_patch.cli import main
+
+    def run(line, **_):
+        return SimpleNamespace(returncode=main(list(line[3:])))
+
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+
+
+def test_tagging_is_trained_and_read_as_the_command_wrote_it(place, tmp_path, capsys, in_process):
+    pytest.importorskip("seqeval", reason="F1 of spans needs the extra [words]")
+    few = ("--layers", "2", "--tagging_steps", "20", "--mntp_steps", "1")
+    run(place, tmp_path, "--tasks", "tagging", "--rows", "untrained, causal", "MNTP halved, sink", *few)
+    assert "| MNTP halved, sink, of untrained, causal | " in capsys.readouterr().out
+    for row in ("untrained-causal", "MNTP-halved-sink"):
+        found = json.loads((tmp_path / "tagging" / f"{row}-0.json").read_text())[""]
+        for task, metric in (("names", "f1"), ("relation", "accuracy")):
+            results = json.loads((tmp_path / "tagging" / "trained" / f"{task}-{row}-0" / "all_results.json").read_text())
+            assert found[task]["value"] == pytest.approx(100 * results[f"test_{metric}"], abs=0.01)
+            assert 20 < found[task]["value"]
+
+
+def test_halved_weights_are_the_mean_of_those_before_and_after(place, tmp_path, in_process):
+    from benchmarks.ladder.opened import open_row
+    from benchmarks.ladder.rows import Row
+    from benchmarks.ladder.texts import write_training_texts
+    from benchmarks.ladder.training import Plan
+    from bidirect_patch.cli.sweep.model import Source
+
+    write_training_texts(place / "data", tmp_path / "texts")
+    plan = Plan(Source(str(place / "model"), torch_dtype="float32"), 2, "<s>", tmp_path, 1, 3, 1, None, False, print)
+    before, halved, after = (open_row(plan, Row(f"{name}", "sink")).parts.model for name in ("untrained", "MNTP halved", "MNTP"))
+    names = [name for name, _ in after.named_parameters() if "q_proj" in name]
+    assert len(names) == 2
+    for name in names:
+        one, half, two = (model.get_parameter(name) for model in (before, halved, after))
+        assert not torch.equal(one, two)
+        torch.testing.assert_close(half, (one + two) / 2)
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -173,7 +217,7 @@ def test_a_command_that_fails_is_an_error_with_its_log(tmp_path):
     from benchmarks.ladder import training
 
     with pytest.raises(RuntimeError, match="failed with 2: see .*x.log"):
-        training._run("mntp", {"no_such_setting": 1}, tmp_path / "x", print)
+        training.run("mntp", {"no_such_setting": 1}, tmp_path / "x", print)
     assert not (tmp_path / "x.seconds.json").exists()
 
 

@@ -20,13 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ladder import retrieval, sentences, tables, texts, words
-from benchmarks.ladder.rows import ATTENTIONS, RECIPES, UNTRAINED, UPPER, Row, all_rows
+from benchmarks.ladder import retrieval, sentences, tables, tagging, texts, words
+from benchmarks.ladder.rows import ATTENTIONS, OF_ADAPTERS, RECIPES, UNTRAINED, UPPER, Row, all_rows
 from benchmarks.ladder.training import Plan
 from bidirect_patch.cli.sink_token import choose_sink_token
 from bidirect_patch.cli.sweep.model import Source, load_tokenizer
 
-TASKS = {"sentences": "sts", "words": "words", "retrieval": "qa"}  # and the folder of its data
+TASKS = {"sentences": "sts", "words": "words", "tagging": "words", "retrieval": "qa"}  # and the folder of its data
 ALL = "all"
 TEACHER = "teacher"
 
@@ -72,9 +72,10 @@ def _task(task: str, folder: Path, options: argparse.Namespace) -> tuple[Callabl
             return tables.sentences(_read_results(results), {name: pairs.scores for name, pairs in sets.items()}, line)
 
         return lambda plan, row: sentences.measured(plan, row, dev, sets), table
-    if task == "words":
+    if task in ("words", "tagging"):
         fit, test = (texts.tagged_sentences(folder, part) for part in ("dev", "test"))
-        return lambda plan, row: words.measured(plan, row, fit, test), lambda results: tables.words(_read_results(results))
+        of, made_of = (words, tables.words) if task == "words" else (tagging, tables.tagging)
+        return lambda plan, row: of.measured(plan, row, fit, test), lambda results: made_of(_read_results(results))
     asked = texts.questions(folder)
     return lambda plan, row: retrieval.measured(plan, row, asked), lambda results: tables.retrieval(_read_results(results))
 
@@ -83,6 +84,8 @@ def _is_of(task: str, row: Row) -> bool:
     """Whether a row is a row of a task. Untrained, sentences are read with and without blind layers in one row."""
     if task == "sentences":
         return row != Row(UNTRAINED, "sinkless")
+    if task == "tagging" and not set(row.steps) <= set(OF_ADAPTERS):
+        return False
     return row.attention != UPPER and TEACHER not in row.steps
 
 
@@ -103,9 +106,9 @@ def _plan(options: argparse.Namespace, row: Row) -> Plan:
     source = Source.of(options.model, options.gguf_file, torch_dtype=options.torch_dtype, attn_implementation="sdpa")
     token = options.first_token or choose_sink_token(load_tokenizer(source), None)
     layers = options.layers
-    if row.steps and layers is None:
+    if layers is None and (row.steps or "tagging" in options.tasks):
         raise SystemExit("--layers is missing: how many layers the trained rows keep; take what the untrained rows say is best")
-    settings = {"steps": options.steps, "mntp_steps": options.mntp_steps, "teacher": options.teacher, "bf16": options.bf16}
+    settings = {name: getattr(options, name) for name in ("steps", "mntp_steps", "tagging_steps", "teacher", "bf16")}
     return Plan(source, layers or 0, token, options.out, log=_log, **settings)
 
 
@@ -122,7 +125,8 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
     add("--gguf_file", help="load this GGUF file of the model's folder")
     add("--data", type=Path, required=True, help="the folder of the files")
     add("--out", type=Path, required=True, help="where runs and results are kept, one folder for each model")
-    add("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS))
+    frozen = [task for task in TASKS if task != "tagging"]
+    add("--tasks", nargs="*", choices=list(TASKS), default=frozen, help="(default: all but tagging, which trains every row)")
     add("--rows", nargs="*", metavar="ROW", default=[UNTRAINED], help='such as "MNTP, sink"; or all of a recipe: MNTP; or all')
     add("--pairs", type=int, default=1000, help="of each file of scored pairs; a quarter for STS12 to 16 (default: %(default)s)")
     add("--seeds", type=int, default=1, help="of each trained row (default: %(default)s)")
@@ -130,6 +134,7 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
     add("--layers", type=int, help="how many of the first layers the trained rows keep")
     add("--steps", type=int, default=60, help="of contrast and distillation, of 32 texts or pairs (default: %(default)s)")
     add("--mntp_steps", type=int, default=100, help="of masked next token prediction, of 8 x 128 tokens (default: %(default)s)")
+    add("--tagging_steps", type=int, default=400, help="of tagging, of 16 sentences (default: %(default)s)")
     add("--teacher", help="a finished encoder, for the rows of that name, and a row of its own")
     add("--torch_dtype", default="float32", help="of the weights of what is measured (default: %(default)s)")
     add("--bf16", action="store_true", help="train under bfloat16 autocast, on weights in float32")

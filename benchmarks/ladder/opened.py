@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.ladder.rows import ATTENTIONS, Row
+from benchmarks.ladder.rows import ATTENTIONS, OF_ADAPTERS, Row
 from benchmarks.ladder.training import Plan, model_settings, trained
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
@@ -72,10 +72,11 @@ def open_row(plan: Plan, row: Row) -> Opened:
     else:
         settings = model_settings(plan, row) | {"bidirectional": attention.bidirectional}
         settings["torch_dtype"] = plan.source.torch_dtype
-        if row.steps != ("mntp",):
-            settings |= {"model_name_or_path": folders[row.steps[-1]], "gguf_file": None, "layers": None}
-        elif "mntp" in folders:
-            settings["peft_model_name_or_path"] = folders["mntp"]
+        last = row.steps[-1]
+        if last in OF_ADAPTERS:
+            settings["peft_model_name_or_path"] = folders[last]
+        else:
+            settings |= {"model_name_or_path": folders[last], "gguf_file": None, "layers": None}
         module = load_encoder(EncoderArguments(**settings, lora_r=0, simcse_dropout=0.0), {})[0][0]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer = module.model.eval().requires_grad_(False).to(device), module.tokenizer

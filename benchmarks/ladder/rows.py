@@ -13,18 +13,20 @@ ATTENTIONS: dict[str, Attention] = {
 }
 UPPER = "upper layers opened"  # the lower layers causal, the first token hidden in the upper ones; untrained only
 
-# The steps of training, in their order. `simcse` pairs a sentence with itself, `neighbours` with the next one of its paragraph,
-# and `teacher` distils a finished encoder.
+# The steps of training, in their order. `halved` takes the mean of the weights before and after, `simcse` pairs a sentence with
+# itself, `neighbours` with the next one of its paragraph, and `teacher` distils a finished encoder.
 RECIPES: dict[str, tuple[str, ...]] = {
     "untrained": (),
     "SimCSE": ("simcse",),
     "neighbours": ("neighbours",),
     "MNTP": ("mntp",),
+    "MNTP halved": ("mntp", "halved"),
     "MNTP + SimCSE": ("mntp", "simcse"),
     "MNTP + neighbours": ("mntp", "neighbours"),
     "teacher": ("teacher",),
 }
 UNTRAINED, CAUSAL_ROW = "untrained", "causal"
+OF_ADAPTERS = ("mntp", "halved")  # the steps that give an adapter alone, and train no causal model
 
 
 class Row(NamedTuple):
@@ -56,7 +58,7 @@ class Row(NamedTuple):
     @property
     def causal(self) -> "Row":
         """The causal row with the same training, but for MNTP, which trains no causal model."""
-        steps = tuple(step for step in self.steps if step != "mntp")
+        steps = tuple(step for step in self.steps if step not in OF_ADAPTERS)
         recipe = next(name for name, its_steps in RECIPES.items() if its_steps == steps)
         return self._replace(recipe=recipe, attention=CAUSAL_ROW)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from benchmarks.ladder.retrieval import reciprocal
 from benchmarks.ladder.rows import CAUSAL_ROW, UNTRAINED, Row
+from benchmarks.ladder.tagging import TASKS as TAGGING
 from benchmarks.ladder.texts import TASKS, group_of
 from bidirect_patch.cli.sweep.scores import DRAWS, Bootstrap, interval
 
@@ -99,6 +100,11 @@ def sentences(results: Mapping[Row, Any], scores: Mapping[str, np.ndarray], teac
 def words(results: Mapping[Row, Any]) -> str:
     """The table of words."""
     return _counted(results, TASKS, _f1)
+
+
+def tagging(results: Mapping[Row, Any]) -> str:
+    """The table of fine-tuned words."""
+    return _counted(results, TAGGING, _f1)
 
 
 def retrieval(results: Mapping[Row, Any]) -> str:

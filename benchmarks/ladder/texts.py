@@ -71,6 +71,11 @@ class Sentence(NamedTuple):
     spans: Sequence[tuple[int, int]]
     labels: dict[str, list[str]]
 
+    @property
+    def words(self) -> list[str]:
+        """Its words."""
+        return [self.text[start:end] for start, end in self.spans]
+
 
 TASKS = ("part of speech", "relation", "direction of the head", "names")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.ladder.rows import ATTENTIONS, Row
+from benchmarks.ladder.rows import ATTENTIONS, OF_ADAPTERS, Row
 from benchmarks.measure import ROOT
 from bidirect_patch.cli.simcse.settings import PRESETS
 from bidirect_patch.cli.sweep.model import Source
@@ -18,6 +19,7 @@ TOOK = "seconds.json"  # written beside a run when it is done: one without it is
 BATCH = PRESETS["small"]["per_device_train_batch_size"]
 
 Settings = dict[str, Any]
+COMMON: Settings = {"preset": "small", "lr_scheduler_type": "linear", "save_strategy": "no", "report_to": "none"}
 
 
 class Plan(NamedTuple):
@@ -30,6 +32,7 @@ class Plan(NamedTuple):
         out: The folder with `texts`, where the runs are kept too.
         steps: Of contrastive training and of distillation.
         mntp_steps: Of masked next token prediction.
+        tagging_steps: Of fine-tuned tagging.
         teacher: A finished encoder.
         bf16: Whether to compute in bfloat16.
         log: Is told what begins.
@@ -41,6 +44,7 @@ class Plan(NamedTuple):
     out: Path
     steps: int
     mntp_steps: int
+    tagging_steps: int
     teacher: str | None
     bf16: bool
     log: Callable[[str], None]
@@ -55,22 +59,34 @@ def model_settings(plan: Plan, row: Row) -> Settings:
 
 
 def trained(plan: Plan, row: Row) -> dict[str, str]:
-    """Train the row, unless that is done: the folder of each step by its name."""
+    """Train the row, unless that is done: the folder of each step by its name, the last step last."""
     folders: dict[str, str] = {}
-    both = {"preset": "small", "lr_scheduler_type": "linear", "save_strategy": "no", "report_to": "none", "seed": row.seed}
+    adapter: str | None = None
     for step in row.steps:
         before = Row("MNTP" if step == "mntp" else row.recipe, row.attention, row.seed)  # of which rows share the first step
         folder = plan.out / "trained" / before.file
-        settings = both | model_settings(plan, row) | {"bf16": plan.bf16}
-        if step == "mntp":
+        settings = COMMON | model_settings(plan, row) | {"bf16": plan.bf16, "seed": row.seed}
+        if step == "halved":
+            _halve(str(adapter), folder)
+        elif step == "mntp":
             settings |= {"train_file": [str(plan.out / "texts" / "paragraphs.txt")], "max_steps": plan.mntp_steps}
+            run("mntp", settings, folder, plan.log)
         else:
             settings |= _of_contrast(plan, row, step) | {"max_steps": plan.steps}
-            if folders:
-                settings["peft_model_name_or_path"] = folders["mntp"]
-        _run("mntp" if step == "mntp" else "simcse", settings, folder, plan.log)
+            if adapter:
+                settings["peft_model_name_or_path"] = adapter
+            run("simcse", settings, folder, plan.log)
         folders[step] = str(folder)
+        adapter = str(folder) if step in OF_ADAPTERS else None
     return folders
+
+
+def _halve(adapter: str, folder: Path) -> None:
+    """Copy an adapter of LoRA, at half its strength: merged, it gives the mean of the weights before and after its training."""
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] // 2}), encoding="utf-8")
 
 
 def _of_contrast(plan: Plan, row: Row, step: str) -> Settings:
@@ -88,7 +104,7 @@ def _of_contrast(plan: Plan, row: Row, step: str) -> Settings:
     return settings | {"loss_scale": 20.0}
 
 
-def _run(command: str, settings: Settings, folder: Path, log: Callable[[str], None]) -> None:
+def run(command: str, settings: Settings, folder: Path, log: Callable[[str], None]) -> None:
     """`bidirect-patch COMMAND` with these settings, unless the folder holds its result already.
 
     Raises:

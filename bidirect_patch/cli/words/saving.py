@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -15,12 +17,15 @@ from ...model.sinks import Sinks
 from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights
 from ..common_settings import read_json
+from ..output_folder import writing
+from .files import NO_LABEL
 from .model import adapter_of
 from .tagger import WordTagger, head_of
-from .tokens import Reading
+from .tokens import IGNORED, Reading
 
 CLASSIFIER = "classifier.safetensors"
 FILE = "words.json"  # what a classifier was trained for
+PREDICTIONS = "predictions.txt"  # of the test data, as transformers' run_ner.py names it
 
 
 class Trained(NamedTuple):
@@ -119,6 +124,21 @@ def save_model(tagger: WordTagger, folder: str) -> None:
         vars(merged).pop("peft_config", None)  # older releases of PEFT leave it there
         setattr(model, model.base_model_prefix, merged)
     model.save_pretrained(folder)
+
+
+def save_predictions(folder: str, predicted: np.ndarray, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+    """Write the predicted labels of the test data: a line a sentence, a label a word, with spaces between.
+
+    Args:
+        folder: The folder to write to.
+        predicted: The numbers of the predicted labels, (sentences, words).
+        rows: The sentences, as `tokens.encode` gives them. A word that is not scored gets `_`.
+        labels: The labels by their numbers.
+    """
+    with writing(folder), open(os.path.join(folder, PREDICTIONS), "w", encoding="utf-8") as file:
+        for numbers, row in zip(predicted, rows):
+            words = [NO_LABEL if own == IGNORED else labels[number] for number, own in zip(numbers, row["labels"])]
+            file.write(" ".join(words) + "\n")
 
 
 def save_arguments(training: Any, folder: str) -> None:

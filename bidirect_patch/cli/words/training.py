@@ -24,7 +24,7 @@ from .collator import WordCollator
 from .data import Data, Split, load_data
 from .evaluation import are_spans, check_seqeval, make_report, most_frequent_labels
 from .model import Source, check_model, find_source, load_model, saved_labels
-from .saving import Trained, is_whole, load_classifier, read_trained
+from .saving import Trained, is_whole, load_classifier, read_trained, save_predictions
 from .settings import ModelArguments, Settings
 from .tagger import WordTagger
 from .tokens import Reading, check_reading, encode
@@ -61,7 +61,10 @@ def train(settings: Settings) -> None:
     if training.do_predict:
         if training.do_train:
             _add_baseline("test_baseline", "test data: the commonest", data, "test", trainer, report)
-        report.add("test", "test data", trainer.evaluate(tests, metric_key_prefix="test"))
+        found = trainer.predict(tests, metric_key_prefix="test")
+        report.add("test", "test data", found.metrics)
+        if trainer.is_world_process_zero():
+            save_predictions(str(training.output_dir), found.predictions[0], tests, trainer.labels)
     report.show()
     if training.do_train:
         write_words_card(settings, trainer, report)

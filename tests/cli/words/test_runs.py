@@ -68,9 +68,11 @@ def test_the_folder_opens_in_transformers_pipeline_and_gives_the_same_tags(setti
     folder = settings["output_dir"]
     tagger = pipeline("token-classification", folder, device="cpu")
     assert type(tagger.model).__name__ == "LlamaForTokenClassification"
+    predicted = (Path(folder) / "predictions.txt").read_text().splitlines()
     right = words = 0
-    for row in TEST:
+    for row, line in zip(TEST, predicted, strict=True):
         found = tags_of(tagger, row["tokens"])
+        assert line.split(" ") == found
         assert found == expected_tags(stock(folder), tagger.tokenizer, row["tokens"], masks)
         right += sum(one == other for one, other in zip(found, row["pos_tags"]))
         words += len(found)
