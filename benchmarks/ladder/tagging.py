@@ -1,4 +1,4 @@
-"""Tags of words by fine-tuning: LoRA and a linear layer, by `bidirect-patch words`, which reads a word as the mean of its tokens."""
+"""Tags of words by fine-tuning: LoRA and a linear layer, by `bidirect-patch words`. A word is read as the mean of its tokens."""
 
 import json
 from collections.abc import Sequence
