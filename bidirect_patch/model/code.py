@@ -67,7 +67,8 @@ class Code:
             return
         for name in names_in(function.__code__):
             value = function.__globals__.get(name)
-            if isinstance(value, Mapping) and self._kernel in value:
+            # The first look is cheap: asking the abstract class of each object costs more than all the rest here.
+            if hasattr(type(value), "keys") and isinstance(value, Mapping) and self._kernel in value:
                 yield value, self._kernel
             elif not _is_set_by_its_module(function.__globals__, name):
                 yield function.__globals__, name

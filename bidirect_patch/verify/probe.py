@@ -65,18 +65,18 @@ class Observation:
     real: dict[Case, slice]
     apart: list[bool] | None = None
 
-    def last_tokens(self) -> list[tuple[Tensor, bool]]:
+    def last_tokens(self) -> dict[Case, tuple[Tensor, bool]]:
         """What the first layer made of the last real token, (features,), in each way of calling the model but packed.
 
         And whether that token depended on every real token and on nothing else.
         """
-        found = []
+        found: dict[Case, tuple[Tensor, bool]] = {}
         for case, (first, *_) in self.calls.items():
             if case != "packed":
                 positions = range(len(first.matrix))[self.real[case]]
                 seen = first.matrix[positions[-1]].tolist()
                 sees_all = seen == [position in positions for position in range(len(seen))]
-                found.append((first.outputs[0, positions[-1]], sees_all))
+                found[case] = first.outputs[0, positions[-1]], sees_all
         return found
 
 
@@ -98,13 +98,16 @@ class Probe:
         weight = next(model.parameters()) if weight is None else weight
         self.device = torch.device("cpu") if weight.is_meta else weight.device
         self.ids = _random_ids(model.config, weight.shape[0], length).to(self.device)  # (length,)
-        self.takes = {*parameter_names(type(model)), *parameter_names(type(getattr(model, "base_model", model)))}
+        own = parameter_names(type(model))
+        self.takes = {*own, *parameter_names(type(getattr(model, "base_model", model)))}
+        # What comes after the layers says nothing of them, and over a large vocabulary it costs more than they do.
+        self.few_logits = {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in own}
 
     def observe(self, brief: bool = False) -> Observation:
         """Run the model in each way of calling it that its forward takes.
 
         Args:
-            brief: leave out padding on the left, packed documents, and the causal modules inside the layers.
+            brief: only without a mask and padded on the right, and no look at the modules inside the layers.
         """
         rows, length = self.grid
         ids = self.ids.expand(rows, length)
@@ -118,7 +121,7 @@ class Probe:
                 "padded left": slice(padding, length),
             }
             if brief:
-                del real["padded left"]
+                del real["mask of ones"], real["padded left"]
             for case, positions in real.items():
                 mask = torch.zeros_like(ids)
                 mask[:, positions] = 1
@@ -162,7 +165,7 @@ class Probe:
             recorder = _Recorder(self.grid, gradients, replace_ends)
             try:
                 with recorder.watch(self.layers, parts), torch.set_grad_enabled(gradients):
-                    self.model(**inputs)
+                    self.model(**inputs, **self.few_logits)
                 calls = recorder.calls
                 break
             except AttentionMaskError:

@@ -19,11 +19,11 @@ from ..model.windows import Span
 from ..swap.apply import apply
 from ..swap.classes import original
 from .dependence import relative_distance
-from .probe import LENGTH, Probe, left_as_it_was
+from .probe import LENGTH, Case, Probe, left_as_it_was
 from .report import BIDIRECTIONAL, AttentionReport, attention_report, report_of
 
 MOST_SINKS = 3  # in a small model: more show nothing else
-LastToken = tuple[Tensor, bool]  # see `last_tokens`
+LastTokens = dict[Case, tuple[Tensor, bool]]  # see `Observation.last_tokens`
 SAME = 0.03  # relative distance of two outputs that are the same but for rounding, in bfloat16 too
 
 
@@ -57,7 +57,7 @@ def _is_seen_unpatched(decoder: Decoder) -> bool:
     return True
 
 
-def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: list[LastToken]) -> Trial:
+def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: LastTokens) -> Trial:
     best = _try(decoder, handlings[0], small, last)
     for handling in handlings[1:]:
         if not best.problem or (decoder.unsupported_layers and best.right_layers):
@@ -68,7 +68,7 @@ def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandlin
     return best
 
 
-def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: list[LastToken]) -> Trial:
+def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: LastTokens) -> Trial:
     cls = original(type(decoder.module))
     found = [each.with_sinks(_sinks_of_small(decoder, each)) for each in decoders(small)]
     handlings = [handling if original(type(each.module)) is cls else None for each in found]
@@ -84,7 +84,7 @@ def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last:
     return Trial(handling, right, problem or _last_token_moved(found[0], seen.last_tokens(), last))
 
 
-def _causal_run(small: PreTrainedModel, length: int) -> list[LastToken]:
+def _causal_run(small: PreTrainedModel, length: int) -> LastTokens:
     """What the first layer of a small model makes of the last token without the patch, as `last_tokens` gives it."""
     with left_as_it_was(small):
         probe = Probe(small, length)
@@ -92,10 +92,10 @@ def _causal_run(small: PreTrainedModel, length: int) -> list[LastToken]:
         try:
             return probe.observe(brief=True).last_tokens()
         except UnseenLayersError:
-            return []
+            return {}
 
 
-def _last_token_moved(decoder: Decoder, now: list[LastToken], before: list[LastToken]) -> str:
+def _last_token_moved(decoder: Decoder, now: LastTokens, before: LastTokens) -> str:
     """Whether a mask was read the wrong way round by the model's own code: where all is hidden, all is seen alike.
 
     Where the last token sees all of a text and nothing else in the causal model already (there may be a window, and XLM's sees
@@ -111,7 +111,8 @@ def _last_token_moved(decoder: Decoder, now: list[LastToken], before: list[LastT
     is_alone = sum(attention.layer == first.layer for attention in decoder.attentions) == 1
     if not is_alone or not first.span.sees_sinks:
         return ""
-    pairs = [(a, b) for (a, *sees_all), (b, *saw_all) in zip(now, before) if all(sees_all + saw_all)]
+    both = [(*now[case], *before[case]) for case in before if case in now]
+    pairs = [(a, b) for a, sees_all, b, saw_all in both if sees_all and saw_all]
     if all(a.shape == b.shape and bool(relative_distance(a, b) < SAME) for a, b in pairs):
         return ""
     return "the first layer of a small random model of its class does something else with the last token than without the patch"
