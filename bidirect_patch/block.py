@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from .checks import check_free, check_not_sharded
 from .errors import ArgumentError, OrderError
 from .model.decoder import Decoder
 from .model.find import Survey, survey
@@ -15,7 +16,7 @@ from .model.sinks import Sinks
 from .swap import in_use
 from .swap.apply import commit
 from .swap.modes import Mode, Setting
-from .transition import bring_back, check_free, check_not_sharded, find, to_bidirectional, to_causal_block
+from .transition import bring_back, find, to_bidirectional, to_causal_block
 
 Model = TypeVar("Model", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -5,21 +5,14 @@ from typing import TypeVar
 from torch import nn
 
 from .block import Block
+from .checks import check_free, check_not_native, check_not_sharded
 from .errors import ArgumentError
 from .model.decoder import Decoder
 from .model.find import Survey, check_module, survey
 from .model.sinks import NO_SINKS, Sinks, read_sinks
 from .swap import in_use
 from .swap.modes import Mode, Setting
-from .transition import (
-    check_free,
-    check_not_native,
-    check_not_sharded,
-    setting_to_come,
-    stays_in_block,
-    to_as_loaded,
-    to_bidirectional,
-)
+from .transition import setting_to_come, stays_in_block, to_as_loaded, to_bidirectional
 from .verify import mode
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -1,6 +1,6 @@
 """The steps of a change of mode, for the decoders of one model. Call each with `in_use.lock` held."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -9,14 +9,14 @@ from .attention.plan import MIXINS, OF_ATTENTION, bidirectional_plans, causal_bl
 from .attention.recompute import forget_checkpoints
 from .checkpoints import hooks
 from .checkpoints.pickled import Pickled, pickled_plan
-from .errors import OrderError, UnsupportedModelError
+from .checks import check_forwards, check_supported
+from .model.config import says_bidirectional
 from .model.decoder import Decoder
-from .model.find import Survey, decoders, says_bidirectional
+from .model.find import Survey, decoders
 from .model.sinks import Sinks
 from .swap import in_use
 from .swap.apply import Change, apply, commit, prepare
-from .swap.classes import Swapped, is_sharded
-from .swap.instance_forward import calls_the_patch, name_and_place
+from .swap.classes import Swapped
 from .swap.modes import Mode, Setting
 from .swap.record import Found, Plan, before_patch, plans_of, plans_on, record_of
 from .verify.late import Unverified, unverified_plan, verify_now
@@ -40,8 +40,8 @@ def to_bidirectional(
     changing = [decoder for decoder in wanted if not _is_so(decoder)]
     if not changing:
         return
-    _check_supported(changing, allow_partial)
-    _check_forwards(changing)
+    check_supported(changing, allow_partial)
+    check_forwards(changing)
     proofs = [verify(decoder, on_trust=allow_partial) for decoder in changing]
     hooks.install()
     add: list[tuple[nn.Module, Plan]] = []
@@ -83,7 +83,7 @@ def to_causal_block(seen: Survey, decoder: Decoder) -> list[Change]:
     is_native = native_attention(decoder) != "causal"
     if not (is_native or decoder.has_any_patch):
         return []
-    _check_forwards([decoder])  # or its end could not bring the patch back
+    check_forwards([decoder])  # or its end could not bring the patch back
     plans = [*causal_block_plans(seen.model, decoder, is_native), pickled_plan(decoder.module)]
     return prepare(plans, _patch_of(seen, [decoder]))
 
@@ -116,40 +116,8 @@ def setting_to_come(decoder: Decoder) -> Setting:
     """The setting that the end of a block is to bring a decoder to; raises what `to_bidirectional` would, but for wrappers."""
     if _is_so(decoder):
         return decoder.setting
-    _check_supported([decoder], False)
+    check_supported([decoder], False)
     return Setting(Mode.UNVERIFIED if verify(decoder) is None else Mode.BIDIRECTIONAL, decoder.sinks)
-
-
-def check_free(decoder: Decoder, wanted: Setting) -> None:
-    """Raise ModeConflictError if another thread or task needs a decoder in another mode."""
-    in_use.check(decoder.module, wanted, decoder.setting)
-
-
-def check_not_sharded(seen: Survey) -> None:
-    """Raise OrderError if a model or a part of it that isn't patched yet is sharded."""
-    if all(decoder.is_patched for decoder in seen.decoders):
-        return
-    # One rule for both kinds of FSDP and for every part that was sharded, though not every mixture would go wrong.
-    for name, module in seen.named:
-        if is_sharded(type(module)):
-            raise OrderError(
-                f"{f'{name} ({type(module).__name__})' if name else type(module).__name__} is already sharded by FSDP: call "
-                "enable_bidirectional(model) first, then shard"
-            )
-
-
-def check_not_native(decoder: Decoder) -> None:
-    """Raise OrderError if a decoder is bidirectional by its config, so that nothing here can make it causal for good."""
-    if decoder.is_in_block:  # in which its config is a view that says it is causal
-        native = in_use.only_others_hold(decoder.module) and says_bidirectional(before_patch(decoder.module, "config"))
-    else:
-        native = native_attention(decoder) != "causal"
-    if native:
-        raise OrderError(
-            f"{type(decoder.module).__name__} is bidirectional by its config, so that undoing the patch would not make it "
-            "causal: load it with is_causal=True (Gemma: use_bidirectional_attention=False), or use a causal block where one can "
-            "be had, `with bidirectional(model, enabled=False):`"
-        )
 
 
 def stays_in_block(decoder: Decoder) -> bool:
@@ -191,23 +159,3 @@ def _as_it_was_and_is(seen: Survey, decoder: Decoder) -> list[Decoder]:
 def _is_so(decoder: Decoder) -> bool:
     """Whether a decoder is bidirectional with its sinks already."""
     return is_verified_patch(decoder) and decoder.setting.sinks == decoder.sinks
-
-
-def _check_supported(found: Iterable[Decoder], allow_partial: bool) -> None:
-    for decoder in found:
-        if decoder.unsupported_layers and not allow_partial:
-            raise UnsupportedModelError(
-                f"{type(decoder.module).__name__} can't be made fully bidirectional, since this mixes tokens by other means than "
-                f"causal attention: {'; '.join(decoder.unsupported_layers)}. allow_partial=True patches its attention layers all "
-                "the same"
-            )
-
-
-def _check_forwards(found: Iterable[Decoder]) -> None:
-    for module in (module for decoder in found for module in decoder.modules):
-        if record_of(module) is not None and not calls_the_patch(module):
-            by = name_and_place(module.__dict__.get("forward"))
-            raise OrderError(
-                f"{type(module).__name__}.forward was replaced on the instance by {by}, and nothing shows that this "
-                "calls the patched forward: take it off, or call disable_bidirectional first"
-            )

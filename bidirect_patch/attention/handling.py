@@ -34,7 +34,7 @@ def possible_handlings(decoder: Decoder) -> tuple[MaskHandling, ...]:
     )
     if not builds_causal_mask(cls) or (alibi and getattr(decoder.module.config, "alibi", True)):
         return own
-    if decoder.unsupported_layers:  # what else mixes tokens takes the 2D mask
+    if decoder.refusals:  # what else mixes tokens takes the 2D mask
         return own
     if alibi or counts_mask(cls):
         return MaskHandling("counts"), MaskHandling("counts", sees_all_without_mask=False), *own

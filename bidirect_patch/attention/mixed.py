@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import OrderError
 from ..model.decoder import Decoder
-from ..model.facts import builds_causal_mask
-from ..model.find import is_attention
+from ..model.facts import builds_causal_mask, is_attention
 from ..model.places import Channels, Place, attentions_in, fits_inside, names_of, out_of_place, spans_in, submodule
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import UnsupportedModelError, warn_user
+from ..model.config import says_bidirectional
 from ..model.decoder import Decoder
-from ..model.find import decoders, says_bidirectional
+from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks
 from ..swap import in_use
 from ..swap.modes import Mode, Setting
@@ -40,7 +41,7 @@ def warn_of_misfit(what: str, verb: str, model: nn.Module, sinks: Sinks) -> None
         return None
     is_held = any(state is not None for state in later)
     numbers = "" if sinks == NO_SINKS else f", {sinks.in_words}"
-    partial = ", allow_partial=True" * any(decoder.unsupported_layers for decoder in found)
+    partial = ", allow_partial=True" * any(decoder.refusals for decoder in found)
     it = f"a model that is {_in_words(now)}"
     if is_held:
         it += f" within a block, and {_in_words(a if b is None else b for a, b in zip(now, later))} after it"

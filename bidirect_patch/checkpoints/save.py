@@ -44,7 +44,7 @@ def saving_config(model: Any) -> Any:
     """A copy of `model.config` that says `is_causal: false`, and the sinks, of each wholly bidirectional decoder in `model`."""
     config = copy.deepcopy(model.config)
     pairs = list(zip(parts(model.config), parts(config), strict=True))
-    partial = [decoder.module for decoder in decoders(model) if decoder.unsupported_layers]
+    partial = [decoder.module for decoder in decoders(model) if decoder.refusals]
     for module in model.modules():
         if has_mixin(module, BidirectionalModel) and not any(module is p for p in partial):
             own = [saved for live, saved in pairs if live is module.config]

@@ -36,6 +36,17 @@ def backend_of(config: Any) -> Backend:
     return "eager"
 
 
+def says_bidirectional(config: Any) -> bool:
+    """Whether a config asks transformers itself for bidirectional attention.
+
+    By `is_causal: false` (5.2 and newer), or by `use_bidirectional_attention` (Gemma: true, or "all" since Gemma 4).
+    """
+    # Both: in a causal block, the model has a view of its config, which says True.
+    causal = {id(part): getattr(part, "is_causal", True) for part in (text_config(config), config)}
+    own = getattr(text_config(config), "use_bidirectional_attention", None)
+    return own is True or own == "all" or all(flag is False for flag in causal.values())
+
+
 class ConfigView:
     """A config in which some attributes have other values. All others are read from the original, and written to it.
 

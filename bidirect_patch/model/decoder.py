@@ -13,12 +13,12 @@ from ..swap.instance_forward import calls_the_patch
 from ..swap.modes import Mode, Setting
 from ..swap.record import before_patch, own_before_patch, plans_of, setting_of
 from .buffers import triangular_buffers
+from .facts import causal_flags
 from .places import Place, attentions_in, fits_inside, out_of_place
+from .refusals import Refusal
 from .sinks import NO_SINKS, Sinks
 from .walk import layers_of, modules_of, parameters_of
 from .windows import Span
-
-_FLAGS = ("is_causal", "causal")  # what an attention module, or in XLM the model, says of itself
 
 
 class Part:
@@ -78,7 +78,7 @@ class Decoder:
     name: str  # its name in the model that was searched
     module: PreTrainedModel
     attentions: list[Attention] = field(default_factory=list)
-    unsupported_layers: list[str] = field(default_factory=list)  # in words
+    refusals: list[Refusal] = field(default_factory=list)  # of its layers, and of other models, that stay causal
     builders: list[PreTrainedModel] = field(default_factory=list)  # models around it that make its mask, as some do
     cache_makers: list[PreTrainedModel] = field(default_factory=list)  # other models around it that make a KV cache for it
     sinks: Sinks = NO_SINKS  # as its spans have them, see `with_sinks`
@@ -222,8 +222,3 @@ def _layer_class(layer: nn.Module) -> type:
         (inner,) = layer.children()
         layer = inner
     return next(cls for cls in original(type(layer)).__mro__ if not is_sharded(cls))
-
-
-def causal_flags(module: nn.Module) -> tuple[str, ...]:
-    """The names of the flags by which the module itself says that it is causal, as they are without the patch."""
-    return tuple(name for name in _FLAGS if own_before_patch(module, name) is True)

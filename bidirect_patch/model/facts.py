@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..swap.classes import original
+from ..swap.record import own_before_patch
+
 # Mixes tokens from left to right by other means than attention, and compressors (DeepSeek-V4), which pool each run of tokens
 # with the run before. A miss: verification sees the causal layer and refuses it. A wrong match: the model is refused by name.
 RECURRENT = re.compile(
@@ -46,6 +49,7 @@ _LEAVE_CAUSAL = {"use_bidirectional_attention", "is_cross_attention"}
 _DECIDE = {"is_decoder"}
 
 # Names of parameters, by family and release.
+_FLAGS = ("is_causal", "causal")  # what an attention module, or in XLM the model, says of itself
 CROSS_ATTENTION = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "kv")  # another sequence
 CACHES = ("past_key_values", "cache", "cache_params", "layer_past", "past")  # a KV cache
 
@@ -215,6 +219,17 @@ def puts_states_first(cls: type) -> bool:
 def reads_layer_kinds(cls: type) -> bool:
     """Whether the class's forward reads which kind each layer is."""
     return any(_names_any(f, LAYER_KIND) for f in forwards(cls))
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module mixes tokens under a mask that it is given."""
+    cls = original(type(module))
+    return mask_parameter(cls) is not None and ("is_causal" in module.__dict__ or is_named_attention(cls))
+
+
+def causal_flags(module: nn.Module) -> tuple[str, ...]:
+    """The names of the flags by which the module itself says that it is causal, as they are without the patch."""
+    return tuple(name for name in _FLAGS if own_before_patch(module, name) is True)
 
 
 def given_input(kwargs: dict[str, Any]) -> Tensor | None:

@@ -44,3 +44,8 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
     walk(model, "")
     return found
+
+
+def is_inside(name: str, outer: str) -> bool:
+    """Whether a module of that name is inside another one, by their names in the same model."""
+    return name != outer and (not outer or name.startswith(f"{outer}."))

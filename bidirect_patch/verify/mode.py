@@ -23,7 +23,7 @@ def is_verified_patch(decoder: Decoder) -> bool:
 
 def attends_both_ways(decoder: Decoder) -> bool:
     """Whether every layer of the decoder attends in both directions, by the patch or by its config."""
-    if decoder.unsupported_layers:
+    if decoder.refusals:
         return False
     return is_verified_patch(decoder) or (not decoder.has_any_patch and native_attention(decoder) == "bidirectional")
 

@@ -9,9 +9,8 @@ from typing import Literal, NamedTuple, TypeVar
 from ..attention.handling import MaskHandling, possible_handlings
 from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, UnsupportedModelError
 from ..model.code import Code
-from ..model.config import text_config
+from ..model.config import says_bidirectional, text_config
 from ..model.decoder import Decoder
-from ..model.find import says_bidirectional
 from ..model.tiny import tiny_like
 from ..swap.classes import original
 from .dependence import CAUSAL
@@ -58,7 +57,7 @@ def verify(decoder: Decoder, *, even_on_meta: bool = False, on_trust: bool = Fal
             return None
         _trials[key] = trial, _code(decoder)
     trial, code = _trials[key]
-    if not decoder.unsupported_layers:
+    if not decoder.refusals:
         _check(decoder, trial.problem)
     return Proof(trial.handling, code)
 
@@ -118,7 +117,7 @@ def _code(decoder: Decoder) -> Code:
 
 def _check_seen(decoder: Decoder) -> None:
     """Raise if the model itself runs, but so that its layers can't be seen at work: it could never be verified."""
-    if decoder.is_on_meta or decoder.unsupported_layers:
+    if decoder.is_on_meta or decoder.refusals:
         return
     try:
         attention_report(decoder.outermost)
@@ -130,7 +129,7 @@ def _check_seen(decoder: Decoder) -> None:
 
 def _key(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> tuple[object, ...]:
     kernel, model_class = _kernel(text_config(decoder.module.config)), original(type(decoder.outermost))
-    return model_class, decoder.classes, decoder.part_classes, kernel, decoder.spans, handlings, bool(decoder.unsupported_layers)
+    return model_class, decoder.classes, decoder.part_classes, kernel, decoder.spans, handlings, bool(decoder.refusals)
 
 
 def _kernel(config: object) -> str:

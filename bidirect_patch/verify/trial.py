@@ -60,7 +60,7 @@ def _is_seen_unpatched(decoder: Decoder) -> bool:
 def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: LastTokens) -> Trial:
     best = _try(decoder, handlings[0], small, last)
     for handling in handlings[1:]:
-        if not best.problem or (decoder.unsupported_layers and best.right_layers):
+        if not best.problem or (decoder.refusals and best.right_layers):
             break
         trial = _try(decoder, handling, _small(decoder), last)
         if not trial.problem or trial.right_layers > best.right_layers:

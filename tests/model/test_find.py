@@ -8,8 +8,10 @@ from torch import nn
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional
 from bidirect_patch.errors import UnsupportedModelError
+from bidirect_patch.model.config import says_bidirectional
 from bidirect_patch.model.decoder import causal_flags
-from bidirect_patch.model.find import decoders, is_attention, says_bidirectional
+from bidirect_patch.model.facts import is_attention
+from bidirect_patch.model.find import decoders
 from bidirect_patch.model.windows import Span
 
 from ..helpers.seeing import hidden, sees_all
@@ -44,7 +46,7 @@ def test_a_decoder_and_its_attention(family, head):
     for attention, layer in zip(decoder.attentions, decoder.module.layers, strict=True):
         assert attention.module is layer.self_attn and attention.span == Span()
     assert decoder.outermost is decoder.module and decoder.mask_makers == (decoder.module,)
-    assert not decoder.unsupported_layers and not decoder.is_on_meta
+    assert not decoder.refusals and not decoder.is_on_meta
 
 
 def test_a_decoder_on_meta():
@@ -72,7 +74,7 @@ def test_architectures_with_one_decoder(model, config, settings, attentions):
     if not hasattr(transformers, model):
         pytest.skip(f"transformers {transformers.__version__} has no {model}")
     (decoder,) = decoders(made(model, config, **settings))
-    assert len(decoder.attentions) == attentions and not decoder.unsupported_layers
+    assert len(decoder.attentions) == attentions and not decoder.refusals
 
 
 def test_two_decoders_in_one_module():
@@ -110,8 +112,8 @@ def test_a_model_without_a_decoder_beside_one(model, config, settings, said, blo
     both = nn.ModuleDict({"llama": tiny_model(), "other": made(model, config, **settings)})
     (decoder,) = decoders(both)
     assert decoder.name == "llama.model"
-    assert bool(decoder.unsupported_layers) == blocks
-    assert not blocks or decoder.unsupported_layers[0].startswith("other")
+    assert bool(decoder.refusals) == blocks
+    assert not blocks or decoder.refusals[0].where.startswith("other")
 
 
 def test_a_vision_tower_is_none_of_the_decoders():
@@ -120,7 +122,7 @@ def test_a_vision_tower_is_none_of_the_decoders():
     )
     with torch.device("meta"):
         (decoder,) = decoders(transformers.LlavaForConditionalGeneration(config))
-    assert isinstance(decoder.module, transformers.LlamaModel) and not decoder.unsupported_layers
+    assert isinstance(decoder.module, transformers.LlamaModel) and not decoder.refusals
 
 
 @pytest.mark.parametrize("thing", [None, "gpt2", {}, transformers.LlamaModel], ids=["None", "str", "dict", "class"])
@@ -164,7 +166,7 @@ def test_what_else_mixes_tokens_in_a_layer_is_named(part, named):
     model = tiny_model()
     model.model.layers[1].extra = part()
     (decoder,) = decoders(model)
-    assert decoder.unsupported_layers == ([f"layers.1 LlamaDecoderLayer with {named}"] if named else [])
+    assert list(map(str, decoder.refusals)) == ([f"layers.1 LlamaDecoderLayer with {named}"] if named else [])
 
 
 def test_a_layer_without_attention_is_named():
@@ -173,7 +175,7 @@ def test_a_layer_without_attention_is_named():
     model.model.layers[0].blend = FastMamba()
     (decoder,) = decoders(model)
     assert [attention.path for attention in decoder.attentions] == ["layers.1.self_attn"]
-    assert decoder.unsupported_layers == ["layers.0 LlamaDecoderLayer with FastMamba"]
+    assert list(map(str, decoder.refusals)) == ["layers.0 LlamaDecoderLayer with FastMamba"]
 
 
 def test_the_flags_of_a_module_are_its_own():
