@@ -1,7 +1,6 @@
-"""Checks before a change of mode: each raises an error of the family, and nothing is changed.
+"""Checks of a model's state before a change of mode. What no state can mend, kinds of models, `model.refusals` refuses.
 
-They are of a model's state: who uses it, what other tools did to it. Why a kind of model is refused stands in
-`model.refusals`.
+The state is who uses a model, and what other tools did to it. Each check raises an error of the family, and nothing is changed.
 """
 
 from collections.abc import Iterable

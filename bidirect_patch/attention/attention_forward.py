@@ -1,4 +1,4 @@
-"""What an attention module is called with to be bidirectional, backend by backend: the mask of its own span."""
+"""The forward of an attention module: what it is called with to be bidirectional, backend by backend, for its own span."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How a decoder's own mask code takes a mask. No table by family or release says so: a small model shows it (`verify`)."""
+"""How a decoder's own mask code takes a mask. No table of families or releases: `verify` runs a small model, and looks."""
 
 from typing import Literal, NamedTuple
 

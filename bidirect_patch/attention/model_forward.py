@@ -1,4 +1,4 @@
-"""A model that makes the mask: it hands a bidirectional mask to its own forward, and keeps no KV cache."""
+"""The forward of a model that makes the mask: it hands a bidirectional mask to its own code, and keeps no KV cache."""
 
 from typing import Any
 

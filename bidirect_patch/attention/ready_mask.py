@@ -1,4 +1,4 @@
-"""The mask that a patched model hands to its own mask code, which passes it on as it is, and what each layer takes of it.
+"""The mask of each backend: what a patched model hands to its own mask code, which passes it on, and what each layer takes of it.
 
 The mask travels as the one normal argument, so that gradient checkpointing replays it and threads don't share it. For a
 decoder whose layers have K different spans:

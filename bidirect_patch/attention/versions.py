@@ -1,4 +1,4 @@
-"""Facts by release of transformers that several files need, by name. Quirks of one class stand in `model.facts`."""
+"""What releases of transformers do differently, as named facts. What one class does stands in `model.facts`."""
 
 from importlib.util import find_spec
 from typing import Any

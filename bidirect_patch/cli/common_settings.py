@@ -1,6 +1,6 @@
-"""The settings of a training command, from one JSON file, from flags, or from both. A flag wins over the file.
+"""Settings that all training commands share, their checks, and how settings are read: one JSON file, flags, or both.
 
-Here is what both trainers share: reading the settings into dataclasses, and the checks.
+A flag wins over the file.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What `--help` shows of a training command: examples, its own settings, and the most used ones of transformers."""
+"""How `--help` of a training command is laid out: examples, its settings with their own help texts, some of transformers."""
 
 import argparse
 from collections.abc import Iterable

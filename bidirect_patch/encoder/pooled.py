@@ -1,4 +1,4 @@
-"""Which tokens of a text are pooled: not the sink tokens, whose states say nothing of the text."""
+"""Which tokens of a text are pooled: not the sink tokens. How they are pooled, sentence-transformers' Pooling says."""
 
 from torch import Tensor
 

@@ -1,6 +1,4 @@
-"""Refusals: why a model, or a layer in it, can't be made bidirectional. Each kind is found here.
-
-What a model's state refuses, such as a sharded one, stands in `checks`.
+"""Kinds of models and layers that can't be made bidirectional, and why. States in which a model can't: `checks`.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Which decoders are found in a model, and what is said of models that hold none."""
+"""Which decoders are found in a model."""
 
 import pytest
 import torch
@@ -7,32 +7,16 @@ from packaging.version import Version
 from torch import nn
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional
-from bidirect_patch.errors import UnsupportedModelError
 from bidirect_patch.model.config import says_bidirectional
-from bidirect_patch.model.decoder import causal_flags
-from bidirect_patch.model.facts import is_attention
+from bidirect_patch.model.facts import causal_flags, is_attention
 from bidirect_patch.model.find import decoders
 from bidirect_patch.model.windows import Span
 
+from ..helpers.on_meta import BART, TINY, VISION, made
 from ..helpers.seeing import hidden, sees_all
 from ..helpers.snapshots import assert_same, snapshot
 from ..helpers.tiny_models import each_family, tiny_config, tiny_model
 from ..helpers.versions import TRANSFORMERS
-
-TINY = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-T5 = dict(vocab_size=61, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
-BART = dict(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32)
-BART |= dict(encoder_attention_heads=4, decoder_attention_heads=4)
-VISION = dict(
-    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, image_size=8, patch_size=4
-)
-MAMBA = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4)
-
-
-def made(model, config, **settings):
-    """A transformers model on meta: its structure alone."""
-    with torch.device("meta"):
-        return getattr(transformers, model)(getattr(transformers, config)(**settings))
 
 
 @each_family
@@ -82,40 +66,6 @@ def test_two_decoders_in_one_module():
     assert [decoder.name for decoder in decoders(two)] == ["query.model", "text"]
 
 
-# What is said of models that hold no decoder; whether their layers would stay causal beside one.
-REFUSED = {
-    "encoder": ("BertModel", "BertConfig", TINY, "an encoder", False),
-    "encoder-with-a-head": ("RobertaForMaskedLM", "RobertaConfig", TINY, "an encoder", False),
-    "vision": ("ViTModel", "ViTConfig", VISION, "an encoder", False),
-    "encoder-decoder": ("T5ForConditionalGeneration", "T5Config", T5, "an encoder-decoder", True),
-    "encoder-decoder-2": ("BartForConditionalGeneration", "BartConfig", BART, "an encoder-decoder", True),
-    "mamba": (
-        "MambaForCausalLM",
-        "MambaConfig",
-        MAMBA,
-        r"its layers \(MambaBlock with MambaMixer\) have no attention",
-        True,
-    ),
-}
-each_refused = pytest.mark.parametrize("model, config, settings, said, blocks", REFUSED.values(), ids=REFUSED)
-
-
-@each_refused
-def test_a_model_without_a_decoder_is_refused_by_name(model, config, settings, said, blocks):
-    with pytest.raises(UnsupportedModelError, match=f"^{model} has no decoder .*{said}"):
-        decoders(made(model, config, **settings))
-
-
-@each_refused
-def test_a_model_without_a_decoder_beside_one(model, config, settings, said, blocks):
-    """An encoder is bidirectional as it is; all else would stay causal, and counts as unsupported."""
-    both = nn.ModuleDict({"llama": tiny_model(), "other": made(model, config, **settings)})
-    (decoder,) = decoders(both)
-    assert decoder.name == "llama.model"
-    assert bool(decoder.refusals) == blocks
-    assert not blocks or decoder.refusals[0].where.startswith("other")
-
-
 def test_a_vision_tower_is_none_of_the_decoders():
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION), text_config=tiny_config("llama"), image_token_index=3
@@ -123,59 +73,6 @@ def test_a_vision_tower_is_none_of_the_decoders():
     with torch.device("meta"):
         (decoder,) = decoders(transformers.LlavaForConditionalGeneration(config))
     assert isinstance(decoder.module, transformers.LlamaModel) and not decoder.refusals
-
-
-@pytest.mark.parametrize("thing", [None, "gpt2", {}, transformers.LlamaModel], ids=["None", "str", "dict", "class"])
-def test_what_is_no_module_is_refused(thing):
-    with pytest.raises(UnsupportedModelError, match=f"got {type(thing).__name__}: load the model first"):
-        decoders(thing)
-
-
-def test_a_module_of_torch_alone_is_refused():
-    with pytest.raises(
-        UnsupportedModelError, match="Sequential has no decoder.*no transformers PreTrainedModel inside"
-    ):
-        decoders(nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(4, 2)))
-
-
-class Mixing(nn.Module):
-    """A convolution over positions, in a layer beside attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv1d(32, 32, 3)
-
-
-class FastMamba(nn.Module):
-    pass
-
-
-@pytest.mark.parametrize(
-    "part, named",
-    [
-        (Mixing, "Mixing"),
-        (FastMamba, "FastMamba"),
-        (lambda: nn.LSTM(4, 4), "LSTM"),
-        (lambda: nn.Conv1d(4, 4, 1), None),  # each position alone
-        (lambda: nn.Linear(4, 4), None),
-        (lambda: nn.LayerNorm(4), None),
-    ],
-    ids=["convolution", "mamba", "lstm", "pointwise", "linear", "norm"],
-)
-def test_what_else_mixes_tokens_in_a_layer_is_named(part, named):
-    model = tiny_model()
-    model.model.layers[1].extra = part()
-    (decoder,) = decoders(model)
-    assert list(map(str, decoder.refusals)) == ([f"layers.1 LlamaDecoderLayer with {named}"] if named else [])
-
-
-def test_a_layer_without_attention_is_named():
-    model = tiny_model()
-    del model.model.layers[0].self_attn
-    model.model.layers[0].blend = FastMamba()
-    (decoder,) = decoders(model)
-    assert [attention.path for attention in decoder.attentions] == ["layers.1.self_attn"]
-    assert list(map(str, decoder.refusals)) == ["layers.0 LlamaDecoderLayer with FastMamba"]
 
 
 def test_the_flags_of_a_module_are_its_own():
