@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 
 from ..load_errors import loading
 from .data import Examples
+
+FITTED = 2000  # texts at most
+RIDGE = 0.1  # of the mean square of what the layer is given: keeps the fit to few texts from following each of them
 
 
 def load_teacher(name: str) -> SentenceTransformer:
@@ -52,3 +57,28 @@ def with_embeddings(examples: Examples, teacher: SentenceTransformer, *, show_pr
     data = examples.data
     several = isinstance(data, dict)
     return examples._replace(data=type(data)({n: embedded(d) for n, d in data.items()}) if several else embedded(data))
+
+
+@torch.no_grad()
+def fit_projection(model: Any, data: Any, *, show_progress_bar: bool) -> None:
+    """Let the linear layer begin where least squares put it, as near the teacher's embeddings as it comes without training.
+
+    Begun at random, it pulls the model towards a map that says nothing, for some hundreds of steps.
+
+    Args:
+        model: A SentenceTransformer that `add_projection` was called with, changed in place.
+        data: What `with_embeddings` gave, of which up to 2,000 texts are used, evenly spread.
+        show_progress_bar: Whether to show how far it is.
+    """
+    sets = list(data.values()) if isinstance(data, dict) else [data]
+    rows = [each.select(range(0, len(each), -(-len(each) * len(sets) // FITTED))) for each in sets]
+    texts = [text for each in rows for text in each["anchor"]]
+    labels = torch.tensor([label for each in rows for label in each["label"]], dtype=torch.float64)
+    *before, projection = model
+    states = SentenceTransformer(modules=before, device=str(model.device)).encode(
+        texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=show_progress_bar
+    )
+    given, wanted = states.double().cpu(), F.normalize(labels, dim=1)
+    square = given.T @ given
+    ridge = RIDGE * square.trace() / len(square) * torch.eye(len(square), dtype=square.dtype)
+    projection.linear.weight.copy_(torch.linalg.solve(square + ridge, given.T @ wanted).T)

@@ -25,7 +25,7 @@ from .instructions import column_prompts
 from .loss import distillation_loss, make_loss
 from .model import check_views_differ, load_encoder
 from .settings import DROPOUT, PAIR_SCALE, SCALE, EncoderArguments, Settings
-from .teacher import add_projection, load_teacher, with_embeddings
+from .teacher import add_projection, fit_projection, load_teacher, with_embeddings
 from .trainer import SimCSETrainer
 
 
@@ -44,6 +44,8 @@ def train(settings: Settings) -> None:
     report = make_report(trainer)
     if training.do_train and checkpoint is None and training.should_save:
         put_aside_checkpoints(str(training.output_dir))
+    if training.do_train and settings.encoder.teacher and checkpoint is None:
+        fit_projection(trainer.model, trainer.train_dataset, show_progress_bar=not training.disable_tqdm)
     if training.do_train and training.do_eval and checkpoint is None:
         evaluate_before(trainer, report)
     if training.do_train:
