@@ -58,6 +58,13 @@ def check_decoder_inside(maker: nn.Module) -> None:
     _refuse(maker, [channels.decoder], _otherwise(maker), _BY_ITSELF)
 
 
+def decoder_inside(maker: nn.Module) -> list[nn.Module]:
+    """The decoder inside a bidirectional model that makes its mask; nothing for one that is the decoder itself."""
+    channels = settings_of(maker, Channels)
+    inside = submodule(maker, channels.decoder) if channels is not None and channels.decoder else None
+    return [] if inside is None else [inside]
+
+
 def check_model_above(module: nn.Module) -> None:
     """Raise OrderError if a bidirectional attention module runs within a decoder that makes a causal mask for it.
 

@@ -26,7 +26,7 @@ from ..swap.record import setting_of, settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .label_leak import look_around
-from .mixed import check_decoder_inside, check_layers, has_maker_under_way
+from .mixed import check_decoder_inside, check_layers, decoder_inside, has_maker_under_way
 from .module_settings import ModelSettings
 from .old_releases import LetsReadyMaskPass, step_aside
 from .padding_and_packing import read_boundaries, read_positions, read_sequences
@@ -77,7 +77,7 @@ class BidirectionalModel(LetsReadyMaskPass):
                 finally:
                     in_use.leave_recorded(before)
             look_around()
-            with in_use.running(self) as this_forward:
+            with in_use.running(self, *decoder_inside(self)) as this_forward:
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)

@@ -242,17 +242,19 @@ def _is_mine(hold: Hold, me: Owner) -> bool:
 
 
 @contextmanager
-def running(decoder: nn.Module) -> Iterator[Forward]:
-    """Around a forward of a decoder: no other thread changes its mode meanwhile."""
+def running(*models: nn.Module) -> Iterator[Forward]:
+    """Around a forward of a model that makes a mask, and of the decoder inside it: no other thread changes a mode meanwhile."""
     forward = Forward(threading.get_ident())
     with lock:
-        forwards = state_of(decoder).forwards
-        forwards.add(forward)
+        forwards = [state_of(model).forwards for model in models]
+        for each in forwards:
+            each.add(forward)
     try:
         yield forward
     finally:
         with lock:
-            forwards.discard(forward)
+            for each in forwards:
+                each.discard(forward)
             forward.is_over = True
 
 

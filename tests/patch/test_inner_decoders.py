@@ -1,13 +1,14 @@
 """A model that makes the mask of the decoder inside it, where only one of the two was changed: it is right, or it is said."""
 
 import copy
+import threading
 import warnings
 
 import pytest
 import torch
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
-from bidirect_patch.errors import CausalMaskWarning, OrderError
+from bidirect_patch.errors import CausalMaskWarning, ModeConflictError, OrderError
 from bidirect_patch.model.find import decoders
 
 from ..helpers import zoo
@@ -89,3 +90,62 @@ def test_a_decoder_alone_is_bidirectional_or_it_is_said(model_type, backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error", CausalMaskWarning)
         assert moves(enable_bidirectional(outer)) == BOTH and is_bidirectional(outer)
+
+
+def while_it_runs(outer, change):
+    """Runs `outer` and calls `change` before the decoder inside it runs, as a vision tower would leave the time for."""
+    errors = []
+
+    def hook(*_):
+        try:
+            change()
+        except Exception as error:
+            errors.append(error)
+
+    handle = outer.get_input_embeddings().register_forward_pre_hook(hook)
+    try:
+        return output(outer), errors
+    finally:
+        handle.remove()
+
+
+def in_another_thread(change):
+    errors = []
+
+    def run():
+        try:
+            change()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("part", ["outer", "inner"])
+@pytest.mark.parametrize("overrides", [{}, FULL], ids=["windows", "full"])
+def test_another_thread_changes_a_decoder_while_the_model_around_it_runs(model_type, backend, overrides, part):
+    """The mask is made already, for the sinks that the decoder had."""
+    outer = enable_bidirectional(zoo.build(model_type, backend, **overrides), num_sink_tokens=1)
+    model, want = {"outer": outer, "inner": changed_inside(outer)}[part], output(outer)
+    for change in (
+        lambda: enable_bidirectional(model, num_sink_tokens=2),
+        lambda: enable_bidirectional(model, num_sink_tokens=1, num_sinkless_layers=1),
+        lambda: bidirectional(model, num_sink_tokens=2).__enter__(),
+        lambda: bidirectional(model, enabled=False).__enter__(),
+        lambda: disable_bidirectional(model),
+    ):
+        got, errors = while_it_runs(outer, lambda change=change: in_another_thread(change))
+        assert [type(error) for error in errors] == [ModeConflictError] and torch.equal(got, want)
+    assert torch.equal(output(outer), want) and is_bidirectional(outer)
+    enable_bidirectional(outer, num_sink_tokens=2)  # it runs no more
+    assert moves(outer) == TWO_SINKS
+
+
+def test_a_hook_changes_the_decoder_while_the_model_around_it_runs(model_type, backend):
+    outer = enable_bidirectional(zoo.build(model_type, backend, **FULL), num_sink_tokens=1)
+    with pytest.raises(OrderError, match="language_model.*other sink tokens"):
+        while_it_runs(outer, lambda: enable_bidirectional(changed_inside(outer), num_sink_tokens=2))
