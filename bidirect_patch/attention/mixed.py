@@ -53,16 +53,15 @@ def check_decoder_inside(maker: nn.Module) -> None:
     assert decoder is not None  # it doesn't fit
     if spans_in(decoder) is not None:
         _refuse(maker, [channels.decoder], "has other sink tokens or windows than the model", _BY_ITSELF)
-    if setting_of(decoder) is not None:  # in a causal block, maybe of another thread
+    if setting_of(decoder) is not None and not is_graph_captured():  # in a causal block, maybe of another thread
         in_use.check_caller(decoder)
     _refuse(maker, [channels.decoder], _otherwise(maker), _BY_ITSELF)
 
 
-def decoder_inside(maker: nn.Module) -> list[nn.Module]:
-    """The decoder inside a bidirectional model that makes its mask; nothing for one that is the decoder itself."""
+def decoder_inside(maker: nn.Module) -> nn.Module | None:
+    """The decoder inside a bidirectional model that makes its mask; None for one that is the decoder itself."""
     channels = settings_of(maker, Channels)
-    inside = submodule(maker, channels.decoder) if channels is not None and channels.decoder else None
-    return [] if inside is None else [inside]
+    return submodule(maker, channels.decoder) if channels is not None and channels.decoder else None
 
 
 def check_model_above(module: nn.Module) -> None:
@@ -89,11 +88,17 @@ def models_under_way() -> Iterator[PreTrainedModel]:
 
 
 def has_maker_under_way(decoder: nn.Module) -> bool:
-    """Whether a patched model runs now that makes the mask of the `decoder` inside it, which may have been changed by itself."""
-    if is_graph_captured():  # which can't tell who calls
-        return False
-    makers = ((model, channels) for model in models_under_way() if (channels := settings_of(model, Channels)) is not None)
-    return any(channels.decoder and submodule(model, channels.decoder) is decoder for model, channels in makers)
+    """Whether a patched model runs now that makes the mask of the `decoder` inside it.
+
+    Raises:
+        OrderError: the decoder was changed by itself since the mask was made.
+    """
+    if is_graph_captured():
+        return in_use.is_recorded_inside(decoder)
+    maker = next((model for model in models_under_way() if decoder_inside(model) is decoder), None)
+    if maker is not None:
+        check_decoder_inside(maker)
+    return maker is not None
 
 
 def check_decoder(decoder: Decoder) -> None:

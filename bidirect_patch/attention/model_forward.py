@@ -70,14 +70,16 @@ class BidirectionalModel(LetsReadyMaskPass):
             if is_graph_captured():  # a lock has no meaning in a graph
                 settings = settings_of(self, ModelSettings)
                 assert settings is not None  # the class is this one
+                check_decoder_inside(self)
                 kwargs = arguments(self, settings, kwargs, in_use.mask_is_ours())
-                before = in_use.enter_recorded()
+                before = in_use.enter_recorded(decoder_inside(self))
                 try:
                     return inner(self, **kwargs)
                 finally:
                     in_use.leave_recorded(before)
             look_around()
-            with in_use.running(self, *decoder_inside(self)) as this_forward:
+            inside = decoder_inside(self)
+            with in_use.running(self, inside) as this_forward:
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
@@ -85,7 +87,7 @@ class BidirectionalModel(LetsReadyMaskPass):
                 check_decoder_inside(self)
                 note_checkpoints(self)
                 called_by_outer = in_use.mask_is_ours()  # a patched forward is under way already
-                with in_use.patched(this_forward):
+                with in_use.patched(this_forward, inside):
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))
 
         set_forward(cls, forward, below)
