@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import OrderError
 from ..model.decoder import Decoder
-from ..model.facts import builds_causal_mask
+from ..model.facts import builds_causal_mask, forward_builds_mask
 from ..model.find import is_attention
 from ..model.places import Channels, Place, attentions_in, fits_inside, names_of, out_of_place, spans_in, submodule
 from ..model.sinks import NO_SINKS, Sinks
@@ -37,7 +37,7 @@ def check_layers(model: nn.Module, places: Sequence[Place]) -> None:
     This walks no further than the model's layers.
     """
     layers = list(attentions_in(model, places))
-    for module in chain.from_iterable(layers):
+    for module in chain.from_iterable(filter(None, layers)):
         if not is_open(module) and is_attention(module):
             _refuse(model, names_of(model, [module]), _otherwise(model), _A_LAYER)
     if moved := out_of_place(model, layers):
@@ -75,6 +75,26 @@ def check_model_above(module: nn.Module) -> None:
     if any(each is module for each in modules_of(model)):
         opened = [name for name, each in model.named_modules() if is_attention(each) and is_open(each)]
         _refuse(model, opened, _otherwise(model), _A_LAYER)
+
+
+def check_model_around(decoder: nn.Module) -> None:
+    """Raise OrderError if a bidirectional decoder runs within a model that makes a causal mask for other parts, and keeps that.
+
+    For a decoder that was enabled by itself, and makes its own mask (Blt's patcher).
+    """
+    for model in models_under_way():
+        if model is decoder or is_open(model) or not forward_builds_mask(original(type(model))):
+            continue
+        inside = set(modules_of(decoder))
+        causal = [name for name, each in model.named_modules() if each not in inside and is_attention(each) and _is_causal(each)]
+        if causal and decoder in set(modules_of(model)):
+            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in causal))
+            why = f"since that was changed without the model around it, whose {parts} stay causal"
+            _refuse(model, names_of(model, [decoder]), _otherwise(model), why)
+
+
+def _is_causal(attention: nn.Module) -> bool:
+    return not is_open(attention) and getattr(attention, "is_causal", None) is True
 
 
 def models_under_way() -> Iterator[PreTrainedModel]:

@@ -26,7 +26,7 @@ from ..swap.record import setting_of, settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .label_leak import look_around
-from .mixed import check_decoder_inside, check_layers, decoder_inside, has_maker_under_way
+from .mixed import check_decoder_inside, check_layers, check_model_around, decoder_inside, has_maker_under_way
 from .module_settings import ModelSettings
 from .old_releases import LetsReadyMaskPass, step_aside
 from .padding_and_packing import read_boundaries, read_positions, read_sequences
@@ -87,6 +87,8 @@ class BidirectionalModel(LetsReadyMaskPass):
                 check_decoder_inside(self)
                 note_checkpoints(self)
                 called_by_outer = in_use.mask_is_ours()  # a patched forward is under way already
+                if not called_by_outer and not is_users_own(kwargs.get(mask_name)):
+                    check_model_around(self)
                 with in_use.patched(this_forward, inside):
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))
 
