@@ -87,7 +87,7 @@ class BidirectionalModel(LetsReadyMaskPass):
                 check_decoder_inside(self)
                 note_checkpoints(self)
                 called_by_outer = in_use.mask_is_ours()  # a patched forward is under way already
-                if not called_by_outer and not is_users_own(kwargs.get(mask_name)):
+                if not called_by_outer and not is_users_own(kwargs.get(mask_name or "")):
                     check_model_around(self)
                 with in_use.patched(this_forward, inside):
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))

@@ -188,8 +188,8 @@ class Decoder:
 
         Raises:
             ArgumentError: more sinkless layers than it has.
-            UnsupportedModelError: sinkless layers in a decoder that uses one layer several times, or lacks layers of which nothing
-                tells whether they have attention.
+            UnsupportedModelError: sinkless layers in a decoder that uses one layer several times, or lacks layers that may have
+                had no attention.
         """
         tokens, sinkless = sinks
         layers = self._layers_with_attention()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..swap.record import setting_of, settings_of
+from ..swap.record import Kept, setting_of, settings_of
 from .walk import modules_of
 from .windows import Span
 
@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Channels:
+class Channels(Kept):
     """What a patched model knows of the mask that it makes: one channel for each of its decoder's spans."""
 
     spans: tuple[Span, ...]
@@ -31,7 +31,7 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Channel:
+class Channel(Kept):
     """What a patched attention module knows of the mask that it takes its channel of."""
 
     span: Span

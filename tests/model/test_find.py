@@ -125,11 +125,11 @@ def test_a_vision_tower_is_none_of_the_decoders():
     assert isinstance(decoder.module, transformers.LlamaModel) and not decoder.unsupported_layers
 
 
-MLLAMA_TEXT = TINY | dict(num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0, rope_scaling={"rope_type": "default"})
-MLLAMA_VISION = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=4, image_size=28, patch_size=14,
-    intermediate_layers_indices=[0, 1], vision_output_dim=96, max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
-)  # fmt: skip
+MLLAMA_TEXT = TINY | dict(num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0)
+MLLAMA_TEXT |= dict(rope_scaling={"rope_type": "default"})
+MLLAMA_VISION = VISION | dict(num_hidden_layers=2, num_global_layers=1, attention_heads=4, image_size=28, patch_size=14)
+MLLAMA_VISION |= dict(intermediate_layers_indices=[0, 1], vision_output_dim=96, max_num_tiles=2)
+MLLAMA_VISION |= dict(supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]])
 
 
 @pytest.mark.skipif(not hasattr(transformers, "MllamaConfig"), reason="this transformers has no Mllama")
