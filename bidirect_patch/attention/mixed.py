@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import OrderError
 from ..model.decoder import Decoder
-from ..model.facts import builds_causal_mask, is_attention
+from ..model.facts import builds_causal_mask, forward_builds_mask, is_attention
 from ..model.places import Channels, Place, attentions_in, fits_inside, names_of, out_of_place, spans_in, submodule
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
@@ -36,7 +36,7 @@ def check_layers(model: nn.Module, places: Sequence[Place]) -> None:
     This walks no further than the model's layers.
     """
     layers = list(attentions_in(model, places))
-    for module in chain.from_iterable(layers):
+    for module in chain.from_iterable(filter(None, layers)):
         if not is_open(module) and is_attention(module):
             _refuse(model, names_of(model, [module]), _otherwise(model), _A_LAYER)
     if moved := out_of_place(model, layers):
@@ -52,9 +52,15 @@ def check_decoder_inside(maker: nn.Module) -> None:
     assert decoder is not None  # it doesn't fit
     if spans_in(decoder) is not None:
         _refuse(maker, [channels.decoder], "has other sink tokens or windows than the model", _BY_ITSELF)
-    if setting_of(decoder) is not None:  # in a causal block, maybe of another thread
+    if setting_of(decoder) is not None and not is_graph_captured():  # in a causal block, maybe of another thread
         in_use.check_caller(decoder)
     _refuse(maker, [channels.decoder], _otherwise(maker), _BY_ITSELF)
+
+
+def decoder_inside(maker: nn.Module) -> nn.Module | None:
+    """The decoder inside a bidirectional model that makes its mask; None for one that is the decoder itself."""
+    channels = settings_of(maker, Channels)
+    return submodule(maker, channels.decoder) if channels is not None and channels.decoder else None
 
 
 def check_model_above(module: nn.Module) -> None:
@@ -70,6 +76,26 @@ def check_model_above(module: nn.Module) -> None:
         _refuse(model, opened, _otherwise(model), _A_LAYER)
 
 
+def check_model_around(decoder: nn.Module) -> None:
+    """Raise OrderError if a bidirectional decoder runs within a model that makes a causal mask for other parts, and keeps that.
+
+    For a decoder that was enabled by itself, and makes its own mask (Blt's patcher).
+    """
+    for model in models_under_way():
+        if model is decoder or is_open(model) or not forward_builds_mask(original(type(model))):
+            continue
+        inside = set(modules_of(decoder))
+        causal = [name for name, each in model.named_modules() if each not in inside and is_attention(each) and _is_causal(each)]
+        if causal and decoder in set(modules_of(model)):
+            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in causal))
+            why = f"since that was changed without the model around it, whose {parts} stay causal"
+            _refuse(model, names_of(model, [decoder]), _otherwise(model), why)
+
+
+def _is_causal(attention: nn.Module) -> bool:
+    return not is_open(attention) and getattr(attention, "is_causal", None) is True
+
+
 def models_under_way() -> Iterator[PreTrainedModel]:
     """The models whose methods run now in this thread, the innermost first; one with several methods comes several times."""
     frame: Any = sys._getframe(1)
@@ -81,11 +107,17 @@ def models_under_way() -> Iterator[PreTrainedModel]:
 
 
 def has_maker_under_way(decoder: nn.Module) -> bool:
-    """Whether a patched model runs now that makes the mask of the `decoder` inside it, which may have been changed by itself."""
-    if is_graph_captured():  # which can't tell who calls
-        return False
-    makers = ((model, channels) for model in models_under_way() if (channels := settings_of(model, Channels)) is not None)
-    return any(channels.decoder and submodule(model, channels.decoder) is decoder for model, channels in makers)
+    """Whether a patched model runs now that makes the mask of the `decoder` inside it.
+
+    Raises:
+        OrderError: the decoder was changed by itself since the mask was made.
+    """
+    if is_graph_captured():
+        return in_use.is_recorded_inside(decoder)
+    maker = next((model for model in models_under_way() if decoder_inside(model) is decoder), None)
+    if maker is not None:
+        check_decoder_inside(maker)
+    return maker is not None
 
 
 def check_decoder(decoder: Decoder) -> None:

@@ -26,7 +26,7 @@ from ..swap.record import setting_of, settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .label_leak import look_around
-from .mixed import check_decoder_inside, check_layers, has_maker_under_way
+from .mixed import check_decoder_inside, check_layers, check_model_around, decoder_inside, has_maker_under_way
 from .module_settings import ModelSettings
 from .old_releases import LetsReadyMaskPass, step_aside
 from .padding_and_packing import read_boundaries, read_positions, read_sequences
@@ -70,14 +70,16 @@ class BidirectionalModel(LetsReadyMaskPass):
             if is_graph_captured():  # a lock has no meaning in a graph
                 settings = settings_of(self, ModelSettings)
                 assert settings is not None  # the class is this one
+                check_decoder_inside(self)
                 kwargs = arguments(self, settings, kwargs, in_use.mask_is_ours())
-                before = in_use.enter_recorded()
+                before = in_use.enter_recorded(decoder_inside(self))
                 try:
                     return inner(self, **kwargs)
                 finally:
                     in_use.leave_recorded(before)
             look_around()
-            with in_use.running(self) as this_forward:
+            inside = decoder_inside(self)
+            with in_use.running(self, inside) as this_forward:
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
@@ -85,7 +87,9 @@ class BidirectionalModel(LetsReadyMaskPass):
                 check_decoder_inside(self)
                 note_checkpoints(self)
                 called_by_outer = in_use.mask_is_ours()  # a patched forward is under way already
-                with in_use.patched(this_forward):
+                if not called_by_outer and not is_users_own(kwargs.get(mask_name or "")):
+                    check_model_around(self)
+                with in_use.patched(this_forward, inside):
                     return inner(self, **arguments(self, settings, kwargs, called_by_outer))
 
         set_forward(cls, forward, below)

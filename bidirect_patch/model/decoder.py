@@ -14,7 +14,7 @@ from ..swap.modes import Mode, Setting
 from ..swap.record import before_patch, own_before_patch, plans_of, setting_of
 from .buffers import triangular_buffers
 from .facts import causal_flags
-from .places import Place, attentions_in, fits_inside, out_of_place
+from .places import Place, attentions_in, fits_inside, layers_in, out_of_place
 from .refusals import Refusal
 from .sinks import NO_SINKS, Sinks
 from .walk import layers_of, modules_of, parameters_of
@@ -180,7 +180,7 @@ class Decoder:
 
     def with_sinks_as_far_as_layers_go(self, sinks: Sinks) -> "Decoder":
         """`with_sinks`, for sinks that it had before layers were taken out of it."""
-        layers = len({attention.layer for attention in self.attentions})
+        layers = len(self._layers_with_attention())
         return self.with_sinks(sinks._replace(num_sinkless_layers=min(sinks.num_sinkless_layers, layers)))
 
     def with_sinks(self, sinks: Sinks) -> "Decoder":
@@ -188,16 +188,17 @@ class Decoder:
 
         Raises:
             ArgumentError: more sinkless layers than it has.
-            UnsupportedModelError: sinkless layers in a decoder that uses one layer several times.
+            UnsupportedModelError: sinkless layers in a decoder that uses one layer several times, or lacks layers that may have
+                had no attention.
         """
         tokens, sinkless = sinks
-        layers = list(dict.fromkeys(attention.layer for attention in self.attentions))
+        layers = self._layers_with_attention()
         if sinkless > len(layers):
             raise ArgumentError(
                 f"num_sinkless_layers={sinkless}, and {type(self.module).__name__} has {len(layers)} layers with attention"
             )
         if sinkless:
-            self._check_layers_are_apart()
+            self._check_layers_can_be_counted()
         blind = layers[len(layers) - sinkless :]
         attentions = [
             attention._replace(span=attention.span._replace(sinks=tokens, sees_sinks=attention.layer not in blind))
@@ -205,7 +206,21 @@ class Decoder:
         ]
         return replace(self, attentions=attentions, sinks=sinks)
 
-    def _check_layers_are_apart(self) -> None:
+    def _layers_with_attention(self) -> list[str]:
+        """The names of its layers with attention, in order, and of those that are missing, as in a stage of a pipeline."""
+        here = dict.fromkeys(attention.layer for attention in self.attentions)
+        listed = dict(layers_in(self.module, self.places))
+        if None not in listed.values():
+            return list(here)
+        return [name for name, layer in listed.items() if layer is None or name in here]
+
+    def _check_layers_can_be_counted(self) -> None:
+        listed, counted = dict(layers_in(self.module, self.places)), set(self._layers_with_attention())
+        if None in listed.values() and not listed.keys() <= counted:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} lacks some layers, and some that are there have no attention, so that its last "
+                "layers with attention can't be counted: give num_sinkless_layers=0"
+            )
         lists = [list(each._modules.values()) for each in modules_of(self.module) if isinstance(each, nn.ModuleList)]
         for each in (*lists, [attention.module for attention in self.attentions]):
             there = [id(module) for module in each if module is not None]

@@ -146,8 +146,11 @@ def is_recurrent(cls: type) -> bool:
 
 @per_methods
 def builds_causal_mask(cls: type) -> bool:
-    """Whether any method of the class makes a causal mask."""
-    return any(_names_any(f, CAUSAL_MASK, TRIANGLE) for f in _methods(cls))
+    """Whether the class makes a causal mask: in its forward or where it is built, or in a method that these call.
+
+    A method that only the text model calls may stand in a base class that the vision tower has too (Mllama, until 4.57).
+    """
+    return any(_names_any(f, CAUSAL_MASK, TRIANGLE) for f in _methods_in_use(cls))
 
 
 @per_class
@@ -251,9 +254,23 @@ def _methods(cls: type) -> Iterator[Any]:
         yield from (f for f in vars(base).values() if callable(f))
 
 
+def _methods_in_use(cls: type) -> list[Any]:
+    """The methods of the class that build and run it, those that they name, and so on."""
+    found: list[Any] = []
+    names = {"__init__", "_init_weights", "forward"}
+    while called := [f for f in _methods(cls) if getattr(f, "__name__", None) in names and f not in found]:
+        found += called
+        names.update(name for f in called for name in _names_of(f))
+    return found
+
+
 def _names_any(function: Any, *patterns: re.Pattern[str]) -> bool:
+    return any(p.search(n) for n in _names_of(function) for p in patterns)
+
+
+def _names_of(function: Any) -> Iterator[str]:
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is not None and any(p.search(n) for n in names_in(code) for p in patterns)
+    return iter(()) if code is None else names_in(code)
 
 
 def names_in(code: CodeType) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..swap.record import setting_of, settings_of
+from ..swap.record import Kept, setting_of, settings_of
 from .walk import modules_of
 from .windows import Span
 
@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Channels:
+class Channels(Kept):
     """What a patched model knows of the mask that it makes: one channel for each of its decoder's spans."""
 
     spans: tuple[Span, ...]
@@ -31,7 +31,7 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Channel:
+class Channel(Kept):
     """What a patched attention module knows of the mask that it takes its channel of."""
 
     span: Span
@@ -43,18 +43,27 @@ class Channel:
         return self.spans == len(spans) and spans[self.index] == self.span
 
 
-def attentions_in(model: nn.Module, places: Sequence[Place]) -> Iterator[list[nn.Module]]:
-    """For each layer of a decoder, in order, the modules where its attention stands.
+def layers_in(model: nn.Module, places: Sequence[Place]) -> Iterator[tuple[str, nn.Module | None]]:
+    """The layers of a decoder with their names, in order; None where a layer is missing, as in a stage of a pipeline."""
+    for where in dict.fromkeys(place.layers for place in places):
+        layers = submodule(model, where)
+        for name, layer in () if layers is None else layers._modules.items():
+            if layer is not None or isinstance(layers, nn.ModuleList):
+                yield f"{where}.{name}", layer
+
+
+def attentions_in(model: nn.Module, places: Sequence[Place]) -> Iterator[list[nn.Module] | None]:
+    """For each layer of a decoder, in order, the modules where its attention stands; None where a layer is missing.
 
     Of a layer that has nothing there, or only a wrapper of it, the patched ones wherever they are.
     """
-    for where in dict.fromkeys(place.layers for place in places):
-        paths = [place.attention for place in places if place.layers == where]
-        layers = submodule(model, where)
-        for layer in () if layers is None else layers._modules.values():
-            if layer is not None:
-                there = [module for path in paths if (module := submodule(layer, path)) is not None]
-                yield [part for module in there for part in _patched_in(module) or [module]] or _patched_in(layer)
+    for name, layer in layers_in(model, places):
+        paths = [place.attention for place in places if place.layers == name.rpartition(".")[0]]
+        if layer is None:
+            yield None
+        else:
+            there = [module for path in paths if (module := submodule(layer, path)) is not None]
+            yield [part for module in there for part in _patched_in(module) or [module]] or _patched_in(layer)
 
 
 def _patched_in(module: nn.Module) -> list[nn.Module]:
@@ -64,7 +73,7 @@ def _patched_in(module: nn.Module) -> list[nn.Module]:
     return [part for part in modules_of(module) if settings_of(part, Channel) is not None]
 
 
-def out_of_place(model: nn.Module, layers: Iterable[Sequence[nn.Module]]) -> list[nn.Module]:
+def out_of_place(model: nn.Module, layers: Iterable[Sequence[nn.Module] | None]) -> list[nn.Module]:
     """The patched attention modules whose spans aren't those that a bidirectional decoder asks for.
 
     Args:
@@ -75,11 +84,11 @@ def out_of_place(model: nn.Module, layers: Iterable[Sequence[nn.Module]]) -> lis
     if channels is None or setting is None:
         return []
     tokens, sinkless = setting.sinks
-    patched = [[(module, own) for module in layer if (own := settings_of(module, Channel)) is not None] for layer in layers]
-    patched = [layer for layer in patched if layer]
+    given = ((layer, [(m, own) for m in layer or () if (own := settings_of(m, Channel)) is not None]) for layer in layers)
+    counted = [patched for layer, patched in given if patched or layer is None]  # a missing one counts
     return [
         module
-        for left, layer in zip(range(len(patched), 0, -1), patched)
+        for left, layer in zip(range(len(counted), 0, -1), counted)
         for module, own in layer
         if own.span.sinks != tokens or own.span.sees_sinks != (left > sinkless) or not own.is_among(channels.spans)
     ]

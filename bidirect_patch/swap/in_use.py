@@ -51,7 +51,7 @@ class Forward:
 
     def __del__(self) -> None:
         if not self.is_over:  # no lock: the thread that frees an object may be one that the lock's holder waits for
-            _recorded.entered = bool(_patched)
+            _recorded.count()
 
 
 @dataclass(eq=False)
@@ -64,9 +64,16 @@ class State:
 
 
 class _Recorded:
-    """Whether a patched forward is under way in any thread; torch.compile can't read what belongs to one thread."""
+    """What is under way in any thread; torch.compile can't read what belongs to one thread."""
 
-    entered = False
+    entered = False  # whether a patched forward is
+    inside: Any = None  # the decoder that the last of them makes the mask for which has one inside it
+
+    def count(self) -> None:
+        """Look again, when a forward is over."""
+        self.entered = bool(_patched)
+        if not self.entered:
+            self.inside = None
 
 
 class _ThisThread(threading.local):
@@ -95,7 +102,7 @@ def _after_fork() -> None:
             state.forwards.discard(forward)
     _patched.clear()
     _patched.update(_this_thread.patched)
-    _recorded.entered = bool(_patched)
+    _recorded.count()
 
 
 if hasattr(os, "register_at_fork"):
@@ -242,27 +249,41 @@ def _is_mine(hold: Hold, me: Owner) -> bool:
 
 
 @contextmanager
-def running(decoder: nn.Module) -> Iterator[Forward]:
-    """Around a forward of a decoder: no other thread changes its mode meanwhile."""
+def running(model: nn.Module, inside: nn.Module | None = None) -> Iterator[Forward]:
+    """Around a forward: no other thread changes the mode of what runs meanwhile.
+
+    Args:
+        model: that is called.
+        inside: the decoder in it that it makes the mask for, None if that is itself.
+    """
     forward = Forward(threading.get_ident())
     with lock:
-        forwards = state_of(decoder).forwards
-        forwards.add(forward)
+        forwards = [state_of(each).forwards for each in (model, inside) if each is not None]
+        for each in forwards:
+            each.add(forward)
     try:
         yield forward
     finally:
         with lock:
-            forwards.discard(forward)
+            for each in forwards:
+                each.discard(forward)
             forward.is_over = True
 
 
 @contextmanager
-def patched(forward: Forward) -> Iterator[None]:
-    """Around the part of a forward in which the mask that the patch made is on its way to the attention modules."""
+def patched(forward: Forward, inside: nn.Module | None) -> Iterator[None]:
+    """Around the part of a forward in which the mask that the patch made is on its way to the attention modules.
+
+    Args:
+        forward: what `running` gave.
+        inside: as for `running`.
+    """
     _this_thread.patched.add(forward)
     with lock:
         _patched.add(forward)
         _recorded.entered = True  # a layer may be compiled by itself
+        if inside is not None:  # and so may the decoder
+            _recorded.inside = inside
     try:
         with attending(Mode.BIDIRECTIONAL):
             yield
@@ -270,7 +291,7 @@ def patched(forward: Forward) -> Iterator[None]:
         _this_thread.patched.discard(forward)
         with lock:
             _patched.discard(forward)
-            _recorded.entered = bool(_patched)
+            _recorded.count()
 
 
 @contextmanager
@@ -288,16 +309,25 @@ def mode_now() -> Mode | None:
     return _this_thread.mode
 
 
-def enter_recorded() -> bool:
-    """Before a patched forward that is captured as a graph. Returns what `leave_recorded` is to be given."""
-    before = _recorded.entered
-    _recorded.entered = True
+def enter_recorded(inside: Any) -> tuple[bool, Any]:
+    """Before a patched forward that is captured as a graph. Returns what `leave_recorded` is to be given.
+
+    Args:
+        inside: as for `running`.
+    """
+    before = _recorded.entered, _recorded.inside
+    _recorded.entered, _recorded.inside = True, inside
     return before
 
 
-def leave_recorded(before: bool) -> None:
+def leave_recorded(before: tuple[bool, Any]) -> None:
     """After a patched forward that is captured as a graph."""
-    _recorded.entered = before
+    _recorded.entered, _recorded.inside = before
+
+
+def is_recorded_inside(decoder: nn.Module) -> bool:
+    """Whether a patched forward is under way, of a model around `decoder` that makes its mask; in a graph."""
+    return _recorded.inside is decoder
 
 
 def mask_is_ours() -> bool:

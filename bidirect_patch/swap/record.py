@@ -1,13 +1,14 @@
 """All that one module gets (`Plan`), and what a patched module keeps of it (`Record`)."""
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .classes import RECORD, Swapped, original
 from .modes import Setting
 
@@ -21,8 +22,22 @@ class Missing(Enum):
 MISSING = Missing.MISSING
 
 
+class Kept:
+    """A dataclass that a copy or pickle of a patched model has in it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For pickle and copy: one that another version of this package has made may lack something."""
+        lacking = [each.name for each in fields(self) if each.name not in state and not hasattr(type(self), each.name)]  # type: ignore[arg-type]  # a dataclass
+        if lacking:
+            raise ConfigError(
+                f"this pickle of a bidirectional model was made by another version of bidirect_patch ({type(self).__name__} "
+                f"lacks {', '.join(lacking)}): load the model anew, and call enable_bidirectional"
+            )
+        self.__dict__.update(state)
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(Kept):
     """All that one mixin brings to one module."""
 
     mixin: type[Swapped]
@@ -33,7 +48,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Kept):
     """What a patched module has (its plans) and what it was before. Kept in the module, so copies and pickles have it too."""
 
     plans: tuple[Plan, ...] = ()

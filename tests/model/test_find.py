@@ -6,13 +6,16 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from bidirect_patch import disable_bidirectional, enable_bidirectional
+from bidirect_patch import assert_bidirectional, disable_bidirectional, enable_bidirectional
+from bidirect_patch.errors import UnsupportedModelError
 from bidirect_patch.model.config import says_bidirectional
 from bidirect_patch.model.facts import causal_flags, is_attention
 from bidirect_patch.model.find import decoders
 from bidirect_patch.model.windows import Span
 
+from ..helpers import zoo
 from ..helpers.on_meta import BART, TINY, VISION, made
+from ..helpers.one_text import BOTH, CAUSAL, moves
 from ..helpers.seeing import hidden, sees_all
 from ..helpers.snapshots import assert_same, snapshot
 from ..helpers.tiny_models import each_family, tiny_config, tiny_model
@@ -73,6 +76,36 @@ def test_a_vision_tower_is_none_of_the_decoders():
     with torch.device("meta"):
         (decoder,) = decoders(transformers.LlavaForConditionalGeneration(config))
     assert isinstance(decoder.module, transformers.LlamaModel) and not decoder.refusals
+
+
+MLLAMA_TEXT = TINY | dict(num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0)
+MLLAMA_TEXT |= dict(rope_scaling={"rope_type": "default"})
+MLLAMA_VISION = VISION | dict(num_hidden_layers=2, num_global_layers=1, attention_heads=4, image_size=28, patch_size=14)
+MLLAMA_VISION |= dict(intermediate_layers_indices=[0, 1], vision_output_dim=96, max_num_tiles=2)
+MLLAMA_VISION |= dict(supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]])
+
+
+@pytest.mark.skipif(not hasattr(transformers, "MllamaConfig"), reason="this transformers has no Mllama")
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_vision_tower_whose_base_class_makes_causal_masks(backend):
+    """Until 4.57, a method for the text model stands in it."""
+    config = transformers.MllamaConfig(vision_config=MLLAMA_VISION, text_config=MLLAMA_TEXT)
+    model = transformers.MllamaForConditionalGeneration._from_config(config, attn_implementation=backend)
+    model = enable_bidirectional(zoo.randomize(model))
+    text = model.get_submodule(decoders(model)[0].name)
+    assert [decoder.module for decoder in decoders(model)] == [text] and type(text).__name__ == "MllamaTextModel"
+    vision = next(each for each in model.modules() if type(each).__name__ == "MllamaVisionModel")
+    with pytest.raises(UnsupportedModelError, match="an encoder: nothing makes a causal mask for its MllamaVision"):
+        enable_bidirectional(vision)
+    image = dict(
+        pixel_values=torch.randn(1, 1, 2, 3, 28, 28),
+        aspect_ratio_ids=torch.tensor([[1]]),
+        aspect_ratio_mask=torch.tensor([[[1, 0]]]),
+        cross_attention_mask=torch.ones(1, 9, 1, 2),
+    )
+    assert moves(model) == moves(model, **image) == BOTH
+    assert_bidirectional(model)
+    assert moves(disable_bidirectional(model), **image) == CAUSAL
 
 
 def test_the_flags_of_a_module_are_its_own():

@@ -5,7 +5,11 @@ import torch
 import torch.utils.checkpoint
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.errors import OrderError
+from bidirect_patch.model.find import decoders
 
+from ..helpers import zoo
+from ..helpers.one_text import ONE_SINK, TWO_SINKS, moves, output
 from ..helpers.references.plain_decoder import hidden_states, reach
 from ..helpers.seeing import CLOSE, IDS, MASK
 from ..helpers.versions import TRANSFORMERS
@@ -72,3 +76,47 @@ def test_the_compiled_wrapper_is_taken_like_the_model(make_model, fullgraph):
         assert not is_bidirectional(model)
         causal = hidden_states(model, IDS, reach(torch.ones_like(IDS).bool(), causal=True))
         torch.testing.assert_close(compiled(input_ids=IDS, use_cache=False).last_hidden_state, causal, **CLOSE)
+
+
+@pytest.fixture
+def composite():
+    """A bidirectional model that makes the mask of the decoder inside it, and that decoder."""
+    if "gemma3" not in zoo.buildable_types():
+        pytest.skip("no causal LM of this transformers makes the mask of a decoder inside it")
+    torch._dynamo.reset()
+    outer = enable_bidirectional(zoo.build("gemma3", "sdpa"), num_sink_tokens=1)
+    yield outer, decoders(outer)[0].module
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("part", ["outer", "inner"])
+def test_a_compiled_model_after_a_block_on_the_decoder_inside_it(composite, part):
+    outer, inner = composite
+    want = output(outer)
+    if part == "inner":
+        inner.compile(backend="eager")
+    compiled = torch.compile(outer, backend="eager") if part == "outer" else outer
+    for _ in range(2):
+        torch.testing.assert_close(output(compiled), want, **CLOSE)
+        with bidirectional(inner, enabled=False):
+            pass
+    assert moves(compiled) == ONE_SINK
+
+
+def test_a_compiled_model_whose_decoder_was_changed_alone(composite):
+    outer, inner = composite
+    compiled = torch.compile(outer, backend="eager")
+    for change in (
+        lambda: enable_bidirectional(inner, num_sink_tokens=2),
+        lambda: enable_bidirectional(inner, num_sink_tokens=1, num_sinkless_layers=1),
+        lambda: disable_bidirectional(inner),
+    ):
+        assert moves(compiled) == ONE_SINK
+        change()
+        with pytest.raises(OrderError, match="language_model.*enable_bidirectional.*disable_bidirectional"):
+            output(compiled)
+        enable_bidirectional(outer, num_sink_tokens=1)
+    with bidirectional(inner, enabled=False), pytest.raises(OrderError, match="language_model"):
+        output(compiled)
+    enable_bidirectional(outer, num_sink_tokens=2)
+    assert moves(compiled) == TWO_SINKS

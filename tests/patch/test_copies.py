@@ -3,12 +3,16 @@
 import copy
 import io
 import pickle
+from dataclasses import fields
 
 import pytest
 import torch
 import torch.utils.checkpoint
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.attention.module_settings import AttentionSettings, ModelSettings
+from bidirect_patch.errors import ConfigError
+from bidirect_patch.swap.record import Plan, plans_of
 
 from ..helpers.processes import in_a_new_process
 from ..helpers.seeing import IDS, hidden, reached, sees_all, sees_only_the_past
@@ -59,6 +63,19 @@ def test_copies_keep_their_sinks(make_model, copied):
     assert torch.equal(reached(made), seen) and is_bidirectional(made)
     disable_bidirectional(made)
     assert sees_only_the_past(made) and is_bidirectional(other)
+
+
+def test_a_pickle_of_another_version_is_named(make_model):
+    """It lacks what the settings of a patched module have by now."""
+    for kind in (ModelSettings, AttentionSettings, Plan):
+        model = enable_bidirectional(make_model())
+        for module in model.modules():
+            for plan in plans_of(module):
+                kept = plan if kind is Plan else plan.settings
+                if isinstance(kept, kind):
+                    del vars(kept)[fields(kept)[0].name]
+        with pytest.raises(ConfigError, match=f"another version.*{kind.__name__} lacks.*enable_bidirectional"):
+            pickle.loads(pickle.dumps(model))
 
 
 def test_a_saved_model_opens_in_another_process(make_model, tmp_path):

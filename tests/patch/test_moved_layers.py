@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.errors import ArgumentError, UnsupportedModelError
 
 from ..helpers.one_text import BOTH, CAUSAL, moves, output
 from ..helpers.tiny_models import SIZES, llama
@@ -59,3 +61,52 @@ def test_a_layer_that_came_in_a_causal_block_is_brought_along():
     torch.testing.assert_close(output(model), want)
     disable_bidirectional(model)
     assert moves(model) == CAUSAL and not leftovers(model)
+
+
+class HeldHere(nn.ModuleList):
+    """The layers of one stage of a pipeline: those of the other stages are None, and are not run."""
+
+    def __iter__(self):
+        return (layer for layer in self._modules.values() if layer is not None)
+
+
+def stages(model, cut):
+    """The two stages of a copy of a Llama: the layers before `cut`, and the others with the norm."""
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    layers = [*model.layers]
+    first.layers = HeldHere([*copy.deepcopy(layers[:cut]), *[None] * (len(layers) - cut)])
+    second.layers = HeldHere([*[None] * cut, *copy.deepcopy(layers[cut:])])
+    first.norm = nn.Identity()
+    return first, second
+
+
+def through(first, second):
+    return output(second, None, inputs_embeds=output(first))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sinkless_layers_of_a_pipeline_are_counted_from_the_end_of_the_whole(when):
+    """Enabled before or after the model is cut into stages."""
+    model = llama(num_hidden_layers=4)
+    for sinkless in range(5):
+        sinks = dict(num_sink_tokens=1, num_sinkless_layers=sinkless)
+        whole = enable_bidirectional(copy.deepcopy(model), **sinks)
+        parts = stages(whole, 2) if when == "before" else stages(model, 2)
+        if when == "after":
+            for part in parts:
+                enable_bidirectional(part, **sinks)
+        assert torch.equal(through(*parts), output(whole)) and all(map(is_bidirectional, parts))
+        for part in parts:
+            with bidirectional(part, enabled=False):
+                pass
+        assert torch.equal(through(*parts), output(whole)) and all(map(is_bidirectional, parts))
+    with pytest.raises(ArgumentError, match="has 4 layers"):
+        enable_bidirectional(parts[0], num_sink_tokens=1, num_sinkless_layers=5)
+
+
+def test_sinkless_layers_where_a_missing_layer_may_have_no_attention():
+    stage, _ = stages(llama(num_hidden_layers=4), 2)
+    stage.layers[0] = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="lacks some layers.*num_sinkless_layers=0"):
+        enable_bidirectional(stage, num_sink_tokens=1, num_sinkless_layers=1)
+    assert is_bidirectional(enable_bidirectional(stage, num_sink_tokens=1))
