@@ -1,8 +1,11 @@
 """`python -m benchmarks.ladder`: end to end on a tiny random model, and its own arithmetic."""
 
+import contextlib
 import importlib.util
 import json
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,12 +136,23 @@ def test_the_upper_layers_are_opened_and_see_no_first_token(place):
     torch.testing.assert_close(found[Depth(0, 3)][:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow  # two processes of the commands
-def test_trained_rows_and_a_teacher(place, untrained, tmp_path, capsys):
+def in_this_process(line, env, stdout, stderr):
+    """What `subprocess.run` does with a command of this package, without a new process, which would import torch again."""
+    from bidirect_patch.cli import main
+
+    assert line[:3] == (sys.executable, "-m", "bidirect_patch") and env["PYTHONPATH"]
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+        return SimpleNamespace(returncode=main(list(line[3:])))
+
+
+@pytest.mark.slow
+def test_trained_rows_and_a_teacher(place, untrained, tmp_path, capsys, monkeypatch):
+    from benchmarks.ladder import training
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from transformers import AutoTokenizer
 
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=in_this_process, STDOUT=None))
     teacher = str(tmp_path / "teacher")
     words = StaticEmbedding(AutoTokenizer.from_pretrained(place / "model"), embedding_dim=12)
     SentenceTransformer(modules=[words], device="cpu").save_pretrained(teacher)
@@ -170,10 +184,12 @@ def test_flags_that_do_not_fit(place, tmp_path, capsys, flags, says):
 
 
 def test_a_command_that_fails_is_an_error_with_its_log(tmp_path):
+    """A command in a process of its own, as they all are run."""
     from benchmarks.ladder import training
 
     with pytest.raises(RuntimeError, match="failed with 2: see .*x.log"):
         training._run("mntp", {"no_such_setting": 1}, tmp_path / "x", print)
+    assert "no_such_setting" in (tmp_path / "x.log").read_text()
     assert not (tmp_path / "x.seconds.json").exists()
 
 

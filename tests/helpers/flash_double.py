@@ -31,32 +31,41 @@ class Call:
     shape: tuple
 
 
-def attend(query, key, value, scale=None, causal=False, window_size=(-1, -1), softcap=0.0, sink=None):
-    """Exact attention of one document: (q, heads, dim) over (k, kv_heads, dim), aligned at their last tokens.
+def attend(query, key, value, scale=None, causal=False, window_size=(-1, -1), softcap=0.0, sink=None, ends=None):
+    """Exact attention: (..., q, heads, dim) over (..., k, kv_heads, dim), aligned at their last tokens.
 
     sink: (heads,), a logit beside the keys' whose share of the softmax goes nowhere.
+    ends: where the documents of the queries end, and those of the keys, as `cu_seqlens` says it; each row is one if None.
     """
-    groups, rest = divmod(query.shape[1], key.shape[1])
-    if rest or key.shape != value.shape or query.shape[2] != key.shape[2]:
+    groups, rest = divmod(query.shape[-2], key.shape[-2])
+    if rest or key.shape != value.shape or query.shape[-1] != key.shape[-1]:
         raise RuntimeError(f"flash_attn: shapes don't fit: {query.shape}, {key.shape}, {value.shape}")
-    q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))  # (heads, tokens, dim)
-    k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
-    scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q, k, v = (x.float().transpose(-3, -2) for x in (query, key, value))  # (..., heads, tokens, dim)
+    k, v = (x.repeat_interleave(groups, dim=-3) for x in (k, v))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    i = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
-    j = torch.arange(k.shape[1], device=q.device)[None, :]
+    if ends is None:
+        ends = [torch.tensor([0, x.shape[-2]], device=x.device) for x in (q, k)]
+    (mine, i), (others, j) = map(_places, ends)
+    mine, i = mine[:, None], i[:, None]
     left, right = (-1 if side is None else side for side in window_size)
-    hidden = torch.zeros_like(i + j, dtype=torch.bool)
+    hidden = mine != others
     if left >= 0:
         hidden |= j < i - left
     if causal or right >= 0:
         hidden |= j > i + (0 if causal else right)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sink is not None:
-        scores = torch.cat([scores, sink.float()[:, None, None].expand(*scores.shape[:2], 1)], -1)
-    weights = scores.softmax(-1)[..., : k.shape[1]].nan_to_num()  # a row that sees nothing gives zeros
-    return (weights @ v).transpose(0, 1).to(query.dtype)
+        scores = torch.cat([scores, sink.float()[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1)[..., : k.shape[-2]].nan_to_num()  # a row that sees nothing gives zeros
+    return (weights @ v).transpose(-3, -2).to(query.dtype)
+
+
+def _places(ends):
+    """Of each token, its document, and where it stands in that, counted from the end."""
+    document = torch.repeat_interleave(ends.diff())
+    return document, torch.arange(len(document), device=ends.device) - ends[1:][document]
 
 
 def index_first_axis(x, indices):
@@ -137,23 +146,23 @@ class FlashDouble:
         if q.dim() != 4:
             raise RuntimeError(f"flash_attn_func takes (batch, tokens, heads, dim), got {tuple(q.shape)}")
         self._note("flash_attn_func", q, None, *how)
-        return torch.stack([attend(*row, *how) for row in zip(q, k, v, strict=True)])
+        return attend(q, k, v, *how)
 
     def _varlen(self, q, k, v, cu_seqlens, longest, *how):
         if q.dim() != 3:
             raise RuntimeError(f"flash_attn_varlen_func takes (tokens, heads, dim), got {tuple(q.shape)}")
-        spans = []
+        if len(cu_seqlens[0]) != len(cu_seqlens[1]):
+            raise RuntimeError(f"cu_seqlens of {len(cu_seqlens[0])} and {len(cu_seqlens[1])} ends")
         for x, ends, most in zip((q, k), cu_seqlens, longest, strict=True):
             if ends.dtype != torch.int32:
                 raise RuntimeError(f"cu_seqlens must be int32, got {ends.dtype}")
             ends = ends.tolist()
             if ends[0] != 0 or ends[-1] != len(x) or ends != sorted(ends):
                 raise RuntimeError(f"cu_seqlens {ends} doesn't cover {len(x)} tokens")
-            spans.append(list(zip(ends, ends[1:])))
-            if most is not None and max(b - a for a, b in spans[-1]) > int(most):
+            if most is not None and max(b - a for a, b in zip(ends, ends[1:])) > int(most):
                 raise RuntimeError(f"max_seqlen {int(most)} is shorter than a document of {ends}")
         self._note("flash_attn_varlen_func", q, ends, *how)
-        return torch.cat([attend(q[a:b], k[c:d], v[c:d], *how) for (a, b), (c, d) in zip(*spans, strict=True)])
+        return attend(q, k, v, *how, ends=cu_seqlens)
 
     def _note(self, function, q, cu_seqlens, scale, causal, window_size, softcap, sink=None):
         self.calls.append(Call(function, causal, tuple(window_size), softcap, cu_seqlens, tuple(q.shape)))
