@@ -147,10 +147,11 @@ def in_this_process(line, env, stdout, stderr):
 
 @pytest.mark.slow
 def test_trained_rows_and_a_teacher(place, untrained, tmp_path, capsys, monkeypatch):
-    from benchmarks.ladder import training
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from transformers import AutoTokenizer
+
+    from benchmarks.ladder import training
 
     monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=in_this_process, STDOUT=None))
     teacher = str(tmp_path / "teacher")
