@@ -40,14 +40,35 @@ def pytest_xdist_make_scheduler(config, log):
 jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    gc.disable()  # nothing of what is imported is garbage
+    yield
+    gc.enable()
+
+
+def pytest_collection_modifyitems(config, items):
     import torch
 
+    from .helpers.slow import THOROUGH
+
     torch.set_num_threads(1)
+    if not THOROUGH:
+        too_rare = [item for item in items if len(list(item.iter_markers("rare"))) > 1]
+        config.hook.pytest_deselected(items=too_rare)
+        items[:] = [item for item in items if item not in too_rare]
+    # What shares costly things stands together, so that one process makes them: each class is imported and verified once.
+    items.sort(key=_shares)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="this machine has no CUDA GPU"))
+
+
+def _shares(item):
+    if "model_type" in getattr(getattr(item, "callspec", None), "params", ()):
+        return 0
+    return 1 if {"real_weights", "load_real"} & set(item.fixturenames) else 2
 
 
 @pytest.fixture

@@ -26,11 +26,17 @@ from ..helpers.tiny_models import each_family
 from ..helpers.versions import BACKENDS, TRANSFORMERS
 from .test_backends import CLOSE, IDS, INPUTS, LEFT, ONES, PACKED, RIGHT
 
-# FlashAttention 3 and 4 are told the same as 2; uncompiled, FlexAttention makes its masks slowly.
-each_backend = pytest.mark.parametrize("backend", some_slow(BACKENDS, lambda name: name[-1] in "34" or name.startswith("flex")))
-slow = pytest.mark.slow
+slow, rare = pytest.mark.slow, pytest.mark.rare
+
+
+def marks_of(backend):
+    """FlashAttention 3 and 4 are told the same as 2; uncompiled, FlexAttention makes its masks slowly."""
+    return (slow, rare) if backend[-1] in "34" else (slow,) if backend.startswith("flex") else ()
+
+
+each_backend = pytest.mark.parametrize("backend", [pytest.param(name, marks=marks_of(name)) for name in BACKENDS])
 # of a model of two layers
-NUMBERS = [(2, 0), (1, 1), *(pytest.param(*pair, marks=slow) for pair in ((1, 0), (2, 1), (3, 0), (3, 2)))]
+NUMBERS = [(2, 0), (1, 1), *(pytest.param(*pair, marks=(slow, rare)) for pair in ((1, 0), (2, 1), (3, 0), (3, 2)))]
 each_number = pytest.mark.parametrize("sinks, sinkless", NUMBERS)
 
 
@@ -242,7 +248,7 @@ def test_lengths_given(make_model, backend, sinks, sinkless):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", some_slow([b for b in BACKENDS if not b.startswith("flex")], lambda name: name[-1] in "34"))
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=marks_of(b)) for b in BACKENDS if not b.startswith("flex")])
 @each_number
 @pytest.mark.parametrize("window", some_slow([None, 3], lambda window: window is None))
 def test_gradients_are_the_plain_decoders(make_model, backend, window, sinks, sinkless):
@@ -336,7 +342,7 @@ def gemma3(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("sinks, sinkless", [(2, 1), *(pytest.param(*pair, marks=slow) for pair in ((1, 2), (3, 0), (5, 4)))])
+@pytest.mark.parametrize("sinks, sinkless", [(2, 1), *(pytest.param(*n, marks=(slow, rare)) for n in ((1, 2), (3, 0), (5, 4)))])
 @pytest.mark.parametrize("make_config", [llama4, gemma3])
 @pytest.mark.skipif(TRANSFORMERS < Version("4.57"), reason="before 4.57 chunks are counted in other ways by each backend")
 def test_chunks_and_windows_of_some_layers(make_model, backend, make_config, sinks, sinkless):
@@ -370,8 +376,8 @@ def test_chunks_and_windows_of_some_layers(make_model, backend, make_config, sin
 
 
 @slow
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("eager", marks=rare)])
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=rare)])
 def test_one_graph_when_compiled(make_model, backend, padded):
     torch._dynamo.reset()
     model = make_model(backend=backend, head=False)

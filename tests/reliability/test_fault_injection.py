@@ -27,7 +27,7 @@ from ..helpers.twins import assert_twins, leftovers
 PACKAGE = str(Path(bidirect_patch.__file__).parent)
 pytestmark = pytest.mark.slow
 ERRORS = [KeyboardInterrupt, RuntimeError]
-STEPS = int(os.environ.get("BIDIRECT_PATCH_STEPS", 60))  # of each operation, drawn at random; all if there are fewer
+STEPS = int(os.environ.get("BIDIRECT_PATCH_STEPS", 30))  # of each operation, drawn at random; all if there are fewer
 
 
 def is_no_step(frame):
