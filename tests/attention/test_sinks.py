@@ -26,15 +26,21 @@ from ..helpers.tiny_models import each_family
 from ..helpers.versions import BACKENDS, TRANSFORMERS
 from .test_backends import CLOSE, IDS, INPUTS, LEFT, ONES, PACKED, RIGHT
 
+# Values marked rare are like the others: FlashAttention 3 and 4 are told the same as 2, and the masks of FlexAttention, of each
+# number of sinks and of each window are looked up in the table of test_masks.py. Uncompiled, FlexAttention makes them slowly.
 slow, rare = pytest.mark.slow, pytest.mark.rare
 
 
-def marks_of(backend):
-    """FlashAttention 3 and 4 are told the same as 2; uncompiled, FlexAttention makes its masks slowly."""
-    return (slow, rare) if backend[-1] in "34" else (slow,) if backend.startswith("flex") else ()
+def some_rare(values, is_rare):
+    """`values` to parametrize with, those marked slow and rare of which that is so."""
+    return [pytest.param(value, marks=(slow, rare) if is_rare(value) else ()) for value in values]
 
 
-each_backend = pytest.mark.parametrize("backend", [pytest.param(name, marks=marks_of(name)) for name in BACKENDS])
+def is_rare_backend(name):
+    return name[-1] in "34" or name.startswith("flex")
+
+
+each_backend = pytest.mark.parametrize("backend", some_rare(BACKENDS, is_rare_backend))
 # of a model of two layers
 NUMBERS = [(2, 0), (1, 1), *(pytest.param(*pair, marks=(slow, rare)) for pair in ((1, 0), (2, 1), (3, 0), (3, 2)))]
 each_number = pytest.mark.parametrize("sinks, sinkless", NUMBERS)
@@ -97,7 +103,7 @@ def batches(*names):
 
 
 @each_backend
-@pytest.mark.parametrize("sinks", some_slow([1, 3], lambda sinks: sinks == 3))
+@pytest.mark.parametrize("sinks", some_rare([1, 3], lambda sinks: sinks == 3))
 def test_the_states_of_sinks_are_the_causal_models(make_model, backend, sinks):
     model = make_model("llama", backend, num_hidden_layers=3)
     close = dict(atol=1e-5 if backend.startswith("flash") else 1e-6, rtol=1e-5)  # run alone, matrices have other sizes
@@ -159,7 +165,7 @@ def test_which_layers_see_the_sinks(make_model):
 
 
 @each_backend
-@pytest.mark.parametrize("length", some_slow([1, 2, 3], lambda length: length != 2))
+@pytest.mark.parametrize("length", some_rare([1, 2, 3], lambda length: length != 2))
 def test_a_text_of_nothing_but_sinks_is_causal(make_model, backend, length):
     model = make_model("llama", backend)
     with torch.no_grad():
@@ -183,7 +189,7 @@ def test_no_sinks_is_what_no_argument_gives(make_model, backend):
 # --- backends ---
 
 
-@each_backend
+@pytest.mark.parametrize("backend", some_slow(BACKENDS, is_rare_backend))  # with every number
 @each_number
 def test_every_mask_on_every_backend(make_model, backend, sinks, sinkless):
     model = enabled(make_model, "llama", backend, sinks, sinkless)
@@ -204,7 +210,7 @@ def test_flex_attention_has_sinks(make_model):
 
 @each_backend
 @each_number
-@pytest.mark.parametrize("family", some_slow(["gemma", "qwen2"], lambda family: family == "qwen2"))
+@pytest.mark.parametrize("family", some_rare(["gemma", "qwen2"], lambda family: family == "qwen2"))
 def test_every_family_on_every_backend(make_model, family, backend, sinks, sinkless):
     model = enabled(make_model, family, backend, sinks, sinkless)
     for inputs in batches("no-mask", "left"):
@@ -213,7 +219,7 @@ def test_every_family_on_every_backend(make_model, family, backend, sinks, sinkl
 
 @each_backend
 @each_number
-@pytest.mark.parametrize("window", some_slow([2, 3, 9], lambda window: window != 3))
+@pytest.mark.parametrize("window", some_rare([2, 3, 9], lambda window: window != 3))
 def test_windows(make_model, backend, window, sinks, sinkless):
     model = enabled(make_model, "mistral", backend, sinks, sinkless, sliding_window=window)
     names = ("no-mask", "right", "left", "packed", "packed-and-padded")
@@ -248,9 +254,9 @@ def test_lengths_given(make_model, backend, sinks, sinkless):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", [pytest.param(b, marks=marks_of(b)) for b in BACKENDS if not b.startswith("flex")])
+@pytest.mark.parametrize("backend", some_rare([b for b in BACKENDS if not b.startswith("flex")], is_rare_backend))
 @each_number
-@pytest.mark.parametrize("window", some_slow([None, 3], lambda window: window is None))
+@pytest.mark.parametrize("window", some_rare([None, 3], lambda window: window is None))
 def test_gradients_are_the_plain_decoders(make_model, backend, window, sinks, sinkless):
     """FlexAttention has no gradients on a CPU."""
     model = enabled(make_model, "mistral", backend, sinks, sinkless, sliding_window=window)
