@@ -167,7 +167,9 @@ def be_two_ranks(folder, words):
             _work(words)
             code = 0
         except SystemExit as end:
-            code = end.code or 0 if isinstance(end.code, (int, type(None))) else 1
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
         except BaseException:
             traceback.print_exc()
         finally:
