@@ -143,9 +143,8 @@ def in_two_ranks(*words, seconds=250, **environment):
     with tempfile.TemporaryDirectory() as folder:
         launcher = Fork("-c", RANKS, folder, *words, **world)
         _, err = finish(launcher, seconds)
-        written = [Path(folder, rank) for rank in "01"]
-        assert launcher.returncode == 0, err + "".join(path.with_suffix(".err").read_text()[-5000:] for path in written)
-        return [path.read_text() for path in written]
+        assert launcher.returncode == 0, err + "".join(path.read_text()[-5000:] for path in Path(folder).glob("*.err"))
+        return [Path(folder, rank).read_text() for rank in "01"]
 
 
 def be_two_ranks(folder, words):
