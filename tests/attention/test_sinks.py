@@ -26,11 +26,23 @@ from ..helpers.tiny_models import each_family
 from ..helpers.versions import BACKENDS, TRANSFORMERS
 from .test_backends import CLOSE, IDS, INPUTS, LEFT, ONES, PACKED, RIGHT
 
-# FlashAttention 3 and 4 are told the same as 2; uncompiled, FlexAttention makes its masks slowly.
-each_backend = pytest.mark.parametrize("backend", some_slow(BACKENDS, lambda name: name[-1] in "34" or name.startswith("flex")))
-slow = pytest.mark.slow
+# Values marked rare are like the others: FlashAttention 3 and 4 are told the same as 2, and the masks of FlexAttention, of each
+# number of sinks and of each window are looked up in the table of test_masks.py. Uncompiled, FlexAttention makes them slowly.
+slow, rare = pytest.mark.slow, pytest.mark.rare
+
+
+def some_rare(values, is_rare):
+    """`values` to parametrize with, those marked slow and rare of which that is so."""
+    return [pytest.param(value, marks=(slow, rare) if is_rare(value) else ()) for value in values]
+
+
+def is_rare_backend(name):
+    return name[-1] in "34" or name.startswith("flex")
+
+
+each_backend = pytest.mark.parametrize("backend", some_rare(BACKENDS, is_rare_backend))
 # of a model of two layers
-NUMBERS = [(2, 0), (1, 1), *(pytest.param(*pair, marks=slow) for pair in ((1, 0), (2, 1), (3, 0), (3, 2)))]
+NUMBERS = [(2, 0), (1, 1), *(pytest.param(*pair, marks=(slow, rare)) for pair in ((1, 0), (2, 1), (3, 0), (3, 2)))]
 each_number = pytest.mark.parametrize("sinks, sinkless", NUMBERS)
 
 
@@ -91,7 +103,7 @@ def batches(*names):
 
 
 @each_backend
-@pytest.mark.parametrize("sinks", some_slow([1, 3], lambda sinks: sinks == 3))
+@pytest.mark.parametrize("sinks", some_rare([1, 3], lambda sinks: sinks == 3))
 def test_the_states_of_sinks_are_the_causal_models(make_model, backend, sinks):
     model = make_model("llama", backend, num_hidden_layers=3)
     close = dict(atol=1e-5 if backend.startswith("flash") else 1e-6, rtol=1e-5)  # run alone, matrices have other sizes
@@ -153,7 +165,7 @@ def test_which_layers_see_the_sinks(make_model):
 
 
 @each_backend
-@pytest.mark.parametrize("length", some_slow([1, 2, 3], lambda length: length != 2))
+@pytest.mark.parametrize("length", some_rare([1, 2, 3], lambda length: length != 2))
 def test_a_text_of_nothing_but_sinks_is_causal(make_model, backend, length):
     model = make_model("llama", backend)
     with torch.no_grad():
@@ -177,7 +189,7 @@ def test_no_sinks_is_what_no_argument_gives(make_model, backend):
 # --- backends ---
 
 
-@each_backend
+@pytest.mark.parametrize("backend", some_slow(BACKENDS, is_rare_backend))  # with every number
 @each_number
 def test_every_mask_on_every_backend(make_model, backend, sinks, sinkless):
     model = enabled(make_model, "llama", backend, sinks, sinkless)
@@ -198,7 +210,7 @@ def test_flex_attention_has_sinks(make_model):
 
 @each_backend
 @each_number
-@pytest.mark.parametrize("family", some_slow(["gemma", "qwen2"], lambda family: family == "qwen2"))
+@pytest.mark.parametrize("family", some_rare(["gemma", "qwen2"], lambda family: family == "qwen2"))
 def test_every_family_on_every_backend(make_model, family, backend, sinks, sinkless):
     model = enabled(make_model, family, backend, sinks, sinkless)
     for inputs in batches("no-mask", "left"):
@@ -207,7 +219,7 @@ def test_every_family_on_every_backend(make_model, family, backend, sinks, sinkl
 
 @each_backend
 @each_number
-@pytest.mark.parametrize("window", some_slow([2, 3, 9], lambda window: window != 3))
+@pytest.mark.parametrize("window", some_rare([2, 3, 9], lambda window: window != 3))
 def test_windows(make_model, backend, window, sinks, sinkless):
     model = enabled(make_model, "mistral", backend, sinks, sinkless, sliding_window=window)
     names = ("no-mask", "right", "left", "packed", "packed-and-padded")
@@ -242,9 +254,9 @@ def test_lengths_given(make_model, backend, sinks, sinkless):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", some_slow([b for b in BACKENDS if not b.startswith("flex")], lambda name: name[-1] in "34"))
+@pytest.mark.parametrize("backend", some_rare([b for b in BACKENDS if not b.startswith("flex")], is_rare_backend))
 @each_number
-@pytest.mark.parametrize("window", some_slow([None, 3], lambda window: window is None))
+@pytest.mark.parametrize("window", some_rare([None, 3], lambda window: window is None))
 def test_gradients_are_the_plain_decoders(make_model, backend, window, sinks, sinkless):
     """FlexAttention has no gradients on a CPU."""
     model = enabled(make_model, "mistral", backend, sinks, sinkless, sliding_window=window)
@@ -336,7 +348,7 @@ def gemma3(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("sinks, sinkless", [(2, 1), *(pytest.param(*pair, marks=slow) for pair in ((1, 2), (3, 0), (5, 4)))])
+@pytest.mark.parametrize("sinks, sinkless", [(2, 1), *(pytest.param(*n, marks=(slow, rare)) for n in ((1, 2), (3, 0), (5, 4)))])
 @pytest.mark.parametrize("make_config", [llama4, gemma3])
 @pytest.mark.skipif(TRANSFORMERS < Version("4.57"), reason="before 4.57 chunks are counted in other ways by each backend")
 def test_chunks_and_windows_of_some_layers(make_model, backend, make_config, sinks, sinkless):
@@ -370,8 +382,8 @@ def test_chunks_and_windows_of_some_layers(make_model, backend, make_config, sin
 
 
 @slow
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("eager", marks=rare)])
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=rare)])
 def test_one_graph_when_compiled(make_model, backend, padded):
     torch._dynamo.reset()
     model = make_model(backend=backend, head=False)

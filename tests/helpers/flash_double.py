@@ -6,6 +6,7 @@ grouped heads), reject the arguments that the kernels reject, are differentiable
 float32 is taken too, so that backends can be compared closely. Dropout must be 0.
 """
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -31,32 +32,41 @@ class Call:
     shape: tuple
 
 
-def attend(query, key, value, scale=None, causal=False, window_size=(-1, -1), softcap=0.0, sink=None):
-    """Exact attention of one document: (q, heads, dim) over (k, kv_heads, dim), aligned at their last tokens.
+def attend(query, key, value, scale=None, causal=False, window_size=(-1, -1), softcap=0.0, sink=None, ends=None):
+    """Exact attention: (..., q, heads, dim) over (..., k, kv_heads, dim), aligned at their last tokens.
 
     sink: (heads,), a logit beside the keys' whose share of the softmax goes nowhere.
+    ends: where the documents of the queries end, and those of the keys, as `cu_seqlens` says it; each row is one if None.
     """
-    groups, rest = divmod(query.shape[1], key.shape[1])
-    if rest or key.shape != value.shape or query.shape[2] != key.shape[2]:
+    groups, rest = divmod(query.shape[-2], key.shape[-2])
+    if rest or key.shape != value.shape or query.shape[-1] != key.shape[-1]:
         raise RuntimeError(f"flash_attn: shapes don't fit: {query.shape}, {key.shape}, {value.shape}")
-    q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))  # (heads, tokens, dim)
-    k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
-    scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q, k, v = (x.float().transpose(-3, -2) for x in (query, key, value))  # (..., heads, tokens, dim)
+    k, v = (x.repeat_interleave(groups, dim=-3) for x in (k, v))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    i = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
-    j = torch.arange(k.shape[1], device=q.device)[None, :]
+    if ends is None:
+        ends = [torch.tensor([0, x.shape[-2]], device=x.device) for x in (q, k)]
+    (mine, i), (others, j) = map(_places, ends)
+    mine, i = mine[:, None], i[:, None]
     left, right = (-1 if side is None else side for side in window_size)
-    hidden = torch.zeros_like(i + j, dtype=torch.bool)
+    hidden = mine != others
     if left >= 0:
         hidden |= j < i - left
     if causal or right >= 0:
         hidden |= j > i + (0 if causal else right)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sink is not None:
-        scores = torch.cat([scores, sink.float()[:, None, None].expand(*scores.shape[:2], 1)], -1)
-    weights = scores.softmax(-1)[..., : k.shape[1]].nan_to_num()  # a row that sees nothing gives zeros
-    return (weights @ v).transpose(0, 1).to(query.dtype)
+        scores = torch.cat([scores, sink.float()[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1)[..., : k.shape[-2]].nan_to_num()  # a row that sees nothing gives zeros
+    return (weights @ v).transpose(-3, -2).to(query.dtype)
+
+
+def _places(ends):
+    """Of each token, its document, and where it stands in that, counted from the end."""
+    document = torch.repeat_interleave(ends.diff())
+    return document, torch.arange(len(document), device=ends.device) - ends[1:][document]
 
 
 def index_first_axis(x, indices):
@@ -78,89 +88,106 @@ def unpad_input(x, attention_mask, *_):
     return x.flatten(0, 1)[indices], indices, ends, int(lengths.max())
 
 
+_calls = []  # of the double that was made last
+
+
+def _yes(*_, **__):
+    return True
+
+
+def _no(*_, **__):
+    return False
+
+
+# The signatures follow the packages', because transformers inspects them to see what each version supports.
+@functools.cache
+def _functions(version):
+    """`flash_attn_func` and `flash_attn_varlen_func`: always the same two, so that what was seen of a class with them is kept."""
+
+    def check_dropout(p):
+        if p:
+            raise RuntimeError("the FlashAttention double computes no dropout")
+
+    if version == 2:
+
+        def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+                            softcap=0.0, deterministic=False):  # fmt: skip
+            check_dropout(dropout_p)
+            return _dense(q, k, v, softmax_scale, causal, window_size, softcap)
+
+        def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                                   softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                                   deterministic=False):  # fmt: skip
+            check_dropout(dropout_p)
+            ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return _varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap)
+
+    elif version == 3:  # no dropout from here on
+
+        def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                            deterministic=False):  # fmt: skip
+            return _dense(q, k, v, softmax_scale, causal, window_size, softcap)
+
+        def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None,
+                                   softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                                   deterministic=False):  # fmt: skip
+            ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return _varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap)
+
+    else:  # 4 has sinks and returns (out, lse)
+
+        def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(None, None),
+                            learnable_sink=None, softcap=0.0, deterministic=False):  # fmt: skip
+            return _dense(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink), None
+
+        def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+                                   max_seqlen_k=None, softmax_scale=None, causal=False, window_size=(None, None),
+                                   learnable_sink=None, softcap=0.0, deterministic=False):  # fmt: skip
+            ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return _varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap, learnable_sink), None
+
+    return flash_attn_func, flash_attn_varlen_func
+
+
+def _dense(q, k, v, *how):
+    if q.dim() != 4:
+        raise RuntimeError(f"flash_attn_func takes (batch, tokens, heads, dim), got {tuple(q.shape)}")
+    _note("flash_attn_func", q, None, *how)
+    return attend(q, k, v, *how)
+
+
+def _varlen(q, k, v, cu_seqlens, longest, *how):
+    if q.dim() != 3:
+        raise RuntimeError(f"flash_attn_varlen_func takes (tokens, heads, dim), got {tuple(q.shape)}")
+    if len(cu_seqlens[0]) != len(cu_seqlens[1]):
+        raise RuntimeError(f"cu_seqlens of {len(cu_seqlens[0])} and {len(cu_seqlens[1])} ends")
+    for x, ends, most in zip((q, k), cu_seqlens, longest, strict=True):
+        if ends.dtype != torch.int32:
+            raise RuntimeError(f"cu_seqlens must be int32, got {ends.dtype}")
+        ends = ends.tolist()
+        if ends[0] != 0 or ends[-1] != len(x) or ends != sorted(ends):
+            raise RuntimeError(f"cu_seqlens {ends} doesn't cover {len(x)} tokens")
+        if most is not None and max(b - a for a, b in zip(ends, ends[1:])) > int(most):
+            raise RuntimeError(f"max_seqlen {int(most)} is shorter than a document of {ends}")
+    _note("flash_attn_varlen_func", q, ends, *how)
+    return attend(q, k, v, *how, ends=cu_seqlens)
+
+
+def _note(function, q, cu_seqlens, scale, causal, window_size, softcap, sink=None):
+    _calls.append(Call(function, causal, tuple(window_size), softcap, cu_seqlens, tuple(q.shape)))
+
+
 class FlashDouble:
     """The doubles and their record; `install(version)` makes transformers believe that this FlashAttention is there."""
 
     def __init__(self, monkeypatch):
-        self.calls = []
+        _calls.clear()
+        self.calls = _calls
         self._patch = monkeypatch
-
-    # The signatures follow the packages', because transformers inspects them to see what each version supports.
-    def _functions(self, version):
-        dense, varlen = self._dense, self._varlen
-
-        def check_dropout(p):
-            if p:
-                raise RuntimeError("the FlashAttention double computes no dropout")
-
-        if version == 2:
-
-            def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
-                                softcap=0.0, deterministic=False):  # fmt: skip
-                check_dropout(dropout_p)
-                return dense(q, k, v, softmax_scale, causal, window_size, softcap)
-
-            def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-                                       softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                                       deterministic=False):  # fmt: skip
-                check_dropout(dropout_p)
-                ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-                return varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap)
-
-        elif version == 3:  # no dropout from here on
-
-            def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                                deterministic=False):  # fmt: skip
-                return dense(q, k, v, softmax_scale, causal, window_size, softcap)
-
-            def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None,
-                                       softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                                       deterministic=False):  # fmt: skip
-                ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-                return varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap)
-
-        else:  # 4 has sinks and returns (out, lse)
-
-            def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(None, None),
-                                learnable_sink=None, softcap=0.0, deterministic=False):  # fmt: skip
-                return dense(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink), None
-
-            def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
-                                       max_seqlen_k=None, softmax_scale=None, causal=False, window_size=(None, None),
-                                       learnable_sink=None, softcap=0.0, deterministic=False):  # fmt: skip
-                ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-                return varlen(q, k, v, ends, longest, softmax_scale, causal, window_size, softcap, learnable_sink), None
-
-        return flash_attn_func, flash_attn_varlen_func
-
-    def _dense(self, q, k, v, *how):
-        if q.dim() != 4:
-            raise RuntimeError(f"flash_attn_func takes (batch, tokens, heads, dim), got {tuple(q.shape)}")
-        self._note("flash_attn_func", q, None, *how)
-        return torch.stack([attend(*row, *how) for row in zip(q, k, v, strict=True)])
-
-    def _varlen(self, q, k, v, cu_seqlens, longest, *how):
-        if q.dim() != 3:
-            raise RuntimeError(f"flash_attn_varlen_func takes (tokens, heads, dim), got {tuple(q.shape)}")
-        spans = []
-        for x, ends, most in zip((q, k), cu_seqlens, longest, strict=True):
-            if ends.dtype != torch.int32:
-                raise RuntimeError(f"cu_seqlens must be int32, got {ends.dtype}")
-            ends = ends.tolist()
-            if ends[0] != 0 or ends[-1] != len(x) or ends != sorted(ends):
-                raise RuntimeError(f"cu_seqlens {ends} doesn't cover {len(x)} tokens")
-            spans.append(list(zip(ends, ends[1:])))
-            if most is not None and max(b - a for a, b in spans[-1]) > int(most):
-                raise RuntimeError(f"max_seqlen {int(most)} is shorter than a document of {ends}")
-        self._note("flash_attn_varlen_func", q, ends, *how)
-        return torch.cat([attend(q[a:b], k[c:d], v[c:d], *how) for (a, b), (c, d) in zip(*spans, strict=True)])
-
-    def _note(self, function, q, cu_seqlens, scale, causal, window_size, softcap, sink=None):
-        self.calls.append(Call(function, causal, tuple(window_size), softcap, cu_seqlens, tuple(q.shape)))
 
     def install(self, version=2):
         """Make flash_attention_<version>, and no other, look installed until the test ends."""
-        dense, varlen = self._functions(version)
+        dense, varlen = _functions(version)
         self._packages(version, dense, varlen)
         importlib.import_module("transformers.modeling_utils")
         for name in MODELS:
@@ -199,14 +226,14 @@ class FlashDouble:
 
         for v in VERSIONS:
             if f"is_flash_attn_{v}_available" in names:
-                put(**{f"is_flash_attn_{v}_available": lambda *_, v=v, **__: v == version})
+                put(**{f"is_flash_attn_{v}_available": _yes if v == version else _no})
             if v in names.get("FLASH_ATTENTION_COMPATIBILITY_MATRIX", {}):
                 entry = names["FLASH_ATTENTION_COMPATIBILITY_MATRIX"][v]
                 for check in ("general_availability_check", "pkg_availability_check"):
-                    self._patch.setitem(entry, check, lambda *_, v=v, **__: v == version)
+                    self._patch.setitem(entry, check, _yes if v == version else _no)
         for name in ("is_flash_attn_greater_or_equal", "is_flash_attn_greater_or_equal_2_10"):
             if name in names:
-                put(**{name: lambda *_: True})
+                put(**{name: _yes})
         if "_use_top_left_mask" in names:
             put(_use_top_left_mask=False)
         if "_get_unpad_data" in names:  # up to 4.53 they are bound at import: in each model's file in 4.39

@@ -6,6 +6,7 @@ value that it had at the first fork, and before Python 3.13 nothing runs at exit
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -14,9 +15,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
+import traceback
 import types
 import warnings
+from pathlib import Path
 
 from .paths import ROOT
 
@@ -24,6 +26,7 @@ IMPORTED = (
     *("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"),
     *("pandas", "pyarrow.dataset", "scipy.optimize", "scipy.stats", "sklearn.metrics", "tokenizers"),
 )
+OF_TRAINING = ("accelerate", "datasets", "peft", "transformers.models.llama.modeling_llama", "transformers.trainer")
 TO_END = 15  # seconds for a process to end its own
 
 _servers = multiprocessing.get_context("forkserver")
@@ -76,6 +79,11 @@ def _run(words, cwd, environment, written):
     os.environ.update(environment)
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _work(words)
+
+
+def _work(words):
+    """What `python WORDS` does."""
     if words[0] != "-m":  # tests look at the warnings of a command
         warnings.simplefilter("ignore")
     if words[0] == "-c":
@@ -119,24 +127,58 @@ def in_a_new_process(*words, seconds=200, **how):
     return out
 
 
+RANKS = """
+import sys
+from tests.helpers.processes import be_two_ranks
+be_two_ranks(sys.argv[1], sys.argv[2:])
+"""
+
+
 def in_two_ranks(*words, seconds=250, **environment):
     """What the ranks of `torchrun --nproc_per_node=2 WORDS` write to stdout, each in a fork. A failed one fails the test."""
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(chosen.getsockname()[1])}
     world = {**environment, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **meeting}
-    ranks, last = [], time.monotonic() + seconds
-    try:
-        for rank in "01":
-            ranks.append(Fork(*words, **world | {"RANK": rank, "LOCAL_RANK": rank}))
-        # A rank that fails leaves the other one waiting for it.
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            if time.monotonic() > last:
-                break
-            time.sleep(0.02)
-    finally:
-        for rank in ranks:
-            end(rank)
-    written = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "".join(err[-5000:] for _, err in written)
-    return [out for out, _ in written]
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = Fork("-c", RANKS, folder, *words, **world)
+        _, err = finish(launcher, seconds)
+        assert launcher.returncode == 0, err + "".join(path.read_text()[-5000:] for path in Path(folder).glob("*.err"))
+        return [Path(folder, rank).read_text() for rank in "01"]
+
+
+def be_two_ranks(folder, words):
+    """Import what both need, once, and go on as two ranks, each of which writes into files of its own."""
+    for name in OF_TRAINING:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    ranks = {}
+    for rank in "01":
+        pid = os.fork()
+        if pid:
+            ranks[pid] = rank
+            continue
+        code = 1
+        try:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank)
+            for number, ending in ((1, ""), (2, ".err")):
+                os.dup2(os.open(f"{folder}/{rank}{ending}", os.O_WRONLY | os.O_CREAT), number)
+            _work(words)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    while ranks:
+        pid, status = os.wait()
+        del ranks[pid]
+        if status:  # the other one would wait for it without end
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)

@@ -1,6 +1,10 @@
 """Marking some of many cases as slow."""
 
+import os
+
 import pytest
+
+THOROUGH = bool(os.environ.get("BIDIRECT_PATCH_THOROUGH"))  # whether cases are run that are like others that are run
 
 
 def some_slow(names, is_slow):

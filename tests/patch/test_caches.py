@@ -68,6 +68,9 @@ def test_a_model_around_the_decoder_makes_no_cache_for_it(name):
     for part, sizes in ((config.text_config, SIZES), (config.vision_config, dict(num_hidden_layers=1, hidden_size=32))):
         for key, value in {**sizes, "num_attention_heads": 4, "intermediate_size": 48}.items():
             setattr(part, key, value)
+    if hasattr(config, "perceiver_config"):  # of Idefics2
+        for key, value in dict(hidden_size=32, resampler_depth=1, resampler_n_heads=4, resampler_head_dim=8).items():
+            setattr(config.perceiver_config, key, value)
     config.image_token_id = 60
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()

@@ -27,7 +27,7 @@ from ..helpers.twins import assert_twins, leftovers
 PACKAGE = str(Path(bidirect_patch.__file__).parent)
 pytestmark = pytest.mark.slow
 ERRORS = [KeyboardInterrupt, RuntimeError]
-STEPS = int(os.environ.get("BIDIRECT_PATCH_STEPS", 60))  # of each operation, drawn at random; all if there are fewer
+STEPS = int(os.environ.get("BIDIRECT_PATCH_STEPS", 30))  # of each operation, drawn at random; all if there are fewer
 
 
 def is_no_step(frame):
@@ -162,8 +162,9 @@ def test_an_error_while_sinks_change_leaves_the_old_or_the_new(operation, allowe
         found()
         assert moves(model) == TWO_SINKS, step
         Injected(step, error).run(lambda: operation(model))
-        seen.add(moves(model))
-        assert seen <= allowed and is_bidirectional(model) == (moves(model) != CAUSAL), step
+        moved = moves(model)
+        seen.add(moved)
+        assert moved in allowed and is_bidirectional(model) == (moved != CAUSAL), step
         assert looks_at_labels(model) or not is_bidirectional(model), step
         nothing_is_left_under_way(model)
     assert TWO_SINKS in seen

@@ -166,8 +166,8 @@ def broken(*_, **__):
     raise RuntimeError("no kernel on this device")
 
 
-def always_causal(query, key, value, scale=None, causal=False, *how):
-    return attend(query, key, value, scale, True, *how)
+def always_causal(query, key, value, scale=None, causal=False, *how, **ends):
+    return attend(query, key, value, scale, True, *how, **ends)
 
 
 attend = double.attend

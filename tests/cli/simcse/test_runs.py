@@ -218,7 +218,7 @@ def test_real_weights_from_gguf(real_weights, settings):
     stock = AutoTokenizer.from_pretrained(real_weights, gguf_file=name)
     text = "The weather is fine today."
     assert opened.tokenizer(text)["input_ids"] == stock(text)["input_ids"]
-    read = next(t for t in gguf.GGUFReader(real_weights / name).tensors if t.name == "blk.0.ffn_up.weight")
+    read = next(t for t in gguf.GGUFReader(str(real_weights / name)).tensors if t.name == "blk.0.ffn_up.weight")
     expected = torch.from_numpy(gguf.dequantize(read.data, read.tensor_type))
     torch.testing.assert_close(opened[0].model.layers[0].mlp.up_proj.weight, expected, rtol=0, atol=1e-4)
 

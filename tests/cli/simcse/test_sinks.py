@@ -1,8 +1,6 @@
 """Sink tokens and fewer layers in `bidirect-patch simcse`, and what its folder gives."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from bidirect_patch.cli.spearman import spearman
 from bidirect_patch.model.sinks import NO_SINKS, Sinks
 
 from ...helpers.explicit_masks import sink_masks, under
-from ...helpers.paths import ROOT
+from ...helpers.processes import Fork, finish
 from ...helpers.simcse_runs import run, write_pairs
 
 st = pytest.importorskip("sentence_transformers", "6", reason="the contrastive step needs the extra [simcse]")
@@ -86,19 +84,21 @@ print(SentenceTransformer(sys.argv[1], device="cpu").encode({texts!r}).tolist())
 """
 
 
-def in_an_interpreter(first, folder):
-    code = OPEN.format(first=first, texts=TEXTS)
-    return subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, timeout=200)
+def in_a_process(first, folder):
+    """How a new process ends that imports this first, and what it writes to stdout and stderr."""
+    process = Fork("-c", OPEN.format(first=first, texts=TEXTS), folder)
+    written = finish(process, 200)
+    return process.returncode, *written
 
 
 @pytest.mark.slow
 def test_a_process_that_imports_auto_opens_it_and_others_are_told_to(encoder):
-    done = in_an_interpreter("import bidirect_patch.auto", encoder)
-    assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), explicit(encoder), rtol=1e-4, atol=1e-5)
+    code, out, err = in_a_process("import bidirect_patch.auto", encoder)
+    assert code == 0, err
+    torch.testing.assert_close(torch.tensor(json.loads(out.splitlines()[-1])), explicit(encoder), rtol=1e-4, atol=1e-5)
     for first in ("", "import bidirect_patch"):
-        done = in_an_interpreter(first, encoder)
-        assert done.returncode and "bidirect_patch" in done.stderr.splitlines()[-1]
+        code, _, err = in_a_process(first, encoder)
+        assert code and "bidirect_patch" in err.splitlines()[-1]
 
 
 def test_evaluation_before_is_of_the_model_with_its_sinks(sinks, place, tmp_path):

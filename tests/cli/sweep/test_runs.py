@@ -131,26 +131,23 @@ OPENED = """
 import sys, json
 import bidirect_patch.auto
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], device="cpu")
-texts = json.load(open(sys.argv[2]))
-json.dump(model.encode(texts, batch_size=7).tolist(), open(sys.argv[3], "w"))
+for folder in sys.argv[1:]:
+    model = SentenceTransformer(folder, device="cpu")
+    texts = json.load(open(f"{folder}.texts.json"))
+    json.dump(model.encode(texts, batch_size=7).tolist(), open(f"{folder}.rows.json", "w"))
 """
 
 
-@pytest.fixture
-def opened(tmp_path):
-    """The embeddings that a folder gives in a process of its own."""
-
-    def opened(folder, texts):
-        (tmp_path / "texts.json").write_text(json.dumps(texts))
-        in_a_new_process("-c", OPENED, str(folder), str(tmp_path / "texts.json"), str(tmp_path / "rows.json"))
-        return np.array(json.loads((tmp_path / "rows.json").read_text()))
-
-    return opened
+def opened(texts_of):
+    """The embeddings that folders give, each of its texts, in a process of their own."""
+    for folder, texts in texts_of.items():
+        folder.with_suffix(".texts.json").write_text(json.dumps(texts))
+    in_a_new_process("-c", OPENED, *texts_of)
+    return [np.array(json.loads(folder.with_suffix(".rows.json").read_text())) for folder in texts_of]
 
 
 @pytest.mark.slow
-def test_the_folder_gives_the_numbers_that_were_printed(place, tmp_path, capsys, opened):
+def test_the_folder_gives_the_numbers_that_were_printed(place, tmp_path, capsys):
     from bidirect_patch.cli.spearman import spearman
     from bidirect_patch.cli.sweep.steps import _read
 
@@ -162,15 +159,14 @@ def test_the_folder_gives_the_numbers_that_were_printed(place, tmp_path, capsys,
     best = re.search(r"Best: (.*?); ", out)[1]
     printed = next(line for line in out.splitlines() if line.startswith(best + "  "))
     pairs = _read("", str(place / "dev.csv"), 2)
-    value = 100 * spearman(cosines_of(opened(folder, pairs.texts), pairs), pairs.scores)
+    (embeddings,) = opened({folder: pairs.texts})
+    value = 100 * spearman(cosines_of(embeddings, pairs), pairs.scores)
     assert f"{value:.1f}" == printed[len(best) :].split()[0]
     assert json.loads((folder / "settings.json").read_text())["layers"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", [(False, 0, 0), (True, 0, 0), (True, 1, 0), (True, 1, 1), (True, 1, 2)])
-@pytest.mark.parametrize("mode, with_first, token", [("mean", True, None), ("weighted_mean", False, "<s>")])
-def test_every_kind_of_folder(place, tmp_path, opened, attention, mode, with_first, token):
+def test_every_kind_of_folder(place, tmp_path):
     from bidirect_patch.cli.sweep.folder import save
     from bidirect_patch.cli.sweep.measure import Row
     from bidirect_patch.cli.sweep.model import Source
@@ -178,15 +174,19 @@ def test_every_kind_of_folder(place, tmp_path, opened, attention, mode, with_fir
     from bidirect_patch.cli.sweep.steps import _read
 
     pytest.importorskip("sentence_transformers", "6", reason="the folder needs the extra [simcse]")
-    attention = Attention(*attention)
-    if attention.sinks:
-        with_first, token = False, token or "</s>"
-    setup = rows_by_hand(attention, mode, with_first=with_first, token=token)
-    pairs = _read("", str(place / "dev.csv"), 2)
-    texts = [*pairs.texts[:20], "w3"]
-    rows = honest(place, setup, texts)
-    save(Row(setup, rows.mean(0), np.zeros(0)), Source(str(place / "model")), str(tmp_path / "encoder"))
-    assert np.allclose(opened(tmp_path / "encoder", texts), rows - rows.mean(0), atol=1e-4)
+    texts = [*_read("", str(place / "dev.csv"), 2).texts[:20], "w3"]
+    expected = {}
+    for mode, with_first, token in (("mean", True, None), ("weighted_mean", False, "<s>")):
+        for numbers in ((False, 0, 0), (True, 0, 0), (True, 1, 0), (True, 1, 1), (True, 1, 2)):
+            attention = Attention(*numbers)
+            how = dict(with_first=False, token=token or "</s>") if attention.sinks else dict(with_first=with_first, token=token)
+            setup = rows_by_hand(attention, mode, **how)
+            rows = honest(place, setup, texts)
+            folder = tmp_path / f"{mode}-{attention.bidirectional}-{attention.sinks}-{attention.blind}"
+            save(Row(setup, rows.mean(0), np.zeros(0)), Source(str(place / "model")), str(folder))
+            expected[folder] = rows - rows.mean(0)
+    for (folder, wanted), found in zip(expected.items(), opened(dict.fromkeys(expected, texts))):
+        assert np.allclose(found, wanted, atol=1e-4), folder.name
 
 
 def test_a_first_token_is_chosen_on_a_part_of_many_pairs(tmp_path, place, monkeypatch):

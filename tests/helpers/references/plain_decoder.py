@@ -3,6 +3,8 @@
 It takes nothing from transformers but the weights' names, so it is a yardstick for all of its versions and backends.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -14,20 +16,30 @@ def reach(real, position_ids=None, window=None, causal=False, sinks=0, sees_sink
     token whose position doesn't follow from the one before it. The first `sinks` tokens of a document look at none after
     themselves, and the other tokens at them only if `sees_sinks`. A chunk is counted from the document's first token on.
     """
-    batch, seq = real.shape
+    position_ids = None if position_ids is None else _rows(position_ids)
+    return _reach(_rows(real), position_ids, window, causal, sinks, sees_sinks, chunk).clone()
+
+
+def _rows(tensor):
+    return tuple(map(tuple, tensor.tolist()))
+
+
+@functools.cache  # each backend is asked the same
+def _reach(real, position_ids, window, causal, sinks, sees_sinks, chunk):
+    batch, seq = len(real), len(real[0])
     allowed = torch.zeros(batch, seq, seq, dtype=torch.bool)
     for b in range(batch):
         document, before = -1, None
         documents, sink, chunks = [], [], []
         for i in range(seq):
-            position = i if position_ids is None else int(position_ids[b, i])
-            if real[b, i]:
+            position = i if position_ids is None else position_ids[b][i]
+            if real[b][i]:
                 if before is None or (position_ids is not None and position != before + 1):
                     document, first, count = document + 1, i, 0
                 before, count = position, count + 1
-            documents.append(document if real[b, i] else None)
-            sink.append(bool(real[b, i]) and count <= sinks)
-            chunks.append((i - first) // chunk if chunk and real[b, i] else None)
+            documents.append(document if real[b][i] else None)
+            sink.append(bool(real[b][i]) and count <= sinks)
+            chunks.append((i - first) // chunk if chunk and real[b][i] else None)
         for q in range(seq):
             for k in range(seq):
                 same = documents[q] is not None and documents[q] == documents[k]
