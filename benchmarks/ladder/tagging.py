@@ -52,7 +52,7 @@ def _write(folder: Path, part: str, sentences: Sequence[Sentence], task: str) ->
 
 
 def _counted(file: Path, sentences: Sequence[Sentence], task: str) -> np.ndarray:
-    given = [line.split(" ") for line in file.read_text(encoding="utf-8").splitlines()]
+    given = [json.loads(line)["labels"] for line in file.read_text(encoding="utf-8").splitlines()]
     true = [sentence.labels[task] for sentence in sentences]
     assert list(map(len, given)) == list(map(len, true)), f"{file} has other words"
     numbers = np.repeat(np.arange(len(true)), list(map(len, true)))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import OrderError
 from ..model.decoder import Decoder
-from ..model.facts import builds_causal_mask, forward_builds_mask, is_attention
+from ..model.facts import builds_causal_mask, forward_builds_mask, is_attention, names_causal_mask
 from ..model.places import Channels, Place, attentions_in, fits_inside, names_of, out_of_place, spans_in, submodule
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
@@ -79,16 +79,18 @@ def check_model_above(module: nn.Module) -> None:
 def check_model_around(decoder: nn.Module) -> None:
     """Raise OrderError if a bidirectional decoder runs within a model that makes a causal mask for other parts, and keeps that.
 
-    For a decoder that was enabled by itself, and makes its own mask (Blt's patcher).
+    For a decoder that was enabled by itself, and makes its own mask, in a model of transformers (Blt's patcher). Who wrote the
+    model around it may want it so.
     """
-    for model in models_under_way():
-        if model is decoder or is_open(model) or not forward_builds_mask(original(type(model))):
+    for model in models_under_way(making_masks=True):
+        cls = original(type(model))
+        if model is decoder or is_open(model) or not cls.__module__.startswith("transformers.") or not forward_builds_mask(cls):
             continue
         inside = set(modules_of(decoder))
         causal = [name for name, each in model.named_modules() if each not in inside and is_attention(each) and _is_causal(each)]
         if causal and decoder in set(modules_of(model)):
             parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in causal))
-            why = f"since that was changed without the model around it, whose {parts} stay causal"
+            why = f"since that was changed without the model around it, in which other parts stay causal ({parts})"
             _refuse(model, names_of(model, [decoder]), _otherwise(model), why)
 
 
@@ -96,13 +98,20 @@ def _is_causal(attention: nn.Module) -> bool:
     return not is_open(attention) and getattr(attention, "is_causal", None) is True
 
 
-def models_under_way() -> Iterator[PreTrainedModel]:
-    """The models whose methods run now in this thread, the innermost first; one with several methods comes several times."""
+def models_under_way(making_masks: bool = False) -> Iterator[PreTrainedModel]:
+    """The models whose methods run now in this thread, the innermost first; one with several methods comes several times.
+
+    Args:
+        making_masks: only where the method that runs makes a causal mask. Before Python 3.13 a function's variables stay alive
+            until it returns once they were read from outside, so that few are to be.
+    """
     frame: Any = sys._getframe(1)
     while frame is not None:
-        model = frame.f_locals.get("self")
-        if isinstance(model, PreTrainedModel):
-            yield model
+        code = frame.f_code
+        if "self" in code.co_varnames and (not making_masks or names_causal_mask(code)):
+            model = frame.f_locals.get("self")
+            if isinstance(model, PreTrainedModel):
+                yield model
         frame = frame.f_back
 
 

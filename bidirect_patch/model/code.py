@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .facts import names_in
+from .facts import content_of, names_in
 
 _MISSING = object()
 _STORE = dis.opmap["STORE_GLOBAL"]  # each step of a function's code is two bytes, of which the first says what it does
@@ -112,12 +112,4 @@ def _with_closures(function: Any) -> Iterator[FunctionType]:
         if isinstance(function, FunctionType) and function not in seen:
             seen.add(function)
             yield function
-            waiting += map(_content, function.__closure__ or ())
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not set yet
-        return None
-
+            waiting += map(content_of, function.__closure__ or ())

@@ -8,8 +8,8 @@ import dis
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
-from types import CodeType, FunctionType
+from functools import cache, lru_cache, wraps
+from types import CellType, CodeType, FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -168,12 +168,23 @@ def is_built_causal(cls: type) -> bool:
 
 
 def _codes(function: Any) -> Iterator[CodeType]:
-    """The code of a function, and of the functions that it closes over: one of them is what a decorator put it around."""
-    function = inspect.unwrap(function) if callable(function) else None
-    if isinstance(function, FunctionType):
-        yield function.__code__
-        inside = (cell.cell_contents for cell in function.__closure__ or ())
-        yield from (f.__code__ for f in inside if isinstance(f, FunctionType))
+    """The code of a function, and of the functions that it closes over: one of them is what a decorator was put around."""
+    waiting, seen = [function], set()
+    while waiting:
+        function = waiting.pop()
+        function = inspect.unwrap(function) if callable(function) else None
+        if isinstance(function, FunctionType) and function not in seen:
+            seen.add(function)
+            yield function.__code__
+            waiting += (content_of(cell) for cell in function.__closure__ or ())
+
+
+def content_of(cell: CellType) -> Any:
+    """What a function closes over; None if that is not set yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _stored(code: CodeType, attribute: str) -> Iterator[Any]:
@@ -189,6 +200,12 @@ def _stored(code: CodeType, attribute: str) -> Iterator[Any]:
 def forward_builds_mask(cls: type) -> bool:
     """Whether the class's forward itself makes a causal mask."""
     return any(_names_any(f, CAUSAL_MASK) for f in forwards(cls))
+
+
+@lru_cache(maxsize=4096)
+def names_causal_mask(code: CodeType) -> bool:
+    """Whether a function makes a causal mask, by its code."""
+    return any(CAUSAL_MASK.search(name) for name in names_in(code))
 
 
 @per_class
@@ -248,17 +265,22 @@ def names_in_forward(cls: type) -> set[str]:
 
 
 def _methods(cls: type) -> Iterator[Any]:
+    return (method for _, method in _named_methods(cls))
+
+
+def _named_methods(cls: type) -> Iterator[tuple[str, Any]]:
+    """The methods of the class by the names that it has them under. A function may have another name itself."""
     for base in cls.__mro__:
         if base is PreTrainedModel:
             return
-        yield from (f for f in vars(base).values() if callable(f))
+        yield from ((name, f) for name, f in vars(base).items() if callable(f))
 
 
 def _methods_in_use(cls: type) -> list[Any]:
     """The methods of the class that build and run it, those that they name, and so on."""
     found: list[Any] = []
     names = {"__init__", "_init_weights", "forward"}
-    while called := [f for f in _methods(cls) if getattr(f, "__name__", None) in names and f not in found]:
+    while called := [f for name, f in _named_methods(cls) if name in names and f not in found]:
         found += called
         names.update(name for f in called for name in _names_of(f))
     return found
@@ -269,8 +291,7 @@ def _names_any(function: Any, *patterns: re.Pattern[str]) -> bool:
 
 
 def _names_of(function: Any) -> Iterator[str]:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return iter(()) if code is None else names_in(code)
+    return (name for code in _codes(function) for name in names_in(code))
 
 
 def names_in(code: CodeType) -> Iterator[str]:

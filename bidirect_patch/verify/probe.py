@@ -6,6 +6,7 @@ the rows that `dependence.random_rows` makes; after it, another hook measures wh
 input of a layer is not the output of the layer before, a causal layer can't hide behind a bidirectional one.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from ..errors import AttentionMaskError, UnseenLayersError, UnsupportedModelErro
 from ..model.config import parts
 from ..model.facts import parameter_names
 from ..model.walk import layers_of
+from ..swap.classes import original
 from .dependence import CAUSAL, by_gradient, by_perturbation, random_rows, relative_distance, threshold, verdict_of
 from .tensors import Grid, find_states, from_rows, output_rows, to_rows
 
@@ -98,16 +100,14 @@ class Probe:
         weight = next(model.parameters()) if weight is None else weight
         self.device = torch.device("cpu") if weight.is_meta else weight.device
         self.ids = _random_ids(model.config, weight.shape[0], length).to(self.device)  # (length,)
-        own = parameter_names(type(model))
-        self.takes = {*own, *parameter_names(type(getattr(model, "base_model", model)))}
-        # What comes after the layers says nothing of them, and over a large vocabulary it costs more than they do.
-        self.few_logits = {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in own}
+        self.takes = {*parameter_names(type(model)), *parameter_names(type(getattr(model, "base_model", model)))}
+        self.few_logits = _few_logits(model)
 
     def observe(self, brief: bool = False) -> Observation:
         """Run the model in each way of calling it that its forward takes.
 
         Args:
-            brief: only without a mask and padded on the right, and no look at the modules inside the layers.
+            brief: leave out padding on the left, packed documents, and the causal modules inside the layers.
         """
         rows, length = self.grid
         ids = self.ids.expand(rows, length)
@@ -121,7 +121,7 @@ class Probe:
                 "padded left": slice(padding, length),
             }
             if brief:
-                del real["mask of ones"], real["padded left"]
+                del real["padded left"]
             for case, positions in real.items():
                 mask = torch.zeros_like(ids)
                 mask[:, positions] = 1
@@ -303,6 +303,18 @@ def left_as_it_was(*models: nn.Module) -> Iterator[None]:
         finally:
             for module, flag in training:
                 module.training = flag
+
+
+def _few_logits(model: nn.Module) -> dict[str, int]:
+    """The argument by which a model computes the last logits alone. They say nothing of the layers, and may cost more than these.
+
+    Only where transformers' own forward takes it and nobody else may read the logits.
+    """
+    forward: Any = original(type(model)).forward  # type: ignore[attr-defined]
+    if "forward" in model.__dict__ or model._forward_hooks or not forward.__module__.startswith("transformers."):
+        return {}
+    named = inspect.signature(forward).parameters
+    return {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in named}
 
 
 def _random_ids(config: Any, vocabulary: int, length: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Which decoders are found in a model."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -165,3 +167,24 @@ def test_a_flag_that_a_user_has_set_makes_no_encoder(family, backend):
     enable_bidirectional(model)
     assert sees_all(model)
     assert_same(before, snapshot(disable_bidirectional(model)))
+
+
+@pytest.mark.parametrize("name", ["forward", "their_forward", "wrapper"])
+def test_a_forward_that_a_tool_has_put_on_the_class(monkeypatch, name):
+    """Under its own name, or by a decorator that keeps nothing of what it is put around."""
+    cls = transformers.LlamaModel
+    stock = cls.forward
+
+    def wrapper(self, input_ids=None, attention_mask=None, **kwargs):
+        return stock(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def their_forward(self, *args, **kwargs):
+        return stock(self, *args, **kwargs)
+
+    their_forward.__signature__ = inspect.signature(stock)
+    before = enable_bidirectional(tiny_model(head=False))
+    monkeypatch.setattr(cls, "forward", {"forward": stock, "their_forward": their_forward, "wrapper": wrapper}[name])
+    model = enable_bidirectional(tiny_model(head=False))
+    assert sees_all(model) and sees_all(enable_bidirectional(before))
+    disable_bidirectional(before)
+    assert not sees_all(before)

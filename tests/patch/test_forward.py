@@ -1,5 +1,6 @@
 """What the forward of a bidirectional model takes and gives."""
 
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bidirect_patch import disable_bidirectional, enable_bidirectional
 
 from ..helpers.references.plain_decoder import hidden_states
 from ..helpers.seeing import CLOSE, IDS, MASK, hidden, sees_all
-from ..helpers.tiny_models import each_family
+from ..helpers.tiny_models import each_family, tiny_model
 from ..helpers.versions import TRANSFORMERS
 
 
@@ -111,3 +112,17 @@ def test_a_subclass_that_hands_on_all_arguments(make_model):
     enable_bidirectional(plain), enable_bidirectional(model)
     torch.testing.assert_close(model(IDS, MASK)[0], plain(IDS, MASK)[0])
     torch.testing.assert_close(model(IDS, attention_mask=MASK)[0], plain(IDS, attention_mask=MASK)[0])
+
+
+def test_a_forward_keeps_nothing_of_its_callers_alive():
+    model = enable_bidirectional(tiny_model(head=False))
+
+    class Trainer:
+        def step(self):
+            kept = torch.nn.Linear(1, 1)
+            alive = weakref.ref(kept)
+            model(input_ids=torch.arange(5, 9)[None])
+            del kept
+            return alive() is not None
+
+    assert not Trainer().step()

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import LlamaModel, LlamaPreTrainedModel
 
 from bidirect_patch import bidirectional, disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import CausalMaskWarning, ModeConflictError, OrderError
@@ -13,6 +14,7 @@ from bidirect_patch.model.find import decoders
 
 from ..helpers import zoo
 from ..helpers.one_text import BOTH, CAUSAL, IDS, ONE_SINK, TWO_SINKS, moves, output
+from ..helpers.tiny_models import tiny_config
 
 TYPES = [name for name in ("gemma3", "gemma4", "gemma4_unified") if name in zoo.buildable_types()]
 pytestmark = pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -168,7 +170,7 @@ def test_a_decoder_alone_in_a_model_that_stays_causal(backend):
     patcher(input_ids=IDS)
     assert is_bidirectional(patcher) and not is_bidirectional(whole)
     for model in (whole, whole.model, copy.deepcopy(whole)):
-        with pytest.raises(OrderError, match="BltModel: patcher is bidirectional.*local_encoder.*local_decoder stay causal"):
+        with pytest.raises(OrderError, match="BltModel: patcher is bidirectional.*stay causal .local_encoder.*local_decoder"):
             output(model)
     with bidirectional(patcher, enabled=False):
         assert torch.equal(output(whole), want)
@@ -177,3 +179,27 @@ def test_a_decoder_alone_in_a_model_that_stays_causal(backend):
     with bidirectional(patcher), pytest.raises(OrderError, match="BltModel: patcher"):
         output(whole)
     assert torch.equal(output(whole), want)
+
+
+class Retrieving(LlamaPreTrainedModel):
+    """A user's model: a decoder that embeds the text, and one that goes on with it under the mask that this one makes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.retriever, self.generator = LlamaModel(config), LlamaModel(config)
+        self.post_init()
+
+    def forward(self, input_ids):
+        found = self.retriever(input_ids=input_ids)[0]
+        causal_mask = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()[None, None]
+        causal_mask = torch.zeros(causal_mask.shape).masked_fill(~causal_mask, torch.finfo(torch.float32).min)
+        return found, self.generator(inputs_embeds=found, attention_mask=causal_mask)[0]
+
+
+def test_who_wrote_the_model_around_may_open_a_part_of_it(backend):
+    model = Retrieving(tiny_config("llama", attn_implementation=backend)).eval()
+    enable_bidirectional(model.retriever)
+    with torch.no_grad():
+        one, two = model(IDS), model(torch.cat([IDS[:, :-1], IDS[:, -1:] + 1], 1))
+    assert not torch.equal(one[0][:, 0], two[0][:, 0])  # the last token was changed
+    assert not is_bidirectional(model) and is_bidirectional(model.retriever)

@@ -258,3 +258,29 @@ def test_sinks_that_nobody_asked_for_are_no_bidirectional_model():
     assert_bidirectional(model, length=9)
     with pytest.raises(StillCausalError):
         assert_bidirectional(given_another_mask(model, right, seen), length=9)
+
+
+class Reward(transformers.LlamaForCausalLM):
+    """Reads its own logits at the last token."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        out["scores"] = out.logits[torch.arange(len(input_ids)), input_ids.shape[1] - 1]
+        return out
+
+
+def test_logits_that_somebody_reads_are_all_computed():
+    model = tiny_model()
+    rewarding = Reward(model.config).eval()
+    for hooked, read in ((model, model.register_forward_hook(lambda m, a, out: out.logits[:, 6])), (rewarding, None)):
+        assert attention_report(enable_bidirectional(hooked)).is_bidirectional
+        if read:
+            read.remove()
+
+
+@pytest.mark.skipif(TRANSFORMERS < Version("4.45"), reason="the forward computes all logits until 4.45")
+def test_logits_that_nobody_reads_are_not_computed():
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
+    attention_report(model)
+    assert set(seen) == {1}

@@ -18,14 +18,15 @@ from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights
 from ..common_settings import read_json
 from ..output_folder import writing
-from .files import NO_LABEL
+from .data import Sentence
+from .files import NO_LABEL, TOKENS
 from .model import adapter_of
 from .tagger import WordTagger, head_of
 from .tokens import IGNORED, Reading
 
 CLASSIFIER = "classifier.safetensors"
 FILE = "words.json"  # what a classifier was trained for
-PREDICTIONS = "predictions.txt"  # of the test data, as transformers' run_ner.py names it
+PREDICTIONS = "predictions.jsonl"  # of the test data
 
 
 class Trained(NamedTuple):
@@ -126,19 +127,24 @@ def save_model(tagger: WordTagger, folder: str) -> None:
     model.save_pretrained(folder)
 
 
-def save_predictions(folder: str, predicted: np.ndarray, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
-    """Write the predicted labels of the test data: a line a sentence, a label a word, with spaces between.
+def save_predictions(
+    folder: str, predicted: np.ndarray, rows: Sequence[Mapping[str, Any]], sentences: Sequence[Sentence], labels: Sequence[str]
+) -> None:
+    """Write the predicted labels of the test data: a line a sentence, with its words and their labels, as `words` reads it.
 
     Args:
         folder: The folder to write to.
-        predicted: The numbers of the predicted labels, (sentences, words).
-        rows: The sentences, as `tokens.encode` gives them. A word that is not scored gets `_`.
+        predicted: The numbers of the predicted labels, (rows, words).
+        rows: What `tokens.encode` made of the sentences.
+        sentences: All sentences. A word that is not scored gets no label.
         labels: The labels by their numbers.
     """
+    found: list[list[str]] = [[NO_LABEL] * len(sentence.words) for sentence in sentences]
+    for numbers, row in zip(predicted, rows):
+        found[row["sentence"]] = [NO_LABEL if own == IGNORED else labels[n] for n, own in zip(numbers, row["labels"])]
     with writing(folder), open(os.path.join(folder, PREDICTIONS), "w", encoding="utf-8") as file:
-        for numbers, row in zip(predicted, rows):
-            words = [NO_LABEL if own == IGNORED else labels[number] for number, own in zip(numbers, row["labels"])]
-            file.write(" ".join(words) + "\n")
+        for sentence, given in zip(sentences, found):
+            file.write(json.dumps({TOKENS: sentence.words, "labels": given}, ensure_ascii=False) + "\n")
 
 
 def save_arguments(training: Any, folder: str) -> None:

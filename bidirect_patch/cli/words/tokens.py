@@ -53,7 +53,7 @@ def check_reading(reading: Reading, tokenizer: Any, num_sink_tokens: int) -> Non
 
 def encode(
     sentences: Sequence[Sentence], tokenizer: Any, labels: Sequence[str], length: int, reading: Reading, split: str
-) -> list[dict[str, list[int]]]:
+) -> list[dict[str, Any]]:
     """Turn sentences into token ids.
 
     The words are read as a text, with a space between two, as transformers' pipelines read it.
@@ -68,7 +68,8 @@ def encode(
 
     Returns:
         For each sentence `input_ids` and `word_ids`, (tokens,), the number of the word that is read at a token or -1; and
-        `labels`, (words,), -100 where nothing is scored. Sentences in which nothing is scored are left out.
+        `labels`, (words,), -100 where nothing is scored; and `sentence`, its place. Sentences in which nothing is scored are left
+        out.
 
     Raises:
         ConfigError: No word is left.
@@ -76,7 +77,7 @@ def encode(
     numbers = {label: number for number, label in enumerate(labels)}
     rows = []
     lost = 0
-    for sentence in sentences:
+    for place, sentence in enumerate(sentences):
         encoded = tokenizer(" ".join(sentence.words), truncation=True, max_length=length, return_offsets_mapping=True)
         words = words_of_tokens(sentence.words, encoded["offset_mapping"], encoded.sequence_ids(0))
         if reading.next_token:
@@ -88,7 +89,7 @@ def encode(
         scored = [label if number in there else IGNORED for number, label in enumerate(wanted)]
         lost += sum(label != IGNORED for label in wanted) - sum(label != IGNORED for label in scored)
         if any(label != IGNORED for label in scored):
-            rows.append({"input_ids": encoded["input_ids"], "word_ids": words, "labels": scored})
+            rows.append({"input_ids": encoded["input_ids"], "word_ids": words, "labels": scored, "sentence": place})
     unknown = list(numbers)[len(labels) :]
     if unknown:
         names = ", ".join(unknown)

@@ -62,9 +62,10 @@ def train(settings: Settings) -> None:
         if training.do_train:
             _add_baseline("test_baseline", "test data: the commonest", data, "test", trainer, report)
         found = trainer.predict(tests, metric_key_prefix="test")
+        trainer.log(found.metrics)
         report.add("test", "test data", found.metrics)
         if trainer.is_world_process_zero():
-            save_predictions(str(training.output_dir), found.predictions[0], tests, trainer.labels)
+            save_predictions(str(training.output_dir), found.predictions[0], tests, data.sentences["test"], trainer.labels)
     report.show()
     if training.do_train:
         write_words_card(settings, trainer, report)

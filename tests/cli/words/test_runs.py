@@ -68,11 +68,11 @@ def test_the_folder_opens_in_transformers_pipeline_and_gives_the_same_tags(setti
     folder = settings["output_dir"]
     tagger = pipeline("token-classification", folder, device="cpu")
     assert type(tagger.model).__name__ == "LlamaForTokenClassification"
-    predicted = (Path(folder) / "predictions.txt").read_text().splitlines()
+    predicted = (Path(folder) / "predictions.jsonl").read_text().splitlines()
     right = words = 0
     for row, line in zip(TEST, predicted, strict=True):
         found = tags_of(tagger, row["tokens"])
-        assert line.split(" ") == found
+        assert json.loads(line) == {"tokens": row["tokens"], "labels": found}
         assert found == expected_tags(stock(folder), tagger.tokenizer, row["tokens"], masks)
         right += sum(one == other for one, other in zip(found, row["pos_tags"]))
         words += len(found)
@@ -289,7 +289,8 @@ def test_a_saved_model_is_evaluated_and_trained_further(settings, place, tmp_pat
 
 def test_unknown_labels_count_as_errors(settings, place, tmp_path):
     assert run(settings | {"max_steps": 80}) == 0
-    rows = [{"tokens": ["n0", "n0s"], "pos_tags": ["LOW", "NEW"]}]
+    # A sentence without labels keeps its line among the predictions.
+    rows = [{"tokens": ["n1"], "pos_tags": ["_"]}, {"tokens": ["n0", "n0s"], "pos_tags": ["LOW", "NEW"]}]
     write_sentences(tmp_path / "test.conllu", rows)
     tested = {
         "model_name_or_path": settings["output_dir"],
@@ -299,6 +300,8 @@ def test_unknown_labels_count_as_errors(settings, place, tmp_path):
     assert run(tested | {"use_cpu": True, "report_to": "none"}) == 0
     found = results(tested)
     assert found["test_accuracy"] == 0.5 and np.isfinite(found["test_loss"])
+    one, two = map(json.loads, (tmp_path / "t" / "predictions.jsonl").read_text().splitlines())
+    assert one == {"tokens": ["n1"], "labels": ["_"]} and two["labels"] == ["LOW", "LOW"]
 
 
 def test_the_best_checkpoint_is_the_result(settings, place, auto):
