@@ -35,7 +35,7 @@ def add_projection(model: Any, teacher: SentenceTransformer) -> None:
     """
     width = len(teacher.encode("a"))
     projection = Dense(model.get_embedding_dimension(), width, bias=False, activation_function=None)
-    model.append(projection.to(model.device))
+    model.append(projection.to(model.device, next(model.parameters()).dtype))
 
 
 def with_embeddings(examples: Examples, teacher: SentenceTransformer, *, show_progress_bar: bool) -> Examples:

@@ -115,6 +115,11 @@ def test_the_linear_layer_begins_at_its_least_squares_fit(distilled, projected):
     np.testing.assert_allclose(projected[0][0].numpy(), fitted.T, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_in_bfloat16(distilled):
+    assert run(distilled | {"torch_dtype": "bfloat16"}) == 0
+    assert likeness(distilled) > 0.8
+
+
 def test_a_resumed_run_gives_what_an_uninterrupted_one_does(distilled, tmp_path):
     distilled |= {"save_strategy": "steps", "save_steps": 2, "save_only_model": False, "overwrite_output_dir": False}
     whole = distilled | {"output_dir": str(tmp_path / "whole"), "stop_after_n_steps": 6}
