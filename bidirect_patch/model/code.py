@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .facts import content_of, names_in
+from .facts import names_in, with_closures
 
 _MISSING = object()
 _STORE = dis.opmap["STORE_GLOBAL"]  # each step of a function's code is two bytes, of which the first says what it does
@@ -60,7 +60,7 @@ class Code:
             if (id(place), name) in self._places or not (is_function or name == "forward"):
                 continue
             self._places[id(place), name] = place, name, value
-            waiting += (each for function in _with_closures(value) for each in self._named_in(function))
+            waiting += (each for function in with_closures(value) for each in self._named_in(function))
 
     def _named_in(self, function: FunctionType) -> Iterator[tuple[Any, str]]:
         if _package(function) not in self._packages:
@@ -102,14 +102,3 @@ def _own_bases(cls: type) -> Iterator[type]:
             return
         if not base.__module__.startswith("torch."):
             yield base
-
-
-def _with_closures(function: Any) -> Iterator[FunctionType]:
-    """A function, and those that it closes over: one of them is what a decorator was put around."""
-    waiting, seen = [function], set()
-    while waiting:
-        function = waiting.pop()
-        if isinstance(function, FunctionType) and function not in seen:
-            seen.add(function)
-            yield function
-            waiting += map(content_of, function.__closure__ or ())

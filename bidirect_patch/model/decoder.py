@@ -198,7 +198,7 @@ class Decoder:
                 f"num_sinkless_layers={sinkless}, and {type(self.module).__name__} has {len(layers)} layers with attention"
             )
         if sinkless:
-            self._check_layers_can_be_counted()
+            self._check_layers_can_be_counted(layers)
         blind = layers[len(layers) - sinkless :]
         attentions = [
             attention._replace(span=attention.span._replace(sinks=tokens, sees_sinks=attention.layer not in blind))
@@ -214,9 +214,9 @@ class Decoder:
             return list(here)
         return [name for name, layer in listed.items() if layer is None or name in here]
 
-    def _check_layers_can_be_counted(self) -> None:
-        listed, counted = dict(layers_in(self.module, self.places)), set(self._layers_with_attention())
-        if None in listed.values() and not listed.keys() <= counted:
+    def _check_layers_can_be_counted(self, counted: list[str]) -> None:
+        listed = dict(layers_in(self.module, self.places))
+        if None in listed.values() and not listed.keys() <= set(counted):
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} lacks some layers, and some that are there have no attention, so that its last "
                 "layers with attention can't be counted: give num_sinkless_layers=0"

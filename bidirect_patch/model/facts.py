@@ -169,21 +169,25 @@ def is_built_causal(cls: type) -> bool:
 
 def _codes(function: Any) -> Iterator[CodeType]:
     """The code of a function, and of the functions that it closes over: one of them is what a decorator was put around."""
+    function = inspect.unwrap(function) if callable(function) else None
+    return (each.__code__ for each in with_closures(function))
+
+
+def with_closures(function: Any) -> Iterator[FunctionType]:
+    """A function, and those that it closes over: one of them is what a decorator was put around."""
     waiting, seen = [function], set()
     while waiting:
         function = waiting.pop()
-        function = inspect.unwrap(function) if callable(function) else None
         if isinstance(function, FunctionType) and function not in seen:
             seen.add(function)
-            yield function.__code__
-            waiting += (content_of(cell) for cell in function.__closure__ or ())
+            yield function
+            waiting += map(_content, function.__closure__ or ())
 
 
-def content_of(cell: CellType) -> Any:
-    """What a function closes over; None if that is not set yet."""
+def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:
+    except ValueError:  # not set yet
         return None
 
 

@@ -1,5 +1,4 @@
-"""Kinds of models and layers that can't be made bidirectional, and why. States in which a model can't: `checks`.
-"""
+"""Kinds of models and layers that can't be made bidirectional, and why. States in which a model can't: `checks`."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
