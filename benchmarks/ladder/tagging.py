@@ -9,20 +9,18 @@ import numpy as np
 
 from benchmarks.ladder.rows import ATTENTIONS, Row
 from benchmarks.ladder.texts import Sentence
-from benchmarks.ladder.training import COMMON, Plan, model_settings, run, trained
+from benchmarks.ladder.training import Plan, on_adapter, run, run_settings, trained
 from benchmarks.ladder.words import counts, score
 from bidirect_patch.cli.words.saving import PREDICTIONS
 
 TASKS = ("relation", "names")
-SETTINGS = COMMON | {"lora_r": 16, "learning_rate": 5e-4, "merge_subwords": True}
+SETTINGS = {"lora_r": 16, "learning_rate": 5e-4, "merge_subwords": True}
 
 
 def measured(plan: Plan, row: Row, fit: Sequence[Sentence], test: Sequence[Sentence]) -> dict[str, Any]:
     """The result of a row: for each task how it is read, its value, and the counts of `words.counts`."""
-    adapter = list(trained(plan, row).values())[-1:]
-    bidirectional = ATTENTIONS[row.attention].bidirectional
-    settings = SETTINGS | model_settings(plan, row) | {"bidirectional": bidirectional, "bf16": plan.bf16, "seed": row.seed}
-    settings |= {"max_steps": plan.tagging_steps} | ({"peft_model_name_or_path": adapter[0]} if adapter else {})
+    settings = run_settings(plan, row) | on_adapter(trained(plan, row)) | SETTINGS
+    settings |= {"bidirectional": ATTENTIONS[row.attention].bidirectional, "max_steps": plan.tagging_steps}
     results = {}
     for task in TASKS:
         files = {part: _write(plan.out / "texts", part, sentences, task) for part, sentences in (("dev", fit), ("test", test))}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.ladder.rows import ATTENTIONS, OF_ADAPTERS, Row
+from benchmarks.ladder.rows import ATTENTIONS, Row
 from benchmarks.measure import ROOT
 from bidirect_patch.cli.simcse.settings import PRESETS
 from bidirect_patch.cli.sweep.model import Source
@@ -19,7 +19,6 @@ TOOK = "seconds.json"  # written beside a run when it is done: one without it is
 BATCH = PRESETS["small"]["per_device_train_batch_size"]
 
 Settings = dict[str, Any]
-COMMON: Settings = {"preset": "small", "lr_scheduler_type": "linear", "save_strategy": "no", "report_to": "none"}
 
 
 class Plan(NamedTuple):
@@ -58,27 +57,34 @@ def model_settings(plan: Plan, row: Row) -> Settings:
     return own | plan.source.options | sinks
 
 
+def run_settings(plan: Plan, row: Row) -> Settings:
+    """The settings that every run of a command has."""
+    common = {"preset": "small", "lr_scheduler_type": "linear", "save_strategy": "no", "report_to": "none"}
+    return common | model_settings(plan, row) | {"bf16": plan.bf16, "seed": row.seed}
+
+
 def trained(plan: Plan, row: Row) -> dict[str, str]:
     """Train the row, unless that is done: the folder of each step by its name, the last step last."""
     folders: dict[str, str] = {}
-    adapter: str | None = None
     for step in row.steps:
         before = Row("MNTP" if step == "mntp" else row.recipe, row.attention, row.seed)  # of which rows share the first step
         folder = plan.out / "trained" / before.file
-        settings = COMMON | model_settings(plan, row) | {"bf16": plan.bf16, "seed": row.seed}
+        settings = run_settings(plan, row) | on_adapter(folders)
         if step == "halved":
-            _halve(str(adapter), folder)
+            _halve(folders["mntp"], folder)
         elif step == "mntp":
             settings |= {"train_file": [str(plan.out / "texts" / "paragraphs.txt")], "max_steps": plan.mntp_steps}
             run("mntp", settings, folder, plan.log)
         else:
             settings |= _of_contrast(plan, row, step) | {"max_steps": plan.steps}
-            if adapter:
-                settings["peft_model_name_or_path"] = adapter
             run("simcse", settings, folder, plan.log)
         folders[step] = str(folder)
-        adapter = str(folder) if step in OF_ADAPTERS else None
     return folders
+
+
+def on_adapter(folders: dict[str, str]) -> Settings:
+    """The setting by which a run begins at the adapter of the last step before it, which gives one; empty if there is none."""
+    return {"peft_model_name_or_path": list(folders.values())[-1]} if folders else {}
 
 
 def _halve(adapter: str, folder: Path) -> None:
