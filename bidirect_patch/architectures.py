@@ -1,7 +1,6 @@
-"""Which architectures were seen to become bidirectional, by release of transformers: the conformance table as data.
+"""`supported_architectures()`: the conformance table as data. Reads conformance.json, which `benchmarks.conformance` writes.
 
-conformance.json is written by `python -m benchmarks.conformance`, which builds a tiny model of every entry of
-transformers' causal-LM mapping, patches it, and looks what depends on what.
+It builds a tiny model of every entry of transformers' causal-LM mapping, patches it, and looks what depends on what.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""Checks of a model's state before a change of mode. What no state can mend, kinds of models, `model.refusals` refuses.
+"""Checks of a model's state (who uses it, what other tools did to it), which `patch`, `block` and `transition` call.
 
-The state is who uses a model, and what other tools did to it. Each check raises an error of the family, and nothing is changed.
+Each raises an error of the family, and nothing is changed. Kinds of models that nothing can mend: `model.refusals`. A forward
+that was put on before the patch: `swap.instance_forward`; a class that another tool changed: `swap.apply`.
 """
 
 from collections.abc import Iterable

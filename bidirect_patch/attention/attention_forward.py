@@ -1,4 +1,4 @@
-"""The forward of an attention module: what it is called with to be bidirectional, backend by backend, for its own span."""
+"""The patched forward of an attention module: its mask and arguments for its backend and span."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Masks for FlexAttention: BlockMasks.
+"""Masks for FlexAttention: a BlockMask made of padding, packing and windows.
 
 The mask function reads its tensors at the key's index only, and compares the query's index with what they hold: torch's
 compiler for CPUs can't read a captured tensor at the query's index once it has seen several lengths.

@@ -1,4 +1,4 @@
-"""How a decoder's own mask code takes a mask. No table of families or releases: `verify` runs a small model, and looks."""
+"""The ways in which a model's own mask code can take a mask of ours; `verify` tries them one after another."""
 
 from typing import Literal, NamedTuple
 

@@ -1,8 +1,8 @@
-"""A model of which some parts are bidirectional and others are not: an error where it runs, generates or is saved.
+"""Errors where a model that is bidirectional in part runs, generates or is saved.
 
-A layer was taken out while the rest was undone and put back, a copy of a layer was put into another model, or two models share
-their layers. A layer was put in the place of one with other sink tokens. Or of a model and the decoder inside it, for which the
-model makes the mask, only one was changed.
+It is so where a layer was taken out while the rest was undone and put back, where a copy of a layer was put into another model,
+where two models share their layers, or where a layer was put in the place of one with other sink tokens. Or of a model and the
+decoder inside it, for which the model makes the mask, only one was changed.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What the patch knows of each module that it is on: its settings, which the module's forward reads."""
+"""The settings that a patched model or attention module keeps, for its forward to read."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""SDPA sequence by sequence, and with the sink tokens apart.
+"""Faster ways to call SDPA: one call per packed sequence, or the sink tokens apart.
 
 On a CPU, SDPA over one row of many sequences computes every pair of positions, and a mask throws most of them away. So the
 mask of a packed row carries the lengths of its sequences to the one call that can use them. To everything else that a model

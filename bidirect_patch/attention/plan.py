@@ -1,4 +1,4 @@
-"""What each module of a decoder gets to be bidirectional, or causal within a block. Nothing is changed here."""
+"""What each module of a decoder gets, or why its backend can't give that (windows, sinks). Nothing is changed here."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What releases of transformers do differently, as named facts. What one class does stands in `model.facts`."""
+"""Facts about releases of transformers, one name each. Names of a class's arguments and mask functions: `model.facts`."""
 
 from importlib.util import find_spec
 from typing import Any

@@ -1,4 +1,4 @@
-"""What loading does with a model or adapter that belongs to bidirectional attention: warn of it, or not since it is enabled."""
+"""Whether loading a model or adapter that was saved as bidirectional enables it, warns, or does neither."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What a bidirectional model leaves on disk: `"is_causal": false` in config.json, under the stock architecture name.
+"""Saving: `"is_causal": false` in config.json, under the stock architecture name.
 
 Stock transformers from 5.2 on reads that flag, and so do others (vLLM). Sink tokens stand beside it, which none of them knows:
 see `guard`. Nothing on the live model or its config changes: a shallow copy is saved.

@@ -1,4 +1,4 @@
-"""Callbacks that both trainers use."""
+"""Callbacks of all training commands."""
 
 from typing import Any
 

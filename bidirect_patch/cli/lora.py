@@ -1,4 +1,4 @@
-"""The LoRA adapter that both trainers train. This module needs PEFT."""
+"""The LoRA adapter that the training commands train. This module needs PEFT."""
 
 import re
 from collections.abc import Sequence

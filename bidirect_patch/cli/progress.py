@@ -1,4 +1,4 @@
-"""Progress bars: shown in a terminal, and not written into a file or a pipe. Both trainers use this."""
+"""Progress bars of all commands: shown in a terminal, and not written into a file or a pipe."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""What both trainers share: where they stop, how they resume, and one line for what goes wrong meanwhile."""
+"""What the trainers of all commands share: where they stop, how they resume, and one line for what goes wrong meanwhile."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""Objects that stand in the place of a submodule in a view of a model; see `swap.view`."""
+"""Stand-ins for submodules, with which the head runs a model without its logits; see `swap.view`."""
 
 from collections.abc import Callable
 from typing import Any

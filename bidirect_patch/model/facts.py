@@ -1,7 +1,7 @@
-"""What a class says of itself by its signature and its source, read once per class.
+"""What a class tells by its names: patterns for attention, recurrent layers and mask code, and names of a forward's arguments.
 
-The patterns are guesses by name. Each says what happens where it misses, and where it matches by mistake. What they decide
-is never trusted: `verify` runs a small model and looks.
+A new kind of layer, or an argument with another name, goes here. The patterns are guesses. Each says what happens where it
+misses, and where it matches by mistake. What they decide is never trusted: `verify` runs a small model and looks.
 """
 
 import dis

@@ -1,4 +1,4 @@
-"""Kinds of models and layers that can't be made bidirectional, and why. States in which a model can't: `checks`."""
+"""What is said of models and layers that can't be made bidirectional, by kind. What counts as recurrent or attention: `facts`."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple

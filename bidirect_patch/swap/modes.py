@@ -1,4 +1,4 @@
-"""The modes of a decoder."""
+"""The modes of a decoder: as loaded, bidirectional, unverified, causal within a block, mixed."""
 
 from enum import Enum
 from typing import NamedTuple

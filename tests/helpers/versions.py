@@ -1,4 +1,4 @@
-"""What the installed transformers and PEFT have."""
+"""What the installed transformers and PEFT have: backends of attention, and `add_adapter`."""
 
 from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""The exact way back, and what is never touched."""
+"""The exact way back, and what is never touched; forwards and classes that other tools replaced."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""An evaluation, from the flags to the results."""
+"""A run of `bidirect-patch mteb`, from its flags to the results."""
 
 import hashlib
 import json

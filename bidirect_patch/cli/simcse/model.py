@@ -1,4 +1,4 @@
-"""The encoder that is trained."""
+"""Loads the encoder that simcse trains: its adapter, pooling and dropout."""
 
 from typing import Any
 

@@ -13,9 +13,9 @@ from ..output_folder import check_space, make_output_dir, writing
 from ..simcse.model import load_encoder
 from ..simcse.saving import save_encoder
 from ..simcse.settings import EncoderArguments
+from .best_settings import encoder_settings
 from .measure import Row
 from .model import Source
-from .settings import encoder_settings
 
 SETTINGS_FILE = "settings.json"
 

@@ -14,10 +14,10 @@ from ...model.config import text_config
 from ..pairs import load_pairs
 from ..progress import hide_bars_in_files
 from ..sink_token import candidates, first_token
+from .best_settings import encoder_settings, lacking
 from .measure import Row, Tokens, first_tokens, measure, sweep
 from .model import Source, load_model, load_tokenizer
 from .parts import take_apart
-from .settings import encoder_settings, lacking
 from .setups import CAUSAL
 from .table import best_of, drawn, in_words, is_sure, table
 from .texts import Pairs, token_ids, with_first_token

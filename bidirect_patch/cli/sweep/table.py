@@ -1,4 +1,4 @@
-"""What the sweep says at its end."""
+"""The table of results that `sweep` prints."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Batches of sentences."""
+"""Pads sentences of tokens and labels of words into batches."""
 
 from collections.abc import Sequence
 from typing import Any

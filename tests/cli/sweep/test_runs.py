@@ -104,8 +104,8 @@ def rows_by_hand(attention, pooling_mode, **fields):
     ],
 )
 def test_the_training_commands_take_the_settings(place, tmp_path, attention, mode, expected):
+    from bidirect_patch.cli.sweep.best_settings import encoder_settings
     from bidirect_patch.cli.sweep.model import Source
-    from bidirect_patch.cli.sweep.settings import encoder_settings
     from bidirect_patch.cli.sweep.setups import Attention
 
     pytest.importorskip("peft", reason="the training command needs the extra [train]")
