@@ -1,4 +1,4 @@
-"""FlashAttention: it takes a 2D mask for padding, or boundaries (cu_seq_lens) for packed rows, never a dense mask.
+"""FlashAttention: a 2D mask for padding, or boundaries (cu_seq_lens) for packed rows. How long a window is: `plan`, `versions`.
 
 What travels from the model to its attention modules are the numbers of sequences, int32 (batch, spans, 2, length): in the first
 row the number, -1 for padding; in the second one the place of a sink token among those of its sequence or chunk, else 0.

@@ -1,4 +1,4 @@
-"""The ranges of the numbers and the form of the strings that a training command takes.
+"""Kinds of ranges, and the ranges of transformers' own arguments. A command checks its own settings in its `settings`.
 
 transformers accepts most numbers, and training then fails late, with an error of another library, or learns nothing.
 """

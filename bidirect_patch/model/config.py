@@ -1,4 +1,4 @@
-"""Reading configs: the attention backends and which one a model has, its text part, and a view in which attributes differ."""
+"""Reading configs: which attention backend a model has (a new one starts at `backend_of`), its text part, and a view of it."""
 
 import copy
 from collections.abc import Iterator

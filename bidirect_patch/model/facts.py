@@ -1,6 +1,6 @@
-"""What a class tells by its names: patterns for attention, recurrent layers and mask code, and names of a forward's arguments.
+"""What a class tells by its names: patterns for attention, recurrent layers and mask code, and a forward's mask and caches.
 
-A new kind of layer, or an argument with another name, goes here. The patterns are guesses. Each says what happens where it
+A new kind of layer, or a mask argument with another name, goes here. The patterns are guesses. Each says what happens where it
 misses, and where it matches by mistake. What they decide is never trusted: `verify` runs a small model and looks.
 """
 

@@ -1,4 +1,4 @@
-"""What is said of models and layers that can't be made bidirectional, by kind. What counts as recurrent or attention: `facts`."""
+"""Which models and layers are refused, and what is said of each kind. A new recurrent layer: a pattern in `facts` alone."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
