@@ -10,6 +10,7 @@ from .errors import OrderError, UnsupportedModelError
 from .model.config import says_bidirectional
 from .model.decoder import Decoder
 from .model.find import Survey
+from .model.walk import name_and_class
 from .swap import in_use
 from .swap.classes import is_sharded
 from .swap.instance_forward import calls_the_patch, name_and_place
@@ -31,8 +32,7 @@ def check_not_sharded(seen: Survey) -> None:
     for name, module in seen.named:
         if is_sharded(type(module)):
             raise OrderError(
-                f"{f'{name} ({type(module).__name__})' if name else type(module).__name__} is already sharded by FSDP: call "
-                "enable_bidirectional(model) first, then shard"
+                f"{name_and_class(name, module)} is already sharded by FSDP: call enable_bidirectional(model) first, then shard"
             )
 
 

@@ -20,7 +20,7 @@ from .facts import (
     is_named_attention,
     is_recurrent,
 )
-from .walk import is_inside, modules_of
+from .walk import is_inside, modules_of, name_and_class
 
 Kind = Literal["encoder", "no mask", "encoder-decoder", "no attention", "shared keys", "other mixer"]
 
@@ -58,7 +58,7 @@ def why_not(
         attentions: its own attention modules by name.
         models: every PreTrainedModel in the model that is looked at, by name.
     """
-    where = f"{f'{name} ({type(model).__name__})' if name else type(model).__name__}:"
+    where = f"{name_and_class(name, model)}:"
     if not attentions:
         wraps = any(is_inside(other, name) for other, _ in models)
         return None if wraps else _why_no_attention(where, model)

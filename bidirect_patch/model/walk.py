@@ -49,3 +49,8 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 def is_inside(name: str, outer: str) -> bool:
     """Whether a module of that name is inside another one, by their names in the same model."""
     return name != outer and (not outer or name.startswith(f"{outer}."))
+
+
+def name_and_class(name: str, module: nn.Module) -> str:
+    """A module as a message has it; the outermost one has no name."""
+    return f"{name} ({type(module).__name__})" if name else type(module).__name__

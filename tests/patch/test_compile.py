@@ -89,7 +89,7 @@ def composite():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("part", ["outer", "inner"])
+@pytest.mark.parametrize("part", ["outer", pytest.param("inner", marks=pytest.mark.slow)])
 def test_a_compiled_model_after_a_block_on_the_decoder_inside_it(composite, part):
     outer, inner = composite
     want = output(outer)
