@@ -16,7 +16,7 @@ from .checkpoints import guard, hooks, policy
 from .checkpoints.fit import sinks_for_good
 from .checkpoints.marks import is_marked, saved_sinks, sinks_on_disk, was_marked
 from .errors import warn_user
-from .model.sinks import NO_SINKS
+from .model.sinks import NO_SINKS, Sinks
 from .patch import enable_after_blocks, enable_bidirectional
 
 
@@ -32,18 +32,34 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     model, where, _ = hooks.adapter_arguments(model, args, kwargs)
     if policy.enables() and where is not None and is_marked(where, **kwargs):
-        sinks, before = sinks_on_disk(where, **kwargs), sinks_for_good(model)
-        if before not in (NO_SINKS, sinks):
-            warn_user(
-                f"the adapter {where} belongs to a model with {sinks.described}, and is loaded onto one with {before.described}, "
-                "which is changed to the adapter's. For others, call enable_bidirectional with them afterwards"
-            )
-        enable_after_blocks(model, sinks)
+        _enable_for_adapter(model, f"the adapter {where}", sinks_on_disk(where, **kwargs))
     return result
+
+
+def _hotswap_adapter(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    model, _, sinks = hooks.swapped_in(wrapped, args, kwargs)
+    if policy.enables() and sinks is not None:
+        _enable_for_adapter(model, hooks.SWAPPED_IN, sinks)
+    return result
+
+
+def _enable_for_adapter(model: Any, what: str, sinks: Sinks) -> None:
+    before = sinks_for_good(model)
+    if before not in (NO_SINKS, sinks):
+        warn_user(
+            f"{what} belongs to a model with {sinks.described}, and is loaded onto one with {before.described}, "
+            "which is changed to the adapter's. For others, call enable_bidirectional with them afterwards"
+        )
+    enable_after_blocks(model, sinks)
 
 
 def _install_peft(module: Any) -> None:
     hooks.put(module.PeftModel, "load_adapter", _load_adapter)
+
+
+def _install_hotswap(module: Any) -> None:
+    hooks.put(module, "hotswap_adapter_from_state_dict", _hotswap_adapter)
 
 
 hooks.install()
@@ -52,3 +68,4 @@ policy.auto_is_imported = True
 hooks.put(PreTrainedModel, "from_pretrained", _load_model)
 hooks.put(PreTrainedModel, "load_adapter", _load_adapter)
 wrapt.register_post_import_hook(_install_peft, "peft.peft_model")
+wrapt.register_post_import_hook(_install_hotswap, "peft.utils.hotswap")

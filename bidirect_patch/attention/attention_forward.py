@@ -26,7 +26,7 @@ from .dense import additive, dense_mask
 from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run, sequence_numbers
 from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
-from .mixed import check_model_above
+from .mixed import check_attributes, check_model_above, is_in_model_under_way
 from .module_settings import AttentionSettings
 from .old_releases import upad_input
 from .padding_and_packing import Sequences
@@ -48,11 +48,16 @@ class BidirectionalAttention(Swapped):
             settings = settings_of(self, AttentionSettings)
             if settings is None:  # another thread changed the mode meanwhile
                 return inner(self, *args, **kwargs)
+            check_attributes(self)
             if not is_graph_captured():
                 if in_use.mode_now() is Mode.CAUSAL_BLOCK:  # a causal forward's backward pass runs it again
                     return unpatched(self).forward(*args, **kwargs)
+                if in_use.is_run_again() and is_in_model_under_way(self):  # a forward from before the patch, which makes a mask
+                    with in_use.attending(in_use.mode_now(), in_use.Noted(mask_is_ours=False)):
+                        return forward(inner, self, *args, **kwargs)
                 if not in_use.mask_is_ours():
                     check_model_above(self)
+                settings = in_use.noted_settings(self) or settings
             args, kwargs, sinks = call.arguments(self, settings, args, kwargs)
             if not sinks:
                 return inner(self, *args, **kwargs)
@@ -78,6 +83,16 @@ class BidirectionalPart(Swapped):
     """A part of an attention module that holds a causal flag or a triangular buffer; its methods stay as they are."""
 
     note = "bidirectional"
+
+    @classmethod
+    def build(cls, below: type, original: type) -> None:
+        """See `Swapped.build`."""
+
+        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            check_attributes(self)
+            return inner(self, *args, **kwargs)
+
+        set_forward(cls, forward, below)
 
 
 class _Call:

@@ -21,8 +21,9 @@ from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open, original
-from ..swap.record import setting_of, settings_of
+from ..swap.record import changed_attributes, setting_of, settings_of
 from ..swap.recording import is_graph_captured
+from .recompute import check_checkpoints
 
 
 def holds_open(model: nn.Module) -> bool:
@@ -69,11 +70,29 @@ def check_model_above(module: nn.Module) -> None:
     A forward that was taken before the patch runs within a decoder that is bidirectional by now; a layer by itself, in none.
     """
     model = next(models_under_way(), None)
-    if model is None or is_open(model) or not builds_causal_mask(original(type(model))):
+    if model is None or all(each is not module for each in modules_of(model)):
         return
-    if any(each is module for each in modules_of(model)):
+    if is_open(model):
+        check_checkpoints(model)
+    elif builds_causal_mask(original(type(model))):
         opened = [name for name, each in model.named_modules() if is_attention(each) and is_open(each)]
         _refuse(model, opened, _otherwise(model), _A_LAYER)
+
+
+def is_in_model_under_way(module: nn.Module) -> bool:
+    """Whether the innermost model whose forward runs now in this thread holds `module`."""
+    model = next(models_under_way(), None)
+    return model is not None and any(each is module for each in modules_of(model))
+
+
+def check_attributes(module: nn.Module) -> None:
+    """Raise OrderError if somebody has changed what the patch set on a module, such as its `is_causal`."""
+    if changed := changed_attributes(module):
+        name, value = next(iter(changed.items()))
+        raise OrderError(
+            f"{type(module).__name__}.{name} was set to {value!r} on a bidirectional model: call enable_bidirectional(model) or "
+            "disable_bidirectional(model) again"
+        )
 
 
 def check_model_around(decoder: nn.Module) -> None:
@@ -138,6 +157,8 @@ def check_decoder(decoder: Decoder) -> None:
         _refuse(model, names_of(model, moved), _OUT_OF_PLACE, _A_LAYER)
     for maker in decoder.builders:
         check_decoder_inside(maker)
+    for module in decoder.modules:
+        check_attributes(module)
 
 
 _OUT_OF_PLACE = "has other sink tokens or another window than its place in the model asks for"

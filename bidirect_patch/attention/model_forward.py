@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.jit._trace import is_tracing
 
-from ..errors import ArgumentError, AttentionMaskError, CacheError
-from ..model.config import backend_of, text_config
+from ..errors import ArgumentError, AttentionMaskError, CacheError, OrderError
+from ..model.config import backend_of, kernel_of, text_config
 from ..model.facts import (
     CACHES,
     given_input,
@@ -26,7 +26,14 @@ from ..swap.record import setting_of, settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .label_leak import look_around
-from .mixed import check_decoder_inside, check_layers, check_model_around, decoder_inside, has_maker_under_way
+from .mixed import (
+    check_attributes,
+    check_decoder_inside,
+    check_layers,
+    check_model_around,
+    decoder_inside,
+    has_maker_under_way,
+)
 from .module_settings import ModelSettings
 from .old_releases import LetsReadyMaskPass, step_aside
 from .padding_and_packing import read_boundaries, read_positions, read_sequences
@@ -83,6 +90,8 @@ class BidirectionalModel(LetsReadyMaskPass):
                 settings = settings_of(self, ModelSettings)
                 if settings is None:  # another thread changed the mode before this forward was counted
                     return inner(self, **kwargs)
+                check_attributes(self)
+                _check_kernel(self, settings)
                 check_layers(self, settings.places)
                 check_decoder_inside(self)
                 note_checkpoints(self)
@@ -184,6 +193,15 @@ def _check_not_causal(cls: type, is_causal: Any, settings: ModelSettings) -> Non
         raise ArgumentError(
             f"is_causal={is_causal!r} was given to {cls.__name__} while it is bidirectional: leave it out, or call the model "
             "inside `with bidirectional(model, enabled=False):`"
+        )
+
+
+def _check_kernel(model: Any, settings: ModelSettings) -> None:
+    kernel = kernel_of(model.config)
+    if settings.code is not None and not settings.code.takes(kernel):
+        raise OrderError(
+            f"attn_implementation of a bidirectional {original(type(model)).__name__} was set to {kernel!r}, with which it was "
+            "not verified: call enable_bidirectional(model) again"
         )
 
 

@@ -1,7 +1,7 @@
 """Gradient checkpointing: a backward pass runs layers again, and they have to attend as they did in their forward.
 
-The function that transformers checkpoints layers with is replaced by one that notes how the forward under way attends. A layer
-that is run again for a causal forward, whatever the model is by then, runs as it is without the patch.
+The function that transformers checkpoints layers with is replaced by one that notes how the forward under way attends: in which
+mode, with which sinks, and who made the mask. A layer that is run again attends so, whatever the model does by then.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,9 @@ from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open
 from ..swap.modes import Mode
+from ..swap.record import settings_of
 from ..swap.recording import is_graph_captured
+from .module_settings import AttentionSettings
 
 _NAME = "_gradient_checkpointing_func"  # on each module that transformers checkpoints, or on the model that holds them
 
@@ -27,28 +29,37 @@ class _Checkpoint:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        mode = None if is_graph_captured() else in_use.mode_now()
-        return self.checkpoint(function if mode is None else _Layer(function, mode), *args, **kwargs)
+        return self.checkpoint(function if is_graph_captured() else _Layer(function), *args, **kwargs)
 
 
 class _Layer:
     """A call of a layer, which attends in its backward pass as it did in its forward."""
 
-    def __init__(self, function: Callable[..., Any], mode: Mode) -> None:
-        self.function, self.mode = function, mode
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.mode, self.layer = function, in_use.mode_now(), _layer_of(function)
+        found = [] if self.layer is None else [(each, settings_of(each, AttentionSettings)) for each in modules_of(self.layer)]
+        self.noted = in_use.Noted(in_use.mask_is_ours(), {each: settings for each, settings in found if settings is not None})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.mode is Mode.BIDIRECTIONAL:
-            self._check_open()
-        with in_use.attending(self.mode):
+        if self.mode is not Mode.CAUSAL_BLOCK and not all(map(is_open, self.noted.settings)):
+            raise OrderError(
+                f"{type(self.layer).__name__} is causal now, and the backward pass of a bidirectional forward runs it again, "
+                "since it is checkpointed: call backward() inside the block, `with bidirectional(model):`, or enable the model "
+                "for good"
+            )
+        with in_use.attending(self.mode, self.noted):
             return self.function(*args, **kwargs)
 
-    def _check_open(self) -> None:
-        layer = _layer_of(self.function)
-        if layer is not None and not any(map(is_open, modules_of(layer))):
+
+def check_checkpoints(model: nn.Module) -> None:
+    """Raise OrderError if a forward that goes around the patch runs layers which will be run again, and which nothing notes."""
+    for module in modules_of(model):
+        checkpoint = module.__dict__.get(_NAME)
+        is_used = module.training and getattr(module, "gradient_checkpointing", False)
+        if is_used and checkpoint is not None and not isinstance(checkpoint, _Checkpoint):
             raise OrderError(
-                f"{type(layer).__name__} is causal now, and the backward pass of a bidirectional forward runs it again, since it "
-                "is checkpointed: call backward() inside the block, `with bidirectional(model):`, or enable the model for good"
+                f"a forward of {type(model).__name__} that was taken before the model was made bidirectional was called with "
+                "gradient checkpointing: call the model itself, or gradient_checkpointing_disable()"
             )
 
 

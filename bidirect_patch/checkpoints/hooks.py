@@ -15,6 +15,7 @@ from ..attention.model_forward import check_not_in_others_block, holds_causal_bl
 from ..errors import BidirectPatchError, GenerateError, warn_user
 from ..model.config import parts
 from ..model.find import holds_decoder
+from ..model.sinks import Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open
@@ -27,6 +28,7 @@ from .guard import read_adapter_config
 from .marks import (
     HUB_OPTIONS,
     is_marked,
+    marked_sinks,
     saved_sinks,
     sinks_in_config,
     sinks_on_disk,
@@ -66,6 +68,7 @@ def _install() -> None:
     put(PreTrainedModel, "from_pretrained", _load_model)
     put(PreTrainedModel, "load_adapter", _load_adapter)
     wrapt.register_post_import_hook(_install_peft, "peft.peft_model")
+    wrapt.register_post_import_hook(_install_hotswap, "peft.utils.hotswap")
     wrapt.register_post_import_hook(_install_accelerate, "accelerate.accelerator")
 
 
@@ -91,6 +94,12 @@ def _install_peft(module: Any) -> None:
         put(module.PeftConfig, "from_json_file", read_adapter_config)
         put(module.PeftModel, "save_pretrained", _save_adapter)
         put(module.PeftModel, "load_adapter", _load_adapter)  # from_pretrained calls it too
+
+
+def _install_hotswap(module: Any) -> None:
+    if _put:
+        # by its name in the module: who has imported `hotswap_adapter` before calls it too
+        put(module, "hotswap_adapter_from_state_dict", _hotswap_adapter)
 
 
 def _install_accelerate(module: Any) -> None:
@@ -220,6 +229,26 @@ def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     if policy.warns():
         warn_of_misfit(f"the adapter {where}", "is loaded onto", model, sinks)
     return result
+
+
+def _hotswap_adapter(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+    """PEFT's function that gives a model's adapter the weights of another one, whose attention the model may not have."""
+    result = wrapped(*args, **kwargs)
+    model, name, sinks = swapped_in(wrapped, args, kwargs)
+    if sinks is not None:
+        mark(model.peft_config[name], sinks)
+        if policy.warns():
+            warn_of_misfit(SWAPPED_IN, "is loaded onto", model, sinks)
+    return result
+
+
+SWAPPED_IN = "the adapter that was swapped in"
+
+
+def swapped_in(wrapped: Any, args: Any, kwargs: Any) -> tuple[Any, str, Sinks | None]:
+    """Of a swap of adapters: the model, the adapter's name, and its sinks if it belongs to bidirectional attention."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    return given["model"], given["adapter_name"], marked_sinks(given["config"].to_dict())
 
 
 def adapter_arguments(model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, str]:

@@ -65,6 +65,13 @@ def sinks_on_disk(name_or_path: Any, **hub: Any) -> Sinks:
     return NO_SINKS
 
 
+def marked_sinks(config: dict[str, Any]) -> Sinks | None:
+    """The sinks that a config as a dict belongs to, if it belongs to bidirectional attention; None if not."""
+    if not _config_says_so(config):
+        return None
+    return next(filter(None, map(sinks_in_config, _parts_of_json(config))), NO_SINKS)
+
+
 def _config_says_so(config: dict[str, Any]) -> bool:
     classes = [str(v) for key in ("auto_mapping", "auto_map") for v in (config.get(key) or {}).values()]
     classes += map(str, config.get("architectures") or ())

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 from .facts import names_in, with_closures
 
+# transformers' own attention functions, between which a model may change.
+_STOCK_KERNELS = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+
 _MISSING = object()
 _STORE = dis.opmap["STORE_GLOBAL"]  # each step of a function's code is two bytes, of which the first says what it does
 
@@ -48,6 +51,10 @@ class Code:
     def is_same(self) -> bool:
         """Whether each of them still is the same function in the same place."""
         return all(place.get(name, _MISSING) is value for place, name, value in self._places.values())
+
+    def takes(self, kernel: str) -> bool:
+        """Whether what was found out holds with an attention function of that name: the one that was seen, or a stock one."""
+        return kernel == self._kernel or kernel in _STOCK_KERNELS
 
     def _note(self, place: Any, name: str) -> None:
         """Note what stands in a place, and in the places that it names."""

@@ -36,6 +36,11 @@ def backend_of(config: Any) -> Backend:
     return "eager"
 
 
+def kernel_of(config: Any) -> str:
+    """The name of the attention function. Users register their own, so that one of a kind says nothing of another."""
+    return str(getattr(text_config(config), "_attn_implementation", None) or "eager")
+
+
 def says_bidirectional(config: Any) -> bool:
     """Whether a config asks transformers itself for bidirectional attention.
 

@@ -11,7 +11,7 @@ from ..errors import ArgumentError, UnsupportedModelError
 from ..swap.classes import is_open, is_sharded, original
 from ..swap.instance_forward import calls_the_patch
 from ..swap.modes import Mode, Setting
-from ..swap.record import before_patch, own_before_patch, plans_of, setting_of
+from ..swap.record import before_patch, changed_attributes, own_before_patch, plans_of, setting_of
 from .buffers import triangular_buffers
 from .facts import causal_flags
 from .places import Place, attentions_in, fits_inside, layers_in, out_of_place
@@ -146,9 +146,11 @@ class Decoder:
         """Whether every model that makes the mask and every attention module has the patch, and a call of each runs it.
 
         And each attention module has the sinks and the window of its place, and the models around it make the mask for these.
+        Nobody has changed what the patch set on them.
         """
         parts = (attention.module for attention in self.attentions)
         has_all = all(is_open(part) and calls_the_patch(part) for part in (*self.mask_makers, *parts))
+        has_all = has_all and not any(map(changed_attributes, self.modules))
         return has_all and not self.out_of_place and all(map(fits_inside, self.builders))
 
     @property

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,12 +76,21 @@ class _Recorded:
             self.inside = None
 
 
+@dataclass(frozen=True)
+class Noted:
+    """How a layer attends in its forward, for a backward pass that runs it again."""
+
+    mask_is_ours: bool  # see `mask_is_ours`
+    settings: Mapping[nn.Module, Any] = field(default_factory=dict)  # of the attention modules in it
+
+
 class _ThisThread(threading.local):
     """The patched forwards that are under way in this thread, and how the forward or the layer attends that runs now."""
 
     def __init__(self) -> None:
         self.patched: weakref.WeakSet[Forward] = weakref.WeakSet()
         self.mode: Mode | None = None
+        self.noted: Noted | None = None
 
 
 lock = threading.RLock()
@@ -295,13 +304,19 @@ def patched(forward: Forward, inside: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def attending(mode: Mode) -> Iterator[None]:
-    """Around a forward of a model or layer that attends so: of one that the patch is on, or was on in its forward."""
-    before, _this_thread.mode = _this_thread.mode, mode
+def attending(mode: Mode | None, noted: Noted | None = None) -> Iterator[None]:
+    """Around a forward of a model or layer that attends so: of one that the patch is on, or was on in its forward.
+
+    Args:
+        mode: see `mode_now`.
+        noted: what is known of the layer's forward, where it may be run again.
+    """
+    before = _this_thread.mode, _this_thread.noted
+    _this_thread.mode, _this_thread.noted = mode, noted
     try:
         yield
     finally:
-        _this_thread.mode = before
+        _this_thread.mode, _this_thread.noted = before
 
 
 def mode_now() -> Mode | None:
@@ -333,8 +348,23 @@ def is_recorded_inside(decoder: nn.Module) -> bool:
 def mask_is_ours() -> bool:
     """Whether the mask of the attention module that runs now was made or checked by the patch.
 
-    In a backward pass this is taken for true: gradient checkpointing replays what the forward was given.
+    In a backward pass of which nothing was noted this is taken for true: a checkpoint gives a layer what its forward was given.
     """
     if is_graph_captured():
         return _recorded.entered
-    return bool(_this_thread.patched) or torch._C._current_graph_task_id() != -1
+    noted = _this_thread.noted
+    return (bool(_this_thread.patched) or _is_in_backward()) if noted is None else noted.mask_is_ours
+
+
+def is_run_again() -> bool:
+    """Whether a backward pass runs a forward again of which nothing was noted, outside of a patched one."""
+    return _this_thread.noted is None and not _this_thread.patched and _is_in_backward()
+
+
+def noted_settings(module: nn.Module) -> Any:
+    """The settings that an attention module had in the forward of its layer; None if nothing was noted of it."""
+    return None if _this_thread.noted is None else _this_thread.noted.settings.get(module)
+
+
+def _is_in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -77,6 +77,16 @@ def plans_of(module: nn.Module) -> tuple[Plan, ...]:
     return () if record is None else record.plans
 
 
+def changed_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes that the patch has set on a module and that somebody has changed since, as they are now."""
+    own = module.__dict__
+    record = own.get(RECORD)
+    if record is None:
+        return {}
+    kept = [(name, value) for plan in record.plans for name, value in plan.attributes.items()]
+    return {name: own.get(name) for name, value in kept if own.get(name, MISSING) is not value}
+
+
 Settings = TypeVar("Settings")
 
 

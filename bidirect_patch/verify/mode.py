@@ -5,6 +5,7 @@ from torch import nn
 from ..attention.mixed import check_decoder
 from ..attention.module_settings import ModelSettings
 from ..errors import UnsupportedModelError
+from ..model.config import kernel_of
 from ..model.decoder import Decoder
 from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks
@@ -18,7 +19,9 @@ def is_verified_patch(decoder: Decoder) -> bool:
     if not decoder.is_patched:
         return False
     settings = settings_of(decoder.module, ModelSettings)
-    return settings is None or settings.code is None or settings.code.is_same()
+    if settings is None or settings.code is None:
+        return True
+    return settings.code.is_same() and settings.code.takes(kernel_of(decoder.module.config))
 
 
 def attends_both_ways(decoder: Decoder) -> bool:

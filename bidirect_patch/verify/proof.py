@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeVar
 from ..attention.handling import MaskHandling, possible_handlings
 from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, UnsupportedModelError
 from ..model.code import Code
-from ..model.config import says_bidirectional, text_config
+from ..model.config import kernel_of, says_bidirectional, text_config
 from ..model.decoder import Decoder
 from ..model.tiny import tiny_like
 from ..swap.classes import original
@@ -87,7 +87,7 @@ def native_attention(decoder: Decoder) -> Native:
         return "causal"
     config = text_config(decoder.module.config)
     flags = getattr(config, "is_causal", None), str(getattr(config, "use_bidirectional_attention", None))
-    key = (original(type(decoder.outermost)), _kernel(config), decoder.spans, flags)
+    key = (original(type(decoder.outermost)), kernel_of(config), decoder.spans, flags)
     native = _found(_native, key)
     if native is None:
         try:
@@ -112,7 +112,7 @@ def _found(kept: dict[tuple[object, ...], tuple[Kept, Code]], key: tuple[object,
 def _code(decoder: Decoder) -> Code:
     """The code that decides what a decoder's attention does."""
     makers = [original(type(module)) for module in decoder.mask_makers]
-    return Code([*makers, *decoder.classes, *decoder.part_classes], _kernel(text_config(decoder.module.config)))
+    return Code([*makers, *decoder.classes, *decoder.part_classes], kernel_of(decoder.module.config))
 
 
 def _check_seen(decoder: Decoder) -> None:
@@ -128,13 +128,8 @@ def _check_seen(decoder: Decoder) -> None:
 
 
 def _key(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> tuple[object, ...]:
-    kernel, model_class = _kernel(text_config(decoder.module.config)), original(type(decoder.outermost))
+    kernel, model_class = kernel_of(decoder.module.config), original(type(decoder.outermost))
     return model_class, decoder.classes, decoder.part_classes, kernel, decoder.spans, handlings, bool(decoder.refusals)
-
-
-def _kernel(config: object) -> str:
-    """The name of the attention function. Users register their own, so that one of a kind says nothing of another."""
-    return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
 def _check(decoder: Decoder, problem: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.checkpoints import policy
 from bidirect_patch.checkpoints.guard import opening_sinks
 from bidirect_patch.checkpoints.marks import is_marked
 from bidirect_patch.verify.mode import sinks_in
@@ -76,6 +77,40 @@ def test_without_auto_loading_onto_a_causal_base_warns(tmp_path, only_warns, thr
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the adapter")
         load_adapter(enable_bidirectional(tiny_model()), tmp_path, through)  # where it belongs
+
+
+@pytest.fixture
+def hotswap():
+    """PEFT's function that gives a model's adapter the weights of another one, by the name of the module that has it."""
+    module = pytest.importorskip("peft.utils.hotswap", reason="this PEFT can't swap adapters")
+    swap = module.hotswap_adapter  # as who imported it has it
+    return lambda model, folder: swap(model, str(folder), adapter_name="default", torch_device="cpu")
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_an_adapter_swapped_in_enables_a_causal_model_or_warns(tmp_path, auto, hotswap, monkeypatch, sinks):
+    model = enable_bidirectional(lora(tiny_model()), num_sink_tokens=sinks)
+    model.save_pretrained(tmp_path / "both")
+    other = lora(tiny_model())
+    hotswap(other, tmp_path / "both")
+    same(encode(other), encode(model))
+    assert sinks_in(other) == (sinks, 0) and is_bidirectional(other)
+    monkeypatch.setattr(policy, "auto_is_imported", False)
+    other = lora(tiny_model())
+    with pytest.warns(UserWarning, match="is loaded onto a model that is causal: call enable_bidirectional"):
+        hotswap(other, tmp_path / "both")
+    assert not reaches_back(other)
+    enable_bidirectional(other, num_sink_tokens=sinks).save_pretrained(tmp_path / "again")
+    assert is_marked(tmp_path / "again")
+
+
+def test_a_causal_adapter_swapped_in_changes_no_mode(tmp_path, auto, hotswap):
+    lora(tiny_model()).save_pretrained(tmp_path)
+    model = lora(tiny_model())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the adapter")
+        hotswap(model, tmp_path)
+    assert not reaches_back(model) and not is_bidirectional(model)
 
 
 def test_an_adapter_changes_the_sinks_of_its_model_and_says_so(tmp_path, auto):

@@ -119,6 +119,34 @@ def test_a_block_is_whole_inside_and_leaves_the_mixture_that_it_found(mixed, ins
     assert not moved(disable_bidirectional(model))[:-1].any()
 
 
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_a_causal_flag_that_somebody_sets_is_an_error_until_it_is_enabled_or_disabled_again(layers, sinks, tmp_path):
+    model = enable_bidirectional(tiny_model(), num_sink_tokens=sinks)
+    compiled = torch.compile(model, backend="eager")
+    for layer in layers:
+        model.model.layers[layer].self_attn.is_causal = True
+    assert not is_bidirectional(model)
+    for use in (
+        lambda: model(input_ids=IDS),
+        lambda: compiled(input_ids=IDS),
+        lambda: model.generate(IDS, max_new_tokens=1),
+        lambda: model.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(OrderError, match="Attention.is_causal was set to True.*enable_bidirectional.*disable_bidirectional"):
+            use()
+    assert not list(tmp_path.iterdir())
+    twin = copy.deepcopy(model)
+    for again in (lambda: bidirectional(copy.deepcopy(model), num_sink_tokens=sinks), lambda: contextlib.nullcontext(model)):
+        with again() as opened:
+            assert moved(enable_bidirectional(opened, num_sink_tokens=sinks)).tolist() == [False] * sinks + [True] * (9 - sinks)
+    assert is_bidirectional(model)
+    assert not moved(disable_bidirectional(twin))[:-1].any()
+    stock = tiny_model()
+    for name, module in stock.named_modules():
+        assert getattr(module, "is_causal", None) == getattr(twin.get_submodule(name), "is_causal", None)
+
+
 def test_a_block_leaves_what_another_model_made_of_shared_layers():
     model, other = tiny_model(), tiny_model()
     other.model.layers = model.model.layers

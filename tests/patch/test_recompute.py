@@ -5,6 +5,7 @@ The oracle is the same model without checkpointing.
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from packaging.version import Version
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -126,3 +127,52 @@ def test_undone_the_checkpoints_are_what_they_were():
         loss_of(model, "ones")
     after = [module.__dict__.get("_gradient_checkpointing_func") for module in model.modules()]
     assert all(one is two for one, two in zip(before, after))
+
+
+FEW, MORE = dict(num_sink_tokens=1, num_sinkless_layers=1), dict(num_sink_tokens=1, num_sinkless_layers=2)
+
+
+@each_reentrant
+@pytest.mark.parametrize("name", ["llama", "eager", "windows"])
+@pytest.mark.parametrize("then", [MORE, {}], ids=["more sinkless layers", "no sinks"])
+def test_other_sinks_between_a_forward_and_its_backward(name, then, reentrant):
+    model = enable_bidirectional(twin(name, reentrant), **then)
+    with bidirectional(model, **FEW):
+        after_a_block = loss_of(model, "padded")
+    got = gradients(model, after_a_block)
+    enable_bidirectional(model, **FEW)
+    loss = loss_of(model, "padded")
+    enable_bidirectional(model, **then)
+    again = gradients(model, loss)
+    plain = enable_bidirectional(twin(name), **FEW)
+    want = gradients(plain, loss_of(plain, "padded"))
+    assert_gradients(got, want)
+    assert_gradients(again, want)
+    enable_bidirectional(plain, **then)
+    other = gradients(plain, loss_of(plain, "padded"))
+    assert any(not torch.allclose(other[key], want[key], atol=1e-4) for key in want)
+
+
+def loss_of_states(forward, batch):
+    """Of the states of real tokens that a decoder's forward gives."""
+    states = forward(input_ids=IDS, use_cache=False, **BATCHES[batch])[0]
+    return (states * BATCHES[batch].get("attention_mask", torch.ones_like(IDS))[..., None]).pow(3).mean()
+
+
+@each_reentrant
+@pytest.mark.parametrize("batch", ["no mask", "padded"])
+@pytest.mark.parametrize("name", ["llama", "eager", "windows"])
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_a_forward_from_before_the_patch_has_the_gradients_of_the_model(name, batch, reentrant, sinks):
+    model = twin(name, reentrant)
+    forward = model.model.forward
+    enable_bidirectional(model, num_sink_tokens=sinks)
+    with pytest.raises(OrderError, match="taken before .* gradient checkpointing: call the model itself"):
+        loss_of_states(forward, batch)  # nothing notes its layers
+    gradients(model, loss_of(model, batch))
+    plain = enable_bidirectional(twin(name), num_sink_tokens=sinks)
+    want = gradients(plain, loss_of_states(plain.model, batch))
+    assert_gradients(gradients(model, loss_of_states(forward, batch)), want)  # now they are noted
+    model.gradient_checkpointing_disable()
+    loss = torch.utils.checkpoint.checkpoint(lambda: loss_of_states(forward, batch), use_reentrant=False)  # of all of it
+    assert_gradients(gradients(model, loss), want)

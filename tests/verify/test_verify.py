@@ -9,10 +9,10 @@ import transformers
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from bidirect_patch import enable_bidirectional, is_bidirectional
-from bidirect_patch.errors import UnsupportedModelError
+from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
+from bidirect_patch.errors import OrderError, UnsupportedModelError
 
-from ..helpers.one_text import BOTH, CAUSAL, moves
+from ..helpers.one_text import BOTH, CAUSAL, moves, output
 from ..helpers.tiny_models import llama
 from ..helpers.twins import leftovers
 from ..helpers.versions import TRANSFORMERS
@@ -95,6 +95,20 @@ def test_a_kernel_that_stays_causal_is_not_switched_to(causal_kernel):
     assert moves(model) == BOTH and is_bidirectional(model)
     model.set_attn_implementation("eager")
     assert moves(model) == BOTH and is_bidirectional(model)
+
+
+def test_a_kernel_that_nobody_verified_is_refused_where_the_config_names_it(causal_kernel):
+    model = enable_bidirectional(llama())
+    model.config._attn_implementation = causal_kernel
+    assert not is_bidirectional(model)
+    with pytest.raises(OrderError, match=f"set to '{causal_kernel}', with which it was not verified: call enable_bidirectional"):
+        output(model)
+    with pytest.raises(UnsupportedModelError, match="causal"):
+        enable_bidirectional(model)
+    model.config._attn_implementation = "eager"
+    assert moves(model) == BOTH and is_bidirectional(model)
+    model.config._attn_implementation = causal_kernel
+    assert moves(disable_bidirectional(model)) == CAUSAL
 
 
 class Inverting(LlamaModel):
