@@ -1,10 +1,10 @@
 """`import bidirect_patch.auto`: what is saved as bidirectional opens as bidirectional.
 
 After the import, on every transformers, `from_pretrained` of a checkpoint whose config says `is_causal: false`, or that LLM2Vec
-saved, returns an enabled model, and an adapter that was trained bidirectionally enables the model that it is loaded onto,
-through PEFT or through transformers, with the sink tokens that it was saved with. Within a block, the model keeps the block's
-mode, and is enabled when the last block ends. Without the import there is only a warning,
-once this package is in use, and an error for a folder with sink tokens.
+saved, returns an enabled model, as `from_config` of its config does, and an adapter that was trained bidirectionally enables the
+model that it is loaded onto, through PEFT or through transformers, with the sink tokens that it was saved with. Within a block,
+the model keeps the block's mode, and is enabled when the last block ends. Without the import there is only a warning, once this
+package is in use, and an error for a folder with sink tokens.
 """
 
 from typing import Any
@@ -26,6 +26,15 @@ def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
     if policy.enables() and was_marked(model):
         enable_bidirectional(model, **saved_sinks(model)._asdict())
     return result
+
+
+def _build_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
+    if not policy.enables():
+        return wrapped(*args, **kwargs)
+    model, is_whole = hooks.build(wrapped, args, kwargs)
+    if is_whole and was_marked(model):
+        enable_bidirectional(model, **saved_sinks(model)._asdict())
+    return model
 
 
 def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
@@ -66,6 +75,7 @@ hooks.install()
 guard.install()
 policy.auto_is_imported = True
 hooks.put(PreTrainedModel, "from_pretrained", _load_model)
+hooks.put(PreTrainedModel, "_from_config", _build_model)
 hooks.put(PreTrainedModel, "load_adapter", _load_adapter)
 wrapt.register_post_import_hook(_install_peft, "peft.peft_model")
 wrapt.register_post_import_hook(_install_hotswap, "peft.utils.hotswap")

@@ -128,8 +128,9 @@ class _Call:
             hidden = self._hidden(args, kwargs)
             mask = hidden.new_zeros(()).expand(hidden.shape[0], 1, hidden.shape[1], hidden.shape[1])
         is_bool = isinstance(mask, Tensor) and mask.dtype == torch.bool
-        if is_bool and backend == "sdpa" and self.given(args, kwargs, "output_attentions"):
-            mask = additive(mask, self._hidden(args, kwargs).dtype)  # Falcon then adds it to the scores, whatever it is
+        adds = backend == "sdpa" and self.given(args, kwargs, "output_attentions")  # Falcon then adds it to the scores
+        if is_bool and (adds or (backend == "eager" and settings.handling.kind == "ready")):  # eager in a model on SDPA
+            mask = additive(mask, self._hidden(args, kwargs).dtype)
         bias = self.given(args, kwargs, self.bias_name)
         if isinstance(bias, Tensor) and bias.shape[-2] == 1 and self.bias_name:
             # A mask per head has the bias in it already.

@@ -18,7 +18,8 @@ from .padding_and_packing import past_sinks, with_padding
 
 def mirrored_buffer(buffer: Tensor) -> Tensor:
     """A causal mask buffer (..., n, n) united with its transpose; same dtype and shape."""
-    return torch.maximum(buffer, buffer.transpose(-1, -2)) if buffer.dtype != torch.bool else buffer | buffer.mT
+    with torch.inference_mode(False):  # or a model that is enabled in inference mode could not be trained
+        return torch.maximum(buffer, buffer.transpose(-1, -2)) if buffer.dtype != torch.bool else buffer | buffer.mT
 
 
 def mirrored_bias(bias: Tensor, length: int) -> Tensor:

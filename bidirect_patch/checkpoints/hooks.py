@@ -16,6 +16,7 @@ from ..errors import BidirectPatchError, GenerateError, warn_user
 from ..model.config import parts
 from ..model.find import holds_decoder
 from ..model.sinks import Sinks
+from ..model.tiny import is_building
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open
@@ -66,6 +67,7 @@ def _install() -> None:
         put(PreTrainedModel, "set_attn_implementation", _set_attention)
     put(PreTrainedModel, "save_pretrained", _save_model)
     put(PreTrainedModel, "from_pretrained", _load_model)
+    put(PreTrainedModel, "_from_config", _build_model)  # AutoModel's `from_config` calls it
     put(PreTrainedModel, "load_adapter", _load_adapter)
     wrapt.register_post_import_hook(_install_peft, "peft.peft_model")
     wrapt.register_post_import_hook(_install_hotswap, "peft.utils.hotswap")
@@ -205,11 +207,25 @@ def _save_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _load_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
-    result = wrapped(*args, **kwargs)
+    with policy.loading():
+        result = wrapped(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
     if policy.warns() and was_marked(model):
         warn_of_misfit(f"the checkpoint {args[0] if args else ''}", "is loaded as", model, saved_sinks(model))
     return result
+
+
+def _build_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
+    model, is_whole = build(wrapped, args, kwargs)
+    if is_whole and policy.warns() and was_marked(model):
+        warn_of_misfit("the model of this config", "is built as", model, saved_sinks(model))
+    return model
+
+
+def build(wrapped: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """A model made from a config alone, and whether a user asked for it; its weights may be loaded later."""
+    with policy.loading() as is_whole:
+        return wrapped(*args, **kwargs), is_whole and not is_building()
 
 
 def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:

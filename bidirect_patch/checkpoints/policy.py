@@ -6,6 +6,7 @@ from contextvars import ContextVar
 
 auto_is_imported = False
 _caller_enables: ContextVar[bool] = ContextVar("_caller_enables", default=False)
+_is_loading: ContextVar[bool] = ContextVar("_is_loading", default=False)
 
 
 def enables() -> bool:
@@ -26,3 +27,13 @@ def caller_enables() -> Iterator[None]:
         yield
     finally:
         _caller_enables.reset(before)
+
+
+@contextmanager
+def loading() -> Iterator[bool]:
+    """Around the loading or building of a model. Gives whether it is for itself, and no part of another one."""
+    before = _is_loading.set(True)
+    try:
+        yield before.old_value is not True
+    finally:
+        _is_loading.reset(before)

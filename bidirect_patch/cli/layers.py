@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.policy import caller_enables
 from ..errors import ConfigError, one_line
 from ..model.config import text_config
 from ..model.decoder import Decoder
@@ -107,7 +108,7 @@ def _check_rest(decoder: Any, changes: dict[str, Any], cut: list[str]) -> None:
 
 def _weights(cls: Any, config: Any) -> dict[str, torch.Size]:
     """The shape of each weight that a model has, by name."""
-    with torch.device("meta"):
+    with torch.device("meta"), caller_enables():
         return {name: weight.shape for name, weight in cls._from_config(config).named_parameters()}
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from ..swap.classes import original
 from .shrink import VOCAB as VOCAB
 from .shrink import shrink as shrink
 from .wrappers import pretrained as pretrained
+
+_is_building: ContextVar[bool] = ContextVar("_is_building", default=False)
+
+
+def is_building() -> bool:
+    """Whether this thread or task builds a small model now. What its config says of attention is no wish of a user."""
+    return _is_building.get()
 
 
 def tiny_like(
@@ -80,7 +88,7 @@ def tiny_like(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Set the random state and switch DeepSpeed off; both are restored at the end.
+    """Set the random state, switch DeepSpeed off and say so in `is_building`; all is restored at the end.
 
     Under ZeRO-3 transformers would partition the weights of each model that is built.
     """
@@ -89,11 +97,13 @@ def _undisturbed() -> Iterator[None]:
     # transformers 4.39 to 5.24 keep the config of DeepSpeed in this weak reference, and have no function to read it.
     weak_ref = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
+    before = _is_building.set(True)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             yield
     finally:
+        _is_building.reset(before)
         deepspeed._hf_deepspeed_config_weak_ref = weak_ref
 
 

@@ -1,5 +1,7 @@
 """Every backend gives the same hidden states on real tokens: those of the decoder in plain torch."""
 
+import copy
+
 import pytest
 import torch
 from packaging.version import Version
@@ -177,6 +179,20 @@ def test_switched_backend_after_enabling(make_model):
     with torch.no_grad():
         causal = hidden_states(model, IDS, reach(ONES.bool(), causal=True))
         torch.testing.assert_close(model.model(IDS).last_hidden_state, causal, **CLOSE)
+
+
+@pytest.mark.parametrize("model_backend, layer_backend", [("sdpa", "eager"), ("eager", "sdpa")])
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_one_layer_may_have_another_backend(make_model, model_backend, layer_backend, sinks):
+    model = make_model("llama", model_backend)
+    if type(model.model.layers[0].self_attn).__name__ != "LlamaAttention":
+        pytest.skip("this transformers has a class for each backend")
+    enable_bidirectional(model, num_sink_tokens=sinks)
+    want = hidden(model)
+    attention = model.model.layers[1].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = layer_backend
+    torch.testing.assert_close(hidden(model), want, atol=1e-5, rtol=1e-5)
 
 
 def test_flash_put_in_after_enabling_keeps_the_window_or_says_so(make_model):

@@ -168,7 +168,9 @@ def test_a_bias_of_falling_values_is_the_same():
 def test_buffers(name, dtype):
     causal, expected = (matrix(rows).to(dtype) for rows in MASKS[name])
     before = causal.clone()
-    found = mirrored_buffer(causal)
+    with torch.inference_mode():  # in which a model may be enabled that is trained afterwards
+        found = mirrored_buffer(causal)
+    assert not found.is_inference()
     assert found.dtype == dtype and found.shape == causal.shape and torch.equal(found, expected)
     assert torch.equal(mirrored_buffer(found), found)
     assert torch.equal(causal, before)

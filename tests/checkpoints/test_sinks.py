@@ -1,6 +1,7 @@
 """Sink tokens on disk: they come back with `auto`, and without it nothing opens as another model."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -104,12 +105,46 @@ def test_numbers_that_are_gone_leave_nothing_on_disk(tmp_path, how):
     assert not any("sink" in name for name in config)
 
 
-def test_a_model_that_was_made_from_such_a_config_is_saved_without_sinks(tmp_path, auto):
+def built(folder, how):
+    """A model of a folder, built from its config before its weights are loaded."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if how == "from_config":
+        made = transformers.AutoModelForCausalLM.from_config(config)
+        made.load_state_dict(transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict())
+        return made.eval()
+    accelerate = pytest.importorskip("accelerate")
+    with accelerate.init_empty_weights():
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    made.tie_weights()
+    return accelerate.load_checkpoint_and_dispatch(made, str(folder), device_map={"": "cpu"}).eval()
+
+
+@pytest.mark.parametrize("how", ["from_config", "load_checkpoint_and_dispatch"])
+def test_with_auto_a_model_that_is_built_from_its_config_has_its_sinks(tmp_path, auto, how):
+    want = saved(tmp_path / "with")
+    made = built(tmp_path / "with", how)
+    same(encode(made), want)
+    made.save_pretrained(tmp_path / "again")
+    assert sinks_on_disk(tmp_path / "again") == Sinks(1, 1)
+
+
+def test_without_auto_a_model_that_is_built_from_a_config_with_sinks_warns(tmp_path, only_warns):
+    saved(tmp_path)
+    with opening_sinks():
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"is built as a model .*call enable_bidirectional\(model, num_sink_tokens=1"):
+        transformers.AutoModelForCausalLM.from_config(config)
+    with opening_sinks(), warnings.catch_warnings():  # who asks for it enables it
+        warnings.filterwarnings("error", message="the model of this config")
+        transformers.AutoModelForCausalLM.from_config(config)
+
+
+def test_a_model_that_a_constructor_made_of_such_a_config_is_saved_without_sinks(tmp_path, auto):
     """It never had any: as it gives now, it has to give when it is opened again, with this package or without."""
     saved(tmp_path / "with")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "with")
     torch.manual_seed(0)
-    made = transformers.AutoModelForCausalLM.from_config(config).eval()
+    made = transformers.LlamaForCausalLM(config).eval()
     want = encode(made)
     made.save_pretrained(tmp_path / "without")
     assert saved_sinks(made) == Sinks(1, 1) and sinks_on_disk(tmp_path / "without") == NO_SINKS
