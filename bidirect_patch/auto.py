@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .checkpoints import guard, hooks, policy
 from .checkpoints.fit import sinks_for_good
 from .checkpoints.marks import is_marked, saved_sinks, sinks_on_disk, was_marked
-from .errors import warn_user
+from .errors import OrderError, warn_user
 from .model.sinks import NO_SINKS, Sinks
 from .patch import enable_after_blocks, enable_bidirectional
 
@@ -33,7 +33,12 @@ def _build_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
     model, is_whole = hooks.build(wrapped, args, kwargs)
     if is_whole and was_marked(model):
-        enable_bidirectional(model, **saved_sinks(model)._asdict())
+        sinks = saved_sinks(model)
+        try:
+            enable_bidirectional(model, **sinks._asdict())
+        except OrderError as error:  # a mask in a buffer without values, on the meta device
+            wish = f"the model of this config is to be bidirectional, with {sinks.described}"
+            warn_user(f"{wish}, and can't be yet: {error}; then call enable_bidirectional")
     return model
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttentionMaskError, OrderError, UnsupportedModelError
-from ..model.config import backend_of
+from ..model.config import backend_of, is_known_kernel, kernel_of
 from ..model.facts import (
     CROSS_ATTENTION,
     adds_bias_by_key,
@@ -26,7 +26,7 @@ from .dense import additive, dense_mask
 from .flash import SinkRows, are_sequence_numbers, first_tokens, how_to_run, sequence_numbers
 from .indexer_positions import MaskedPositions
 from .mirror import mirrored_bias, mirrored_mask
-from .mixed import check_attributes, check_model_above, is_in_model_under_way
+from .mixed import check_attributes, check_model_above, is_run_again_in_its_model
 from .module_settings import AttentionSettings
 from .old_releases import upad_input
 from .padding_and_packing import Sequences
@@ -52,7 +52,7 @@ class BidirectionalAttention(Swapped):
             if not is_graph_captured():
                 if in_use.mode_now() is Mode.CAUSAL_BLOCK:  # a causal forward's backward pass runs it again
                     return unpatched(self).forward(*args, **kwargs)
-                if in_use.is_run_again() and is_in_model_under_way(self):  # a forward from before the patch, which makes a mask
+                if in_use.is_run_again() and is_run_again_in_its_model(self):  # by a forward from before the patch
                     with in_use.attending(in_use.mode_now(), in_use.Noted(mask_is_ours=False)):
                         return forward(inner, self, *args, **kwargs)
                 if not in_use.mask_is_ours():
@@ -84,16 +84,6 @@ class BidirectionalPart(Swapped):
 
     note = "bidirectional"
 
-    @classmethod
-    def build(cls, below: type, original: type) -> None:
-        """See `Swapped.build`."""
-
-        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-            check_attributes(self)
-            return inner(self, *args, **kwargs)
-
-        set_forward(cls, forward, below)
-
 
 class _Call:
     """How a class of attention modules is called, and with which arguments its forward is bidirectional."""
@@ -114,7 +104,14 @@ class _Call:
         """The arguments with which the module's own forward is bidirectional, and the sinks that have to be run alone."""
         if any(self.given(args, kwargs, name) is not None for name in CROSS_ATTENTION):
             return args, kwargs, []  # attention to another sequence is not causal
-        backend = backend_of(getattr(module, "config", settings.config))
+        config = getattr(module, "config", settings.config)
+        backend = backend_of(config)
+        kernel = kernel_of(config)
+        if not is_known_kernel(kernel, kernel_of(settings.config)):
+            raise OrderError(
+                f"the config of one {type(module).__name__} names attn_implementation={kernel!r}, with which nothing was "
+                "verified: set it for the whole model, before that is enabled"
+            )
         mask = self.given(args, kwargs, self.mask_name)
         new: dict[str, Any] = {}
         sinks: SinkRows = []

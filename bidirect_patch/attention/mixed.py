@@ -21,7 +21,7 @@ from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open, original
-from ..swap.record import changed_attributes, setting_of, settings_of
+from ..swap.record import MISSING, changed_attributes, setting_of, settings_of
 from ..swap.recording import is_graph_captured
 from .recompute import check_checkpoints
 
@@ -79,20 +79,20 @@ def check_model_above(module: nn.Module) -> None:
         _refuse(model, opened, _otherwise(model), _A_LAYER)
 
 
-def is_in_model_under_way(module: nn.Module) -> bool:
-    """Whether the innermost model whose forward runs now in this thread holds `module`."""
-    model = next(models_under_way(), None)
+def is_run_again_in_its_model(module: nn.Module) -> bool:
+    """Whether the backward pass that runs a module again runs all of its model, whose own forward makes the mask anew."""
+    model = next(models_under_way(in_backward=True), None)
     return model is not None and any(each is module for each in modules_of(model))
 
 
 def check_attributes(module: nn.Module) -> None:
-    """Raise OrderError if somebody has changed what the patch set on a module, such as its `is_causal`."""
-    if changed := changed_attributes(module):
-        name, value = next(iter(changed.items()))
-        raise OrderError(
-            f"{type(module).__name__}.{name} was set to {value!r} on a bidirectional model: call enable_bidirectional(model) or "
-            "disable_bidirectional(model) again"
-        )
+    """Raise OrderError if somebody has changed what the patch set on a module or its children, such as `is_causal`."""
+    for each in (module, *module._modules.values()):
+        for name, value in ({} if each is None else changed_attributes(each)).items():
+            raise OrderError(
+                f"{type(each).__name__}.{name} was {'removed' if value is MISSING else f'set to {value!r}'} on a bidirectional "
+                "model: call enable_bidirectional again, with the model's sink tokens if it has some, or disable_bidirectional"
+            )
 
 
 def check_model_around(decoder: nn.Module) -> None:
@@ -117,21 +117,34 @@ def _is_causal(attention: nn.Module) -> bool:
     return not is_open(attention) and getattr(attention, "is_causal", None) is True
 
 
-def models_under_way(making_masks: bool = False) -> Iterator[PreTrainedModel]:
+def models_under_way(making_masks: bool = False, in_backward: bool = False) -> Iterator[PreTrainedModel]:
     """The models whose methods run now in this thread, the innermost first; one with several methods comes several times.
 
     Args:
         making_masks: only where the method that runs makes a causal mask. Before Python 3.13 a function's variables stay alive
             until it returns once they were read from outside, so that few are to be.
+        in_backward: only within the backward pass that is under way, and not who called it.
     """
     frame: Any = sys._getframe(1)
     while frame is not None:
+        if in_backward and frame.f_globals.get("__name__", "").startswith("torch.autograd"):
+            return
         code = frame.f_code
         if "self" in code.co_varnames and (not making_masks or names_causal_mask(code)):
             model = frame.f_locals.get("self")
             if isinstance(model, PreTrainedModel):
                 yield model
         frame = frame.f_back
+
+
+def is_under_construction() -> bool:
+    """Whether the constructor of a model of transformers runs now in this thread."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), PreTrainedModel):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def has_maker_under_way(decoder: nn.Module) -> bool:
@@ -173,10 +186,14 @@ def _otherwise(model: nn.Module) -> str:
 
 def _refuse(model: nn.Module, names: Iterable[str], how: str, why: str) -> NoReturn:
     """Raise for parts of a model that don't attend as the model asks for."""
-    setting = setting_of(model)
-    sinks = NO_SINKS if setting is None else Sinks(*setting.sinks)
-    arguments = f"model, {sinks.in_words}" if any(sinks) else "model"
     raise OrderError(
-        f"{original(type(model)).__name__}: {', '.join(names)} {how}, {why}: call enable_bidirectional({arguments}) or "
+        f"{original(type(model)).__name__}: {', '.join(names)} {how}, {why}: call {enabling(model)} or "
         "disable_bidirectional(model) again"
     )
+
+
+def enabling(model: nn.Module) -> str:
+    """The call that enables a model with the sinks that it has, for a message."""
+    setting = setting_of(model)
+    sinks = NO_SINKS if setting is None else Sinks(*setting.sinks)
+    return f"enable_bidirectional(model, {sinks.in_words})" if any(sinks) else "enable_bidirectional(model)"

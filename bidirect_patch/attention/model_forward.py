@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.jit._trace import is_tracing
 
 from ..errors import ArgumentError, AttentionMaskError, CacheError, OrderError
-from ..model.config import backend_of, kernel_of, text_config
+from ..model.config import backend_of, is_known_kernel, kernel_of, text_config
 from ..model.facts import (
     CACHES,
     given_input,
@@ -32,6 +32,7 @@ from .mixed import (
     check_layers,
     check_model_around,
     decoder_inside,
+    enabling,
     has_maker_under_way,
 )
 from .module_settings import ModelSettings
@@ -77,8 +78,9 @@ class BidirectionalModel(LetsReadyMaskPass):
             if is_graph_captured():  # a lock has no meaning in a graph
                 settings = settings_of(self, ModelSettings)
                 assert settings is not None  # the class is this one
+                _check_kernel(self, settings)
                 check_decoder_inside(self)
-                kwargs = arguments(self, settings, kwargs, in_use.mask_is_ours())
+                kwargs = arguments(self, settings, kwargs, in_use.is_in_patched())
                 before = in_use.enter_recorded(decoder_inside(self))
                 try:
                     return inner(self, **kwargs)
@@ -95,7 +97,7 @@ class BidirectionalModel(LetsReadyMaskPass):
                 check_layers(self, settings.places)
                 check_decoder_inside(self)
                 note_checkpoints(self)
-                called_by_outer = in_use.mask_is_ours()  # a patched forward is under way already
+                called_by_outer = in_use.is_in_patched()  # a patched forward is under way already
                 if not called_by_outer and not is_users_own(kwargs.get(mask_name or "")):
                     check_model_around(self)
                 with in_use.patched(this_forward, inside):
@@ -197,11 +199,11 @@ def _check_not_causal(cls: type, is_causal: Any, settings: ModelSettings) -> Non
 
 
 def _check_kernel(model: Any, settings: ModelSettings) -> None:
-    kernel = kernel_of(model.config)
-    if settings.code is not None and not settings.code.takes(kernel):
+    kernel = kernel_of(text_config(model.config))
+    if settings.code is not None and not is_known_kernel(kernel, settings.code.kernel):
         raise OrderError(
             f"attn_implementation of a bidirectional {original(type(model)).__name__} was set to {kernel!r}, with which it was "
-            "not verified: call enable_bidirectional(model) again"
+            f"not verified: call {enabling(model)} again"
         )
 
 

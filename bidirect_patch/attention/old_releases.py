@@ -36,7 +36,7 @@ def step_aside(cls: Any, original: Any) -> None:
 
     def _update_causal_mask(self: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
         settings = settings_of(self, ModelSettings)
-        is_ready = settings is not None and settings.handling.kind == "ready" and in_use.mask_is_ours()
+        is_ready = settings is not None and settings.handling.kind == "ready" and in_use.is_in_patched()
         if settings is not None and (is_ready or getattr(attention_mask, "ndim", 2) == 4):
             return attention_mask
         return original._update_causal_mask(self, attention_mask, *args, **kwargs)

@@ -55,11 +55,13 @@ def check_checkpoints(model: nn.Module) -> None:
     """Raise OrderError if a forward that goes around the patch runs layers which will be run again, and which nothing notes."""
     for module in modules_of(model):
         checkpoint = module.__dict__.get(_NAME)
-        is_used = module.training and getattr(module, "gradient_checkpointing", False)
-        if is_used and checkpoint is not None and not isinstance(checkpoint, _Checkpoint):
+        if checkpoint is None or isinstance(checkpoint, _Checkpoint) or not getattr(module, "gradient_checkpointing", False):
+            continue
+        is_reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)  # these run without gradients at first
+        if module.training and (is_reentrant or torch.is_grad_enabled()):
             raise OrderError(
                 f"a forward of {type(model).__name__} that was taken before the model was made bidirectional was called with "
-                "gradient checkpointing: call the model itself, or gradient_checkpointing_disable()"
+                "gradient checkpointing: call the model itself, once at least, or gradient_checkpointing_disable()"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import wrapt
 from torch import nn
 
-from ..attention.mixed import holds_open
+from ..attention.mixed import holds_open, is_under_construction
 from ..attention.model_forward import check_not_in_others_block, holds_causal_block
 from ..errors import BidirectPatchError, GenerateError, warn_user
 from ..model.config import parts
@@ -224,8 +224,8 @@ def _build_model(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
 
 def build(wrapped: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
     """A model made from a config alone, and whether a user asked for it; its weights may be loaded later."""
-    with policy.loading() as is_whole:
-        return wrapped(*args, **kwargs), is_whole and not is_building()
+    with policy.loading() as is_outermost:
+        return wrapped(*args, **kwargs), is_outermost and not is_building() and not is_under_construction()
 
 
 def _load_adapter(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ def caller_enables() -> Iterator[None]:
 
 @contextmanager
 def loading() -> Iterator[bool]:
-    """Around the loading or building of a model. Gives whether it is for itself, and no part of another one."""
+    """Around the loading or building of a model. Gives whether it is the outermost one: not of a part of another model."""
     before = _is_loading.set(True)
     try:
         yield before.old_value is not True

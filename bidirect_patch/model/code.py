@@ -12,9 +12,6 @@ from transformers import PreTrainedModel
 
 from .facts import names_in, with_closures
 
-# transformers' own attention functions, between which a model may change.
-_STOCK_KERNELS = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
-
 _MISSING = object()
 _STORE = dis.opmap["STORE_GLOBAL"]  # each step of a function's code is two bytes, of which the first says what it does
 
@@ -32,7 +29,7 @@ class Code:
 
     def __init__(self, classes: Iterable[type], kernel: str) -> None:
         classes = list(classes)
-        self._classes, self._kernel = classes, kernel
+        self._classes, self.kernel = classes, kernel
         self._packages = {"transformers", *(_package(cls) for cls in classes)}
         self._places: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._note(vars(F), "scaled_dot_product_attention")
@@ -46,15 +43,11 @@ class Code:
         return self
 
     def __reduce__(self) -> Any:  # opened, perhaps in another process, it is the code as it stands there by then
-        return Code, (self._classes, self._kernel)
+        return Code, (self._classes, self.kernel)
 
     def is_same(self) -> bool:
         """Whether each of them still is the same function in the same place."""
         return all(place.get(name, _MISSING) is value for place, name, value in self._places.values())
-
-    def takes(self, kernel: str) -> bool:
-        """Whether what was found out holds with an attention function of that name: the one that was seen, or a stock one."""
-        return kernel == self._kernel or kernel in _STOCK_KERNELS
 
     def _note(self, place: Any, name: str) -> None:
         """Note what stands in a place, and in the places that it names."""
@@ -75,8 +68,8 @@ class Code:
         for name in names_in(function.__code__):
             value = function.__globals__.get(name)
             # The first look is cheap: asking the abstract class of each object costs more than all the rest here.
-            if hasattr(type(value), "keys") and isinstance(value, Mapping) and self._kernel in value:
-                yield value, self._kernel
+            if hasattr(type(value), "keys") and isinstance(value, Mapping) and self.kernel in value:
+                yield value, self.kernel
             elif not _is_set_by_its_module(function.__globals__, name):
                 yield function.__globals__, name
 

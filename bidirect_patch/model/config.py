@@ -4,6 +4,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any, Literal
 
+# transformers' own attention functions, between which a model may change.
+_STOCK_KERNELS = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 Backend = Literal["flash", "flex", "sdpa", "eager"]
 
 
@@ -37,8 +39,13 @@ def backend_of(config: Any) -> Backend:
 
 
 def kernel_of(config: Any) -> str:
-    """The name of the attention function. Users register their own, so that one of a kind says nothing of another."""
-    return str(getattr(text_config(config), "_attn_implementation", None) or "eager")
+    """The name of a text config's attention function. Users register their own, so that one of a kind says nothing of another."""
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def is_known_kernel(kernel: str, seen: str) -> bool:
+    """Whether what was found out with the attention function `seen` holds for `kernel`: the same, or one of transformers' own."""
+    return kernel == seen or kernel in _STOCK_KERNELS
 
 
 def says_bidirectional(config: Any) -> bool:

@@ -88,7 +88,7 @@ def tiny_like(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Set the random state, switch DeepSpeed off and say so in `is_building`; all is restored at the end.
+    """Set the random state, and switch DeepSpeed off. `is_building` is true meanwhile. All is restored at the end.
 
     Under ZeRO-3 transformers would partition the weights of each model that is built.
     """

@@ -81,7 +81,7 @@ class Noted:
     """How a layer attends in its forward, for a backward pass that runs it again."""
 
     mask_is_ours: bool  # see `mask_is_ours`
-    settings: Mapping[nn.Module, Any] = field(default_factory=dict)  # of the attention modules in it
+    settings: Mapping[nn.Module, Any] = field(default_factory=dict)  # of its attention modules; others keep those that they have
 
 
 class _ThisThread(threading.local):
@@ -345,15 +345,20 @@ def is_recorded_inside(decoder: nn.Module) -> bool:
     return _recorded.inside is decoder
 
 
+def is_in_patched() -> bool:
+    """Whether a patched forward is under way, which makes or checks the mask."""
+    return _recorded.entered if is_graph_captured() else bool(_this_thread.patched)
+
+
 def mask_is_ours() -> bool:
     """Whether the mask of the attention module that runs now was made or checked by the patch.
 
     In a backward pass of which nothing was noted this is taken for true: a checkpoint gives a layer what its forward was given.
     """
     if is_graph_captured():
-        return _recorded.entered
+        return is_in_patched()
     noted = _this_thread.noted
-    return (bool(_this_thread.patched) or _is_in_backward()) if noted is None else noted.mask_is_ours
+    return is_in_patched() or _is_in_backward() if noted is None else noted.mask_is_ours
 
 
 def is_run_again() -> bool:

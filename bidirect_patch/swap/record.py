@@ -78,13 +78,13 @@ def plans_of(module: nn.Module) -> tuple[Plan, ...]:
 
 
 def changed_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes that the patch has set on a module and that somebody has changed since, as they are now."""
+    """The attributes that the patch has set on a module and that somebody has changed since: what is there now, or MISSING."""
     own = module.__dict__
     record = own.get(RECORD)
     if record is None:
         return {}
-    kept = [(name, value) for plan in record.plans for name, value in plan.attributes.items()]
-    return {name: own.get(name) for name, value in kept if own.get(name, MISSING) is not value}
+    kept = [(name, own.get(name, MISSING), value) for plan in record.plans for name, value in plan.attributes.items()]
+    return {name: now for name, now, value in kept if now is not value and now != value}  # a pickle has other numbers
 
 
 Settings = TypeVar("Settings")

@@ -66,7 +66,9 @@ def verify_kernel(model: nn.Module) -> None:
     with in_use.lock:
         patched = [decoder.as_patched() for decoder in decoders(model) if decoder.is_patched]
         seen = [(decoder, verify(decoder, on_trust=True)) for decoder in patched]
-        apply([plan for decoder, proof in seen if proof is not None for plan in bidirectional_plans(decoder, *proof)])
+        add = [plan for decoder, proof in seen for plan in bidirectional_plans(decoder, *(proof or ()))]
+        add += [unverified_plan(decoder) for decoder, proof in seen if proof is None and not decoder.refusals]
+        apply(add)
 
 
 def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:

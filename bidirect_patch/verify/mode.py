@@ -5,7 +5,7 @@ from torch import nn
 from ..attention.mixed import check_decoder
 from ..attention.module_settings import ModelSettings
 from ..errors import UnsupportedModelError
-from ..model.config import kernel_of
+from ..model.config import is_known_kernel, kernel_of, text_config
 from ..model.decoder import Decoder
 from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks
@@ -21,7 +21,9 @@ def is_verified_patch(decoder: Decoder) -> bool:
     settings = settings_of(decoder.module, ModelSettings)
     if settings is None or settings.code is None:
         return True
-    return settings.code.is_same() and settings.code.takes(kernel_of(decoder.module.config))
+    configs = {id(config): config for module in decoder.modules if (config := getattr(module, "config", None)) is not None}
+    kernels = {kernel_of(text_config(config)) for config in configs.values()}
+    return settings.code.is_same() and all(is_known_kernel(kernel, settings.code.kernel) for kernel in kernels)
 
 
 def attends_both_ways(decoder: Decoder) -> bool:

@@ -112,7 +112,7 @@ def _found(kept: dict[tuple[object, ...], tuple[Kept, Code]], key: tuple[object,
 def _code(decoder: Decoder) -> Code:
     """The code that decides what a decoder's attention does."""
     makers = [original(type(module)) for module in decoder.mask_makers]
-    return Code([*makers, *decoder.classes, *decoder.part_classes], kernel_of(decoder.module.config))
+    return Code([*makers, *decoder.classes, *decoder.part_classes], kernel_of(text_config(decoder.module.config)))
 
 
 def _check_seen(decoder: Decoder) -> None:
@@ -128,7 +128,7 @@ def _check_seen(decoder: Decoder) -> None:
 
 
 def _key(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> tuple[object, ...]:
-    kernel, model_class = kernel_of(decoder.module.config), original(type(decoder.outermost))
+    kernel, model_class = kernel_of(text_config(decoder.module.config)), original(type(decoder.outermost))
     return model_class, decoder.classes, decoder.part_classes, kernel, decoder.spans, handlings, bool(decoder.refusals)
 
 

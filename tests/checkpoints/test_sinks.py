@@ -12,6 +12,7 @@ from bidirect_patch.checkpoints.guard import opening_sinks
 from bidirect_patch.checkpoints.marks import saved_sinks, sinks_on_disk
 from bidirect_patch.errors import ArgumentError
 from bidirect_patch.model.sinks import NO_SINKS, Sinks
+from bidirect_patch.swap.record import plans_of
 
 from ..helpers import zoo
 from ..helpers.processes import in_a_new_process
@@ -137,6 +138,25 @@ def test_without_auto_a_model_that_is_built_from_a_config_with_sinks_warns(tmp_p
     with opening_sinks(), warnings.catch_warnings():  # who asks for it enables it
         warnings.filterwarnings("error", message="the model of this config")
         transformers.AutoModelForCausalLM.from_config(config)
+
+
+def test_with_auto_a_constructor_of_a_composite_model_enables_no_part_of_it(tmp_path, auto):
+    """It builds its text model by from_config."""
+    if "gemma3" not in zoo.model_types():
+        pytest.skip("this transformers has no composite Gemma 3")
+    model = enable_bidirectional(zoo.build("gemma3"), **WITH_SINKS)
+    model.save_pretrained(tmp_path)
+    made = transformers.Gemma3ForConditionalGeneration(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert not any(map(plans_of, made.modules()))
+
+
+def test_with_auto_a_model_without_values_that_cannot_be_enabled_yet_says_so(tmp_path, auto):
+    """GPT-Neo keeps a causal mask in a buffer."""
+    enable_bidirectional(zoo.build("gpt_neo")).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"), pytest.warns(UserWarning, match="is to be bidirectional, .* yet: .* load the model first"):
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    assert not any(map(plans_of, made.modules()))
 
 
 def test_a_model_that_a_constructor_made_of_such_a_config_is_saved_without_sinks(tmp_path, auto):

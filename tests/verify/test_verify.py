@@ -1,5 +1,6 @@
 """Which classes and kernels the proof lets pass, whatever was proved before."""
 
+import copy
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from bidirect_patch import disable_bidirectional, enable_bidirectional, is_bidirectional
 from bidirect_patch.errors import OrderError, UnsupportedModelError
 
-from ..helpers.one_text import BOTH, CAUSAL, moves, output
+from ..helpers.one_text import BOTH, CAUSAL, ONE_SINK, moves, output
 from ..helpers.tiny_models import llama
 from ..helpers.twins import leftovers
 from ..helpers.versions import TRANSFORMERS
@@ -109,6 +110,52 @@ def test_a_kernel_that_nobody_verified_is_refused_where_the_config_names_it(caus
     assert moves(model) == BOTH and is_bidirectional(model)
     model.config._attn_implementation = causal_kernel
     assert moves(disable_bidirectional(model)) == CAUSAL
+
+
+def test_a_layer_that_names_such_a_kernel_and_a_compiled_model_are_refused_too(causal_kernel):
+    model = enable_bidirectional(llama())
+    compiled = torch.compile(model, backend="eager")
+    assert moves(compiled) == BOTH
+    model.config._attn_implementation = causal_kernel
+    with pytest.raises(OrderError, match=f"set to '{causal_kernel}'"):
+        output(compiled)
+    torch._dynamo.reset()
+    model = enable_bidirectional(llama())
+    attention = model.layers[1].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = causal_kernel
+    assert not is_bidirectional(model)
+    with pytest.raises(OrderError, match=f"one LlamaAttention names attn_implementation='{causal_kernel}'"):
+        output(model)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_kernel_that_runs_only_later_is_verified_then(causal):
+    interface = getattr(transformers, "AttentionInterface", None)
+    if interface is None or not hasattr(LlamaModel, "set_attn_implementation"):
+        pytest.skip(f"transformers {TRANSFORMERS} takes no attention functions of users, or can't switch a model's backend")
+    runs = []
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        if not runs:
+            raise RuntimeError("needs another device")
+        mask = None if causal else attention_mask
+        key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    interface.register("later", attend)
+    try:
+        model = enable_bidirectional(llama(), num_sink_tokens=1)
+        model.set_attn_implementation("later")
+        runs.append(True)
+        if causal:
+            with pytest.raises(UnsupportedModelError, match="causal"):
+                output(model)
+        else:
+            assert moves(model) == ONE_SINK and is_bidirectional(model)
+    finally:
+        interface._global_mapping.pop("later")
 
 
 class Inverting(LlamaModel):
