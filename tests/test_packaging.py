@@ -143,7 +143,7 @@ def test_readme_commands_are_the_ones_that_ci_runs():
     """Each of the two is one line of the README, of torch's exact version; .ci/run takes them from there."""
     readme = (ROOT / "README.md").read_text().splitlines()
     script = (ROOT / ".ci" / "run").read_text()
-    for end in ("-m bidirect_patch demo", "-m pytest -n 2"):
+    for end in ("-m bidirect_patch demo", "-m pytest -n 2 --dist worksteal"):
         (line,) = [line for line in readme if line.startswith("python3 -m venv") and line.endswith(end)]
         assert "torch==2.13.0" in line
         assert f'readme "{end}"' in script
