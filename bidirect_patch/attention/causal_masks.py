@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import CausalMaskWarning, warn_user
 from ..model.facts import forward_builds_mask
+from ..model.under_way import models_under_way
 from ..swap.classes import is_open, original
 from ..swap.recording import values_are_unknown
-from .mixed import models_under_way
 
 _warned: "WeakSet[nn.Module]" = WeakSet()
 _judged_by_block_mask: "WeakSet[nn.Module]" = WeakSet()  # which has to be written out, so that the first one decides

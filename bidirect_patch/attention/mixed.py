@@ -5,19 +5,19 @@ where two models share their layers, or where a layer was put in the place of on
 decoder inside it, for which the model makes the mask, only one was changed.
 """
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import OrderError
 from ..model.decoder import Decoder
-from ..model.facts import builds_causal_mask, forward_builds_mask, is_attention, names_causal_mask
+from ..model.facts import builds_causal_mask, forward_builds_mask, is_attention
 from ..model.places import Channels, Place, attentions_in, fits_inside, names_of, out_of_place, spans_in, submodule
-from ..model.sinks import NO_SINKS, Sinks
+from ..model.sinks import sinks_of
+from ..model.under_way import models_under_way
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open, original
@@ -117,36 +117,6 @@ def _is_causal(attention: nn.Module) -> bool:
     return not is_open(attention) and getattr(attention, "is_causal", None) is True
 
 
-def models_under_way(making_masks: bool = False, in_backward: bool = False) -> Iterator[PreTrainedModel]:
-    """The models whose methods run now in this thread, the innermost first; one with several methods comes several times.
-
-    Args:
-        making_masks: only where the method that runs makes a causal mask. Before Python 3.13 a function's variables stay alive
-            until it returns once they were read from outside, so that few are to be.
-        in_backward: only within the backward pass that is under way, and not who called it.
-    """
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if in_backward and frame.f_globals.get("__name__", "").startswith("torch.autograd"):
-            return
-        code = frame.f_code
-        if "self" in code.co_varnames and (not making_masks or names_causal_mask(code)):
-            model = frame.f_locals.get("self")
-            if isinstance(model, PreTrainedModel):
-                yield model
-        frame = frame.f_back
-
-
-def is_under_construction() -> bool:
-    """Whether the constructor of a model of transformers runs now in this thread."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), PreTrainedModel):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def has_maker_under_way(decoder: nn.Module) -> bool:
     """Whether a patched model runs now that makes the mask of the `decoder` inside it.
 
@@ -194,6 +164,5 @@ def _refuse(model: nn.Module, names: Iterable[str], how: str, why: str) -> NoRet
 
 def enabling(model: nn.Module) -> str:
     """The call that enables a model with the sinks that it has, for a message."""
-    setting = setting_of(model)
-    sinks = NO_SINKS if setting is None else Sinks(*setting.sinks)
+    sinks = sinks_of(model)
     return f"enable_bidirectional(model, {sinks.in_words})" if any(sinks) else "enable_bidirectional(model)"

@@ -17,12 +17,12 @@ from ..model.facts import (
     puts_states_first,
     takes_any_keyword,
 )
-from ..model.sinks import NO_SINKS, Sinks
+from ..model.sinks import NO_SINKS, sinks_of
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import Swapped, has_mixin, original, set_forward
 from ..swap.modes import Mode
-from ..swap.record import setting_of, settings_of
+from ..swap.record import settings_of
 from ..swap.recording import is_graph_captured, values_are_unknown
 from .causal_masks import warn_if_causal
 from .label_leak import look_around
@@ -326,8 +326,7 @@ def _check_symmetric(model: Any, mask: Any) -> None:
 
 def _check_without_sinks(model: Any) -> None:
     """Raise AttentionMaskError for a ready mask where sink tokens would change it, as in models that aren't "ready"."""
-    setting = setting_of(model)
-    sinks = NO_SINKS if setting is None else Sinks(*setting.sinks)
+    sinks = sinks_of(model)
     if sinks != NO_SINKS:
         raise AttentionMaskError(
             f"a ready attention_mask of {type(model).__name__} with {sinks.in_words}: this model's own mask code would put the "

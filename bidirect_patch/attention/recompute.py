@@ -37,8 +37,9 @@ class _Layer:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.mode, self.layer = function, in_use.mode_now(), _layer_of(function)
-        found = [] if self.layer is None else [(each, settings_of(each, AttentionSettings)) for each in modules_of(self.layer)]
-        self.noted = in_use.Noted(in_use.mask_is_ours(), {each: settings for each, settings in found if settings is not None})
+        modules = () if self.layer is None else modules_of(self.layer)
+        settings = {module: own for module in modules if (own := settings_of(module, AttentionSettings)) is not None}
+        self.noted = in_use.Noted(in_use.mask_is_ours(), settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.mode is not Mode.CAUSAL_BLOCK and not all(map(is_open, self.noted.settings)):

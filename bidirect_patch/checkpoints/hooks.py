@@ -10,13 +10,14 @@ from typing import Any
 import wrapt
 from torch import nn
 
-from ..attention.mixed import holds_open, is_under_construction
+from ..attention.mixed import holds_open
 from ..attention.model_forward import check_not_in_others_block, holds_causal_block
 from ..errors import BidirectPatchError, GenerateError, warn_user
 from ..model.config import parts
 from ..model.find import holds_decoder
 from ..model.sinks import Sinks
 from ..model.tiny import is_building
+from ..model.under_way import is_under_construction
 from ..model.walk import modules_of
 from ..swap import in_use
 from ..swap.classes import is_open

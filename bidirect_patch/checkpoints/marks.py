@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..model.config import parts
@@ -52,24 +52,26 @@ def saved_sinks(config_or_model: Any) -> Sinks:
         ArgumentError: the config says numbers that have no meaning.
     """
     config = getattr(config_or_model, "config", config_or_model)
-    return next(filter(None, map(sinks_in_config, parts(config))), NO_SINKS)
+    return _first_sinks(parts(config))
 
 
 def sinks_on_disk(name_or_path: Any, **hub: Any) -> Sinks:
     """The sinks of which a checkpoint or adapter on disk says that it was trained with; see `is_marked`."""
     hub = {name: value for name, value in hub.items() if name in (*HUB_OPTIONS, "local_files_only")}
-    for file_name in ("adapter_config.json", "config.json"):
-        for part in _parts_of_json(read_json(name_or_path, file_name, hub)):
-            if (sinks := sinks_in_config(part)) is not None:
-                return sinks
-    return NO_SINKS
+    files = (read_json(name_or_path, file_name, hub) for file_name in ("adapter_config.json", "config.json"))
+    return _first_sinks(part for config in files for part in _parts_of_json(config))
 
 
 def marked_sinks(config: dict[str, Any]) -> Sinks | None:
     """The sinks that a config as a dict belongs to, if it belongs to bidirectional attention; None if not."""
     if not _config_says_so(config):
         return None
-    return next(filter(None, map(sinks_in_config, _parts_of_json(config))), NO_SINKS)
+    return _first_sinks(_parts_of_json(config))
+
+
+def _first_sinks(configs: Iterable[Any]) -> Sinks:
+    """The sinks of the first config that says some; none if none does."""
+    return next(filter(None, map(sinks_in_config, configs)), NO_SINKS)
 
 
 def _config_says_so(config: dict[str, Any]) -> bool:

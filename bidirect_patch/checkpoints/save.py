@@ -12,9 +12,8 @@ from torch import nn
 from ..attention.model_forward import BidirectionalModel
 from ..model.config import parts
 from ..model.find import decoders
-from ..model.sinks import NO_SINKS, Sinks
+from ..model.sinks import NO_SINKS, Sinks, sinks_of
 from ..swap.classes import has_mixin
-from ..swap.record import setting_of
 from ..swap.view import view
 from ..verify.mode import sinks_in
 from .adapters import marked
@@ -50,10 +49,9 @@ def saving_config(model: Any) -> Any:
             own = [saved for live, saved in pairs if live is module.config]
             # Older transformers give the models inside a composite one a copy of their config.
             own = own or [saved for live, saved in pairs if type(live) is type(module.config)]
-            setting = setting_of(module)
             for part in own or [config]:
                 part.is_causal = False
-                _write_sinks(part, NO_SINKS if setting is None else Sinks(*setting.sinks))
+                _write_sinks(part, sinks_of(module))
     if any(map(sinks_in_config, parts(config))):
         guard_config(config)
     return config

@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+from torch import nn
+
 from ..errors import ArgumentError
+from ..swap.record import setting_of
 
 
 class Sinks(NamedTuple):
@@ -43,3 +46,9 @@ def read_sinks(num_sink_tokens: object, num_sinkless_layers: object) -> Sinks:
             f"num_sinkless_layers={num_sinkless_layers} without sink tokens: give num_sink_tokens too, 1 for example"
         )
     return sinks
+
+
+def sinks_of(model: nn.Module) -> Sinks:
+    """The sinks that the patch has given a model that makes a mask; none for every other module."""
+    setting = setting_of(model)
+    return NO_SINKS if setting is None else Sinks(*setting.sinks)
