@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     for part in ("dev", "test"):
         _write_words(folder / "data" / "words", part, rng)
     _write_questions(folder / "data" / "qa" / "q.json", rng)
-    paragraphs = [" ".join(f"W{_text(rng, 6)}." for _ in range(3)) for _ in range(40)]
+    paragraphs = [" ".join(f"W{_text(rng, 6)}." for _ in range(3)) for _ in range(400)]
     (folder / "data" / "texts.txt").write_text("\n".join(paragraphs))
     return folder
 
@@ -186,6 +186,22 @@ def test_tagging_is_trained_and_read_as_the_command_wrote_it(place, tmp_path, ca
 
 
 @pytest.mark.slow
+def test_a_curve_reads_the_checkpoints_of_one_run(place, tmp_path, capsys, in_process):
+    points = ("--curve_tokens", "2048", "6144", "--mlm_probability", "0.5")
+    run(place, tmp_path, "--tasks", "curve", "--layers", "2", "--rows", "MNTP, sink", "neighbours, sink", *points)
+    said = capsys.readouterr().out
+    assert "| MNTP, sink, 6,144 | 6,144 | 6 | " in said and "| MNTP, sink, 6,144, of MNTP, sink, 0 | " in said
+    mntp, neighbours = (json.loads((tmp_path / "curve" / f"{name}-sink-0.json").read_text()) for name in ("MNTP", "neighbours"))
+    assert list(mntp) == ["0", "2048", "6144"] and [line["steps"] for line in mntp.values()] == [0, 2, 6]
+    losses = [line["loss"] for line in mntp.values()]
+    assert losses[0] > losses[1] > losses[2]  # the same tokens are hidden each time
+    assert mntp["0"]["cosines"] == neighbours["0"]["cosines"] != mntp["2048"]["cosines"] != mntp["6144"]["cosines"]
+    # A step of neighbours reads 64 texts, of six words each and one token before them.
+    every = neighbours["2048"]["steps"]
+    assert every == round(2048 / (64 * 7)) and neighbours["6144"]["steps"] == 3 * every and neighbours["0"]["loss"] is None
+
+
+@pytest.mark.slow
 def test_halved_weights_are_the_mean_of_those_before_and_after(place, tmp_path, in_process):
     from benchmarks.ladder.opened import open_row
     from benchmarks.ladder.rows import Row
@@ -194,7 +210,7 @@ def test_halved_weights_are_the_mean_of_those_before_and_after(place, tmp_path, 
     from bidirect_patch.cli.sweep.model import Source
 
     write_training_texts(place / "data", tmp_path / "texts")
-    plan = Plan(Source(str(place / "model"), torch_dtype="float32"), 2, "<s>", tmp_path, 1, 3, 1, None, False, print)
+    plan = Plan(Source(str(place / "model"), torch_dtype="float32"), 2, "<s>", tmp_path, 1, 3, 0.3, 1, None, False, print)
     before, halved, after = (open_row(plan, Row(name, "sink")).parts.model for name in ("untrained", "MNTP halved", "MNTP"))
     names = [name for name, _ in after.named_parameters() if "q_proj" in name]
     assert len(names) == 2
@@ -210,6 +226,7 @@ def test_halved_weights_are_the_mean_of_those_before_and_after(place, tmp_path, 
         (["--rows", "no such"], "no row 'no such'; give a recipe"),
         (["--rows", "teacher"], "need --teacher"),
         (["--data", "nowhere"], "there is no folder nowhere"),
+        (["--curve_tokens", "100", "250"], "each has to be a multiple of the first"),
     ],
 )
 def test_flags_that_do_not_fit(place, tmp_path, capsys, flags, says):

@@ -20,13 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ladder import retrieval, sentences, tables, tagging, texts, words
+from benchmarks.ladder import curve, retrieval, sentences, tables, tagging, texts, words
 from benchmarks.ladder.rows import ATTENTIONS, OF_ADAPTERS, RECIPES, UNTRAINED, UPPER, Row, all_rows
-from benchmarks.ladder.training import Plan
+from benchmarks.ladder.training import MNTP_PRESET, Plan
 from bidirect_patch.cli.sink_token import choose_sink_token
 from bidirect_patch.cli.sweep.model import Source, load_tokenizer
 
-TASKS = {"sentences": "sts", "words": "words", "tagging": "words", "retrieval": "qa"}  # and the folder of its data
+# And the folder of its data.
+TASKS = {"sentences": "sts", "curve": "sts", "words": "words", "tagging": "words", "retrieval": "qa"}
+TRAINS = ("tagging", "curve")  # those that train each row for themselves
 ALL = "all"
 TEACHER = "teacher"
 
@@ -72,6 +74,14 @@ def _task(task: str, folder: Path, options: argparse.Namespace) -> tuple[Callabl
             return tables.sentences(_read_results(results), {name: pairs.scores for name, pairs in sets.items()}, line)
 
         return lambda plan, row: sentences.measured(plan, row, dev, sets), table
+    if task == "curve":
+        dev, sets = texts.scored_pairs(folder, options.pairs)
+        scores = {name: pairs.scores for name, pairs in sets.items()}
+        points = options.curve_tokens
+        return (
+            lambda plan, row: curve.measured(plan, row, points, dev, sets),
+            lambda results: tables.curve(_read_results(results), scores),
+        )
     if task in ("words", "tagging"):
         fit, test = (texts.tagged_sentences(folder, part) for part in ("dev", "test"))
         of, made_of = (words, tables.words) if task == "words" else (tagging, tables.tagging)
@@ -84,6 +94,8 @@ def _is_of(task: str, row: Row) -> bool:
     """Whether a row is a row of a task. Untrained, sentences are read with and without blind layers in one row."""
     if task == "sentences":
         return row != Row(UNTRAINED, "sinkless")
+    if task == "curve":
+        return len(row.steps) == 1 and TEACHER not in row.steps
     if task == "tagging" and not set(row.steps) <= set(OF_ADAPTERS):
         return False
     return row.attention != UPPER and TEACHER not in row.steps
@@ -106,9 +118,10 @@ def _plan(options: argparse.Namespace, row: Row) -> Plan:
     source = Source.of(options.model, options.gguf_file, torch_dtype=options.torch_dtype, attn_implementation="sdpa")
     token = options.first_token or choose_sink_token(load_tokenizer(source), None)
     layers = options.layers
-    if layers is None and (row.steps or "tagging" in options.tasks):
+    if layers is None and (row.steps or set(TRAINS) & set(options.tasks)):
         raise SystemExit("--layers is missing: how many layers the trained rows keep; take what the untrained rows say is best")
-    settings = {name: getattr(options, name) for name in ("steps", "mntp_steps", "tagging_steps", "teacher", "bf16")}
+    names = ("steps", "mntp_steps", "mlm_probability", "tagging_steps", "teacher", "bf16")
+    settings = {name: getattr(options, name) for name in names}
     return Plan(source, layers or 0, token, options.out, log=_log, **settings)
 
 
@@ -125,8 +138,9 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
     add("--gguf_file", help="load this GGUF file of the model's folder")
     add("--data", type=Path, required=True, help="the folder of the files")
     add("--out", type=Path, required=True, help="where runs and results are kept, one folder for each model")
-    frozen = [task for task in TASKS if task != "tagging"]
-    add("--tasks", nargs="*", choices=list(TASKS), default=frozen, help="(default: all but tagging, which trains every row)")
+    frozen = [task for task in TASKS if task not in TRAINS]
+    about = f"(default: all but {' and '.join(TRAINS)}, which train each row for themselves)"
+    add("--tasks", nargs="*", choices=list(TASKS), default=frozen, help=about)
     add("--rows", nargs="*", metavar="ROW", default=[UNTRAINED], help='such as "MNTP, sink"; or all of a recipe: MNTP; or all')
     add("--pairs", type=int, default=1000, help="of each file of scored pairs; a quarter for STS12 to 16 (default: %(default)s)")
     add("--seeds", type=int, default=1, help="of each trained row (default: %(default)s)")
@@ -134,6 +148,11 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
     add("--layers", type=int, help="how many of the first layers the trained rows keep")
     add("--steps", type=int, default=60, help="of contrast and distillation, of 32 texts or pairs (default: %(default)s)")
     add("--mntp_steps", type=int, default=100, help="of masked next token prediction, of 8 x 128 tokens (default: %(default)s)")
+    probability = MNTP_PRESET["mlm_probability"]
+    add("--mlm_probability", type=float, default=probability, help="what it hides of the tokens (default: %(default)s)")
+    points = [100_000 * 2**i for i in range(5)]
+    about = "a curve's numbers of tokens, each a multiple of the first (default: %(default)s)"
+    add("--curve_tokens", type=int, nargs="*", default=points, help=about)
     add("--tagging_steps", type=int, default=400, help="of tagging, of 16 sentences (default: %(default)s)")
     add("--teacher", help="a finished encoder, for the rows of that name, and a row of its own")
     add("--torch_dtype", default="float32", help="of the weights of what is measured (default: %(default)s)")
@@ -148,6 +167,8 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
     if not options.data.is_dir():
         parser.error(f"--data: there is no folder {options.data}")
     options.rows = [row for row in rows if {ALL, row.recipe, str(row)} & set(options.rows)]
+    if not options.curve_tokens or any(tokens < 1 or tokens % options.curve_tokens[0] for tokens in options.curve_tokens):
+        parser.error(f"--curve_tokens: each has to be a multiple of the first, which {options.curve_tokens} are not")
     if any(TEACHER in row.steps for row in options.rows) and not options.teacher:
         parser.error("the rows of a teacher need --teacher, a finished encoder")
     return options

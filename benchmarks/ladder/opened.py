@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ladder.rows import ATTENTIONS, OF_ADAPTERS, Row
-from benchmarks.ladder.training import Plan, model_settings, trained
+from benchmarks.ladder.training import Plan, Settings, model_settings, trained
 from bidirect_patch import enable_bidirectional
 from bidirect_patch.checkpoints.guard import opening_sinks
 from bidirect_patch.checkpoints.marks import sinks_on_disk
@@ -66,20 +66,29 @@ class Opened(NamedTuple):
 def open_row(plan: Plan, row: Row) -> Opened:
     """The model of a row, which is trained first."""
     folders = trained(plan, row)
-    attention = ATTENTIONS.get(row.attention, ATTENTIONS["sink"])
     if not folders:
-        model, tokenizer = _untrained(plan.source)
-    else:
-        settings = model_settings(plan, row) | {"bidirectional": attention.bidirectional}
-        settings["torch_dtype"] = plan.source.torch_dtype
-        last = row.steps[-1]
-        if last in OF_ADAPTERS:
-            settings["peft_model_name_or_path"] = folders[last]
-        else:
-            settings |= {"model_name_or_path": folders[last], "gguf_file": None, "layers": None}
-        module = load_encoder(EncoderArguments(**settings, lora_r=0, simcse_dropout=0.0), {})[0][0]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = module.model.eval().requires_grad_(False).to(device), module.tokenizer
+        return _opened(*_untrained(plan.source), ATTENTIONS.get(row.attention, ATTENTIONS["sink"]))
+    last = row.steps[-1]
+    if last in OF_ADAPTERS:
+        return open_adapter(plan, row, folders[last])
+    return _trained(plan, row, {"model_name_or_path": folders[last], "gguf_file": None, "layers": None})
+
+
+def open_adapter(plan: Plan, row: Row, folder: str | None) -> Opened:
+    """The layers that a row trains, with an adapter of it; without one, as they are before that."""
+    return _trained(plan, row, {"peft_model_name_or_path": folder})
+
+
+def _trained(plan: Plan, row: Row, source: Settings) -> Opened:
+    attention = ATTENTIONS[row.attention]
+    settings = model_settings(plan, row) | {"bidirectional": attention.bidirectional} | source
+    settings["torch_dtype"] = plan.source.torch_dtype
+    module = load_encoder(EncoderArguments(**settings, lora_r=0, simcse_dropout=0.0), {})[0][0]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _opened(module.model.eval().requires_grad_(False).to(device), module.tokenizer, attention)
+
+
+def _opened(model: Any, tokenizer: Any, attention: Attention) -> Opened:
     limit = positions(model)
     short = torch.tensor(token_ids(tokenizer, ["a short text"], limit), device=next(model.parameters()).device)
     return Opened(take_apart(model, short), tokenizer, attention, limit)

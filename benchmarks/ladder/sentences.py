@@ -36,6 +36,11 @@ def measured(plan: Plan, row: Row, dev: Pairs, sets: Sets) -> dict[str, Any]:
     opened = open_row(plan, row)
     if row.attention == UPPER:
         return {"": _upper(opened, plan.first_token, dev, sets)}
+    return read(opened, row, dev, sets)
+
+
+def read(opened: Opened, row: Row, dev: Pairs, sets: Sets) -> dict[str, Any]:
+    """The lines of an opened model of a row, each in its best way."""
     family = opened.attention.family
     tried = first_tokens(first_token(opened.tokenizer), candidates(opened.tokenizer))[family]
     tokenizers = {token: with_first_token(opened.tokenizer, token) for token in tried}

@@ -69,13 +69,8 @@ def sentences(results: Mapping[Row, Any], scores: Mapping[str, np.ndarray], teac
         scores: The scores of each set.
         teacher: The line of the teacher; None if there is none.
     """
-    draws = {name: Bootstrap(values) for name, values in scores.items()}
-    groups = dict.fromkeys(group_of(name) for name in scores)
+    groups, values = _correlations(scores)
     table = Table(groups, (HOW, "dev"))
-
-    def values(line: Any) -> dict[str, np.ndarray]:
-        drawn = {name: draws[name].drawn(np.array(line["cosines"][name])) for name in line["cosines"]}
-        return {g: np.mean([v for name, v in drawn.items() if group_of(name) == g], axis=0) for g in groups}
 
     def notes(lines: Sequence[Any]) -> tuple[str, str]:
         return _hows(lines), f"{np.mean([line['dev'] for line in lines]):.1f}"
@@ -95,6 +90,35 @@ def sentences(results: Mapping[Row, Any], scores: Mapping[str, np.ndarray], teac
     if teacher is not None:
         table.add("the teacher itself", notes([teacher[""]]), [values(teacher[""])])
     return str(table)
+
+
+def curve(results: Mapping[Row, Any], scores: Mapping[str, np.ndarray]) -> str:
+    """The table of curves: a line for each number of tokens, beside the line before training.
+
+    Args:
+        results: What `curve.measured` gave, by row.
+        scores: The scores of each set.
+    """
+    groups, values = _correlations(scores)
+    table = Table(groups, ("tokens", "steps", "loss", HOW, "dev"))
+    for row, lines in results.items():
+        for tokens, line in lines.items():
+            loss = "" if line["loss"] is None else f"{line['loss']:.3f}"
+            notes = (f"{int(tokens):,}", str(line["steps"]), loss, line["how"], f"{line['dev']:.1f}")
+            table.add(f"{row}, {int(tokens):,}", notes, [values(line)], [f"{row}, 0"])
+    return str(table)
+
+
+def _correlations(scores: Mapping[str, np.ndarray]) -> tuple[list[str], Callable[[Any], dict[str, np.ndarray]]]:
+    """The columns of some sets of pairs, and what gives a line's value in each, with its draws."""
+    draws = {name: Bootstrap(values) for name, values in scores.items()}
+    groups = list(dict.fromkeys(group_of(name) for name in scores))
+
+    def values(line: Any) -> dict[str, np.ndarray]:
+        drawn = {name: draws[name].drawn(np.array(line["cosines"][name])) for name in line["cosines"]}
+        return {g: np.mean([v for name, v in drawn.items() if group_of(name) == g], axis=0) for g in groups}
+
+    return groups, values
 
 
 def words(results: Mapping[Row, Any]) -> str:

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 from benchmarks.ladder.rows import ATTENTIONS, Row
 from benchmarks.measure import ROOT
+from bidirect_patch.cli.mntp.settings import PRESETS as MNTP_PRESETS
 from bidirect_patch.cli.simcse.settings import PRESETS
 from bidirect_patch.cli.sweep.model import Source
 
 TOOK = "seconds.json"  # written beside a run when it is done: one without it is trained anew
+MNTP_PRESET = MNTP_PRESETS["small"]
 BATCH = PRESETS["small"]["per_device_train_batch_size"]
+HELD_OUT = 64  # texts on which the loss of MNTP is taken along a curve
 
 Settings = dict[str, Any]
 
@@ -31,6 +34,7 @@ class Plan(NamedTuple):
         out: The folder with `texts`, where the runs are kept too.
         steps: Of contrastive training and of distillation.
         mntp_steps: Of masked next token prediction.
+        mlm_probability: The share of tokens that it hides.
         tagging_steps: Of fine-tuned tagging.
         teacher: A finished encoder.
         bf16: Whether to compute in bfloat16.
@@ -43,6 +47,7 @@ class Plan(NamedTuple):
     out: Path
     steps: int
     mntp_steps: int
+    mlm_probability: float
     tagging_steps: int
     teacher: str | None
     bf16: bool
@@ -73,13 +78,43 @@ def trained(plan: Plan, row: Row) -> dict[str, str]:
         if step == "halved":
             _halve(folders["mntp"], folder)
         elif step == "mntp":
-            settings |= {"train_file": [str(plan.out / "texts" / "paragraphs.txt")], "max_steps": plan.mntp_steps}
-            run("mntp", settings, folder, plan.log)
+            run("mntp", settings | _of_mntp(plan) | {"max_steps": plan.mntp_steps}, folder, plan.log)
         else:
             settings |= _of_contrast(plan, row, step) | {"max_steps": plan.steps}
             run("simcse", settings, folder, plan.log)
         folders[step] = str(folder)
     return folders
+
+
+def checkpoints(plan: Plan, row: Row, every: int, count: int) -> Path:
+    """Train the one step of a row, with a checkpoint after `every` steps, `count` of them: the folder of the run.
+
+    The learning rate stays what it is, so that no checkpoint depends on where the run ends. MNTP is evaluated on texts held out,
+    too, before it begins and at each checkpoint.
+    """
+    (step,) = row.steps
+    folder = plan.out / "curve" / "trained" / row.file
+    settings = run_settings(plan, row) | {"max_steps": every * count, "logging_steps": every}
+    settings["lr_scheduler_type"] = "constant_with_warmup"
+    settings |= {"save_strategy": "steps", "save_steps": every, "save_only_model": True, "save_total_limit": None}
+    if step == "mntp":
+        held_out = {"validation_split_percentage": 5, "max_eval_samples": HELD_OUT, "do_eval": True}
+        settings |= _of_mntp(plan) | held_out | {"eval_strategy": "steps", "eval_steps": every}
+    else:
+        settings |= _of_contrast(plan, row, step)
+    run("mntp" if step == "mntp" else "simcse", settings, folder, plan.log)
+    return folder
+
+
+def tokens_a_step(plan: Plan, row: Row, tokenizer: Any) -> float:
+    """How many tokens a step of the row's training reads."""
+    (step,) = row.steps
+    if step == "mntp":
+        return float(MNTP_PRESET["max_seq_length"] * MNTP_PRESET["per_device_train_batch_size"])
+    lines = Path(_of_contrast(plan, row, step)["dataset_file_path"]).read_text(encoding="utf-8").splitlines()
+    texts = [text for line in lines for text in (json.loads(line).values() if step == "neighbours" else (line, line))]
+    ids = tokenizer(texts, truncation=True, max_length=PRESETS["small"]["max_seq_length"])["input_ids"]
+    return 2 * BATCH * sum(map(len, ids)) / len(ids)
 
 
 def on_adapter(folders: dict[str, str]) -> Settings:
@@ -93,6 +128,10 @@ def _halve(adapter: str, folder: Path) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] // 2}), encoding="utf-8")
+
+
+def _of_mntp(plan: Plan) -> Settings:
+    return {"train_file": [str(plan.out / "texts" / "paragraphs.txt")], "mlm_probability": plan.mlm_probability}
 
 
 def _of_contrast(plan: Plan, row: Row, step: str) -> Settings:
