@@ -18,6 +18,7 @@ SAMPLE = {
     **{"gemma3": "sdpa"},
 }
 FEWEST = 20  # cases of a class
+ON_EVERY_RELEASE = ("bloom", "mistral")  # the others run on the newest alone: each takes a second or two
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,9 @@ def check(row):
     assert list(row.outcomes.values()).count("equal") >= FEWEST // 2
 
 
-@pytest.mark.parametrize("model_type", SAMPLE)
+@pytest.mark.parametrize(
+    "model_type", [kind if kind in ON_EVERY_RELEASE else pytest.param(kind, marks=pytest.mark.slow) for kind in SAMPLE]
+)
 @pytest.mark.filterwarnings("ignore::bidirect_patch.errors.LabelLeakWarning")  # labels are tried, not trained on
 def test_each_argument_gives_what_an_explicit_mask_gives(model_type):
     if model_type not in zoo.buildable_types():
@@ -49,6 +52,7 @@ def test_each_argument_gives_what_an_explicit_mask_gives(model_type):
     check(scan_release.scan_class("causal LM", model_type, cls, build, SAMPLE[model_type]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::bidirect_patch.errors.LabelLeakWarning", "ignore::bidirect_patch.errors.CausalMaskWarning")
 def test_a_multimodal_model_and_its_text_model_alone():
     if "llava" not in models.outer_types():

@@ -64,6 +64,7 @@ def test_one_graph_a_mode_when_compiled(make_model, fullgraph, backend, padded):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 def test_the_compiled_wrapper_is_taken_like_the_model(make_model, fullgraph):
     model = make_model(head=False)
     with torch.no_grad():
@@ -89,7 +90,8 @@ def composite():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("part", ["outer", pytest.param("inner", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["outer", "inner"])
 def test_a_compiled_model_after_a_block_on_the_decoder_inside_it(composite, part):
     outer, inner = composite
     want = output(outer)
@@ -103,6 +105,7 @@ def test_a_compiled_model_after_a_block_on_the_decoder_inside_it(composite, part
     assert moves(compiled) == ONE_SINK
 
 
+@pytest.mark.slow
 def test_a_compiled_model_whose_decoder_was_changed_alone(composite):
     outer, inner = composite
     compiled = torch.compile(outer, backend="eager")

@@ -119,7 +119,7 @@ def test_a_block_is_whole_inside_and_leaves_the_mixture_that_it_found(mixed, ins
     assert not moved(disable_bidirectional(model))[:-1].any()
 
 
-@pytest.mark.parametrize("layers", [[1], [0, 1]])
+@pytest.mark.parametrize("layers", [[1], pytest.param([0, 1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_a_causal_flag_that_somebody_sets_is_an_error_until_it_is_enabled_or_disabled_again(layers, sinks, tmp_path):
     model = enable_bidirectional(tiny_model(), num_sink_tokens=sinks)

@@ -24,6 +24,7 @@ def test_one_loss_in_the_other_direction_would_be_seen(wrong):
         assert_gradients(expected((0, 0), BATCH, **wrong), expected((0, 0), BATCH))
 
 
+@pytest.mark.slow
 def test_two_ranks_of_ddp_have_the_mean_of_their_gradients(tmp_path):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
