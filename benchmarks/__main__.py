@@ -39,6 +39,7 @@ SECTIONS = (  # title, script and its arguments
     ("Encoding with sentence-transformers", ("encode", "--rounds", "2")),
     ("The collator", ("collator",)),
     ("Lower precision", ("precision",)),
+    ("Eager attention beside SDPA on a CPU", ("cpu_attention",)),
     ("A step of each command beside its floor", ("steps", "--rounds", "2")),
 )
 

@@ -6,7 +6,7 @@ A flag wins over the file.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -23,6 +23,10 @@ from .settings_by_release import has_accelerator, name_of_checkpointing, transla
 from .settings_help import ALL, NOTES, Formatter, shorten
 from .sink_settings import check_sinks
 
+# Of so few tokens in bfloat16 on a CPU, a forward and a backward of torch's SDPA take 1 to 4 times what eager attention does;
+# of 512 tokens, 0.6 (`python -m benchmarks.cpu_attention`).
+EAGER_UP_TO = 256
+
 
 @dataclass
 class CommonModelArguments:
@@ -34,7 +38,10 @@ class CommonModelArguments:
         default="float32", metadata={"help": "The type of the weights."}
     )
     attn_implementation: str = field(
-        default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2 or another name that transformers knows."}
+        default="sdpa",
+        metadata={
+            "help": f"eager, sdpa, ... Default: sdpa; in bfloat16 on a CPU, up to {EAGER_UP_TO} tokens, eager."
+        },
     )
     layers: int | None = field(
         default=None, metadata={"help": "Keep the first N layers alone."}
@@ -125,7 +132,7 @@ def parse_settings(
     _check_names(settings, types)
     values = _convert(parser, settings, kinds, types)
     check_training_numbers(values)
-    _fit(values)
+    _fit(values, given=set(settings))
     with transformers_errors():
         parsed = parser.parse_dict(values)
     for part in parsed:
@@ -133,8 +140,12 @@ def parse_settings(
     return parsed, values["output_dir"]
 
 
-def _fit(values: dict[str, Any]) -> None:
-    """Set what follows from the settings and the machine, in place."""
+def _fit(values: dict[str, Any], given: Set[str]) -> None:
+    """Set what follows from the settings, of which some were given, and from the machine, in place."""
+    on_cpu = values["use_cpu"] or not has_accelerator()
+    is_short = values["max_seq_length"] is not None and values["max_seq_length"] <= EAGER_UP_TO
+    if on_cpu and is_short and (values["bf16"] or values["torch_dtype"] == "bfloat16") and "attn_implementation" not in given:
+        values["attn_implementation"] = "eager"
     checkpointing = name_of_checkpointing(values)
     if values[checkpointing] and not values[f"{checkpointing}_kwargs"]:
         # The reentrant kind gives an adapter no gradient: the embeddings that enter the first layer are frozen.

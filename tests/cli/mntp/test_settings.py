@@ -91,6 +91,32 @@ def test_bf16_without_an_accelerator_trains_on_the_cpu(settings, monkeypatch, tm
     assert parse([str(path), "--do_train", flag])[3].use_cpu is True
 
 
+@pytest.mark.parametrize(
+    "change, has_accelerator, expected",
+    [
+        ({"bf16": True, "max_seq_length": 256}, False, "eager"),
+        ({"bf16": True, "max_seq_length": 257}, False, "sdpa"),
+        ({"bf16": True, "max_seq_length": None}, False, "sdpa"),
+        ({"torch_dtype": "bfloat16", "max_seq_length": 8}, False, "eager"),
+        ({"max_seq_length": 8}, False, "sdpa"),
+        ({"bf16": True, "max_seq_length": 8, "attn_implementation": "sdpa"}, False, "sdpa"),
+        ({"bf16": True, "max_seq_length": 8, "use_cpu": True}, True, "eager"),
+        ({"torch_dtype": "bfloat16", "max_seq_length": 8}, True, "sdpa"),
+    ],
+)
+def test_short_texts_in_bfloat16_on_a_cpu_train_with_eager_attention(
+    settings, monkeypatch, tmp_path, change, has_accelerator, expected
+):
+    from bidirect_patch.cli import common_settings as module
+    from bidirect_patch.cli.mntp.settings import parse
+
+    monkeypatch.setattr(module, "has_accelerator", lambda: has_accelerator)
+    del settings["use_cpu"]
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings | {"do_train": True} | change))
+    assert parse([str(path)])[0].attn_implementation == expected
+
+
 def test_without_flash_attention_another_backend_is_named():
     from bidirect_patch.cli.load_errors import loading
     from bidirect_patch.errors import BackendError
