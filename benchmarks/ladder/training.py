@@ -63,10 +63,9 @@ def model_settings(plan: Plan, row: Row) -> Settings:
 
 
 def run_settings(plan: Plan, row: Row) -> Settings:
-    """The settings that every run of a command has. It chooses the backend, which is the faster one on a CPU in bfloat16."""
+    """The settings that every run of a command has."""
     common = {"preset": "small", "lr_scheduler_type": "linear", "save_strategy": "no", "report_to": "none"}
-    model = {name: value for name, value in model_settings(plan, row).items() if name != "attn_implementation"}
-    return common | model | {"bf16": plan.bf16, "seed": row.seed}
+    return common | model_settings(plan, row) | {"bf16": plan.bf16, "seed": row.seed}
 
 
 def trained(plan: Plan, row: Row) -> dict[str, str]:
