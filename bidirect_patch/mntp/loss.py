@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Logits of one chunk in float32. With fewer rows than some 200, a matrix product waits for memory.
 CHUNK_BYTES = 108 * 2**20
+LOWEST = -80.0  # below this logarithm a float32 has fewer digits
 
 Finish = Callable[[Tensor], Tensor]  # what a model does to the logits (rows, vocab) of its head: scaling, soft-capping, a cast
 
@@ -142,20 +143,20 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, max(len(hidden), 1), size):  # once too where nothing is scored, for the sink
             part = slice(start, start + size)
             x = hidden[part].to(dtype)
-            raw, log_p = (r[: len(x)] for r in room)
+            raw, p = (r[: len(x)] for r in room)
             raw = torch.mm(x, w.t(), out=raw) if b is None else torch.addmm(b, x, w.t(), out=raw)
             raw.requires_grad_(any(needs))
             with torch.set_grad_enabled(any(needs)):
                 logits = how.finish(raw.clone() if how.effect.writes else raw)
             if how.sink is not None:
                 how.sink.add(part, logits.detach(), targets[part])
-            log_p = log_p[:, : logits.shape[1]]  # some models leave out ids that only pad the vocabulary
-            torch.log_softmax(logits.detach(), -1, dtype=torch.float32, out=log_p)
+            p = p[:, : logits.shape[1]]  # some models leave out ids that only pad the vocabulary
+            torch.softmax(logits.detach(), -1, dtype=torch.float32, out=p)
             here = targets[part].unsqueeze(1)
-            loss -= log_p.gather(1, here).sum()
+            loss -= _log_probabilities(p, logits.detach(), here).sum()
             if any(needs):
                 # Softmax minus one-hot, in place: of a plain head's chunk there are never more than two copies.
-                d_logits = log_p.exp_().scatter_add_(1, here, log_p.new_full(here.shape, -1.0))
+                d_logits = p.scatter_add_(1, here, p.new_full(here.shape, -1.0))
                 grads.add(part, x, w, _before_finish(raw, logits, d_logits, how.effect))
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.used = False
@@ -166,6 +167,21 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place: with a large vocabulary, one more copy of the head's gradient would be the peak.
         _check_once(ctx)
         return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None
+
+
+def _log_probabilities(p: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Logarithms of the targets' probabilities, (rows, 1), float32.
+
+    Args:
+        p: (rows, vocab), softmax of the logits in float32.
+        logits: (rows, vocab).
+        targets: (rows, 1), int64.
+    """
+    log_p = p.gather(1, targets).log()
+    far = (log_p < LOWEST).flatten().nonzero().flatten()  # whose probability has lost its digits: seldom any
+    apart = logits[far].float()
+    log_p[far] = apart.gather(1, targets[far]) - apart.logsumexp(-1, keepdim=True)
+    return log_p
 
 
 def _before_finish(raw: Tensor, logits: Tensor, d_logits: Tensor, effect: _Effect) -> Tensor:

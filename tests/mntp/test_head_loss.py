@@ -35,6 +35,24 @@ def test_num_items_in_batch(items, chunks):
     torch.testing.assert_close(loss * items, mean.detach() * scored)
 
 
+@pytest.mark.parametrize("bias", [0.0, -60.0, -85.0, -95.0, -105.0, -1e4, -torch.inf])
+def test_targets_that_are_next_to_impossible(bias):
+    """Their probabilities are no float32, or have few digits. Logarithms of them in float64 are the reference."""
+    from bidirect_patch.mntp.loss import total
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=generator) for n in (6, 9))
+    shift = torch.zeros(9)
+    shift[2] = bias
+    targets = torch.tensor([2, 0, 2, 5, 2, 2])
+    hidden.requires_grad_()
+    loss = total(hidden, weight, shift, targets, lambda logits: logits, None)
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.double().T + shift.double(), targets, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-7, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(*each)[0].double() for each in ((loss, hidden), (expected, exact))))
+
+
 def scaled_models():
     """Families whose logits are more than the head's output, as far as this transformers has them."""
     for name, settings in {
