@@ -210,7 +210,7 @@ def test_halved_weights_are_the_mean_of_those_before_and_after(place, tmp_path, 
     from bidirect_patch.cli.sweep.model import Source
 
     write_training_texts(place / "data", tmp_path / "texts")
-    plan = Plan(Source(str(place / "model"), torch_dtype="float32"), 2, "<s>", tmp_path, 1, 3, 0.3, 1, None, False, print)
+    plan = Plan(Source(str(place / "model"), torch_dtype="float32"), 2, "<s>", tmp_path, 1, 3, 3, 0.3, 1, None, False, print)
     before, halved, after = (open_row(plan, Row(name, "sink")).parts.model for name in ("untrained", "MNTP halved", "MNTP"))
     names = [name for name, _ in after.named_parameters() if "q_proj" in name]
     assert len(names) == 2

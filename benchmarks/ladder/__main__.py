@@ -122,7 +122,8 @@ def _plan(options: argparse.Namespace, row: Row) -> Plan:
         raise SystemExit("--layers is missing: how many layers the trained rows keep; take what the untrained rows say is best")
     names = ("steps", "mntp_steps", "mlm_probability", "tagging_steps", "teacher", "bf16")
     settings = {name: getattr(options, name) for name in names}
-    return Plan(source, layers or 0, token, options.out, log=_log, **settings)
+    mntp_layers = options.mntp_layers or layers or 0
+    return Plan(source, layers or 0, token, options.out, mntp_layers=mntp_layers, log=_log, **settings)
 
 
 def _log(what: str) -> None:
@@ -147,6 +148,7 @@ def _read(arguments: list[str] | None) -> argparse.Namespace:
     add("--first_token", help="what stands before each text, unless the tokenizer puts one there (default: as `mntp` chooses)")
     add("--layers", type=int, help="how many of the first layers the trained rows keep")
     add("--steps", type=int, default=60, help="of contrast and distillation, of 32 texts or pairs (default: %(default)s)")
+    add("--mntp_layers", type=int, help="how many of the first layers MNTP trains (default: --layers)")
     add("--mntp_steps", type=int, default=100, help="of masked next token prediction, of 8 x 128 tokens (default: %(default)s)")
     probability = MNTP_PRESET["mlm_probability"]
     add("--mlm_probability", type=float, default=probability, help="what it hides of the tokens (default: %(default)s)")

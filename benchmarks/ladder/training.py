@@ -33,6 +33,7 @@ class Plan(NamedTuple):
         first_token: What stands before each text.
         out: The folder with `texts`, where the runs are kept too.
         steps: Of contrastive training and of distillation.
+        mntp_layers: How many layers it is trained on. A head is made for the states after all layers.
         mntp_steps: Of masked next token prediction.
         mlm_probability: The share of tokens that it hides.
         tagging_steps: Of fine-tuned tagging.
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     first_token: str
     out: Path
     steps: int
+    mntp_layers: int
     mntp_steps: int
     mlm_probability: float
     tagging_steps: int
@@ -131,7 +133,8 @@ def _halve(adapter: str, folder: Path) -> None:
 
 
 def _of_mntp(plan: Plan) -> Settings:
-    return {"train_file": [str(plan.out / "texts" / "paragraphs.txt")], "mlm_probability": plan.mlm_probability}
+    file = str(plan.out / "texts" / "paragraphs.txt")
+    return {"train_file": [file], "layers": plan.mntp_layers, "mlm_probability": plan.mlm_probability}
 
 
 def _of_contrast(plan: Plan, row: Row, step: str) -> Settings:
