@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,6 @@ from torch import Tensor
 
 from benchmarks.ladder.rows import ATTENTIONS, OF_ADAPTERS, Row
 from benchmarks.ladder.training import Plan, Settings, model_settings, trained
-from bidirect_patch import enable_bidirectional
-from bidirect_patch.checkpoints.guard import opening_sinks
-from bidirect_patch.checkpoints.marks import sinks_on_disk
 from bidirect_patch.cli.simcse.model import load_encoder
 from bidirect_patch.cli.simcse.settings import EncoderArguments
 from bidirect_patch.cli.sweep.model import Source, load_model, load_tokenizer
@@ -21,7 +17,6 @@ from bidirect_patch.cli.sweep.passes import Depth, states
 from bidirect_patch.cli.sweep.setups import Attention
 from bidirect_patch.cli.sweep.steps import positions
 from bidirect_patch.cli.sweep.texts import batches, token_ids
-from bidirect_patch.model.sinks import NO_SINKS
 
 FIFTHS = 5  # words and retrieval look at so many depths, evenly spread
 
@@ -98,15 +93,3 @@ def _opened(model: Any, tokenizer: Any, attention: Attention) -> Opened:
 def _untrained(source: Source) -> tuple[Any, Any]:
     """The model, which its rows share: each attends in a block that leaves it as it was."""
     return load_model(source), load_tokenizer(source)
-
-
-def open_encoder(folder: str) -> Any:
-    """A folder of `simcse`, or any finished encoder, as a SentenceTransformer."""
-    from sentence_transformers import SentenceTransformer
-
-    with opening_sinks():
-        model = SentenceTransformer(folder)
-    sinks = sinks_on_disk(folder) if Path(folder).is_dir() else NO_SINKS
-    if sinks != NO_SINKS:
-        enable_bidirectional(model, **sinks._asdict())
-    return model

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.ladder.opened import Opened, open_encoder, open_row
+from benchmarks.ladder.opened import Opened, open_row
 from benchmarks.ladder.rows import UNTRAINED, UPPER, Row
 from benchmarks.ladder.training import Plan, trained
+from bidirect_patch.cli.simcse.saved_encoder import open_encoder
 from bidirect_patch.cli.sink_token import candidates, first_token
 from bidirect_patch.cli.spearman import spearman
 from bidirect_patch.cli.sweep.encode import Embeddings

@@ -1,8 +1,13 @@
 """The sink token of the commands: which token stands before each text, and a tokenizer that puts it there."""
 
+import os
 from typing import Any
 
+from transformers import AutoTokenizer
+
+from ..checkpoints.marks import sinks_on_disk
 from ..errors import ConfigError
+from ..model.sinks import NO_SINKS
 from .added_token import add_token
 
 NAMES = ("bos", "eos")  # of a tokenizer's beginning and end token, in a setting
@@ -33,6 +38,20 @@ def first_token(tokenizer: Any) -> str | None:
         return None
     token: str = tokenizer.convert_ids_to_tokens(ids[0])
     return token
+
+
+def saved_sink_token(adapter: str | None, num_sink_tokens: int) -> str | None:
+    """The token that an adapter's own tokenizer puts before each text, behind which the adapter was trained.
+
+    Args:
+        adapter: Its folder; None if there is no adapter.
+        num_sink_tokens: Of the model. Without any, and for an adapter without sinks or without a tokenizer, the answer is None.
+    """
+    if adapter is None or not num_sink_tokens or not os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
+        return None
+    if sinks_on_disk(adapter) == NO_SINKS:
+        return None
+    return first_token(AutoTokenizer.from_pretrained(adapter))
 
 
 def choose_sink_token(tokenizer: Any, asked: str | None) -> str:

@@ -35,8 +35,21 @@ class RunTrainer(Trainer):
         return metrics
 
     def evaluate_before(self, prefix: str) -> dict[str, float]:
-        """Evaluate before the first step, with this prefix of the metrics' names."""
-        metrics = self.evaluate(metric_key_prefix=prefix)
+        """Evaluate before the first step, with this prefix of the metrics' names.
+
+        The weights keep their type, whatever `bf16_full_eval` and `fp16_full_eval` say: transformers casts the model itself,
+        which is to be trained after that.
+        """
+        whole = {name: getattr(self.args, name) for name in ("bf16_full_eval", "fp16_full_eval")}
+        if any(whole.values()):
+            self.model.to(self.args.device)  # where the cast would have moved it
+        try:
+            for name in whole:
+                setattr(self.args, name, False)
+            metrics = self.evaluate(metric_key_prefix=prefix)
+        finally:
+            for name, value in whole.items():
+                setattr(self.args, name, value)
         # accelerate takes a model that it prepared for evaluation for one that is ready to be trained. It would leave that
         # model without DDP, and each rank would train alone, on its own gradients.
         self.model.__dict__.pop("_is_accelerate_prepared", None)

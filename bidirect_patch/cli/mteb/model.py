@@ -5,20 +5,16 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from sentence_transformers import SentenceTransformer
-
 from ... import load_llm2vec
 from ...attention.versions import DTYPE_ARGUMENT
-from ...checkpoints.guard import opening_sinks
-from ...checkpoints.marks import is_marked, sinks_on_disk
 from ...checkpoints.marks import read_json as read_json_of
+from ...checkpoints.marks import sinks_on_disk
 from ...errors import ConfigError
 from ...model.sinks import NO_SINKS
-from ...patch import enable_bidirectional
 from ..common_settings import read_json
-from ..load_errors import loading
 from ..simcse.instructions import as_prompt
 from ..simcse.model import load_encoder
+from ..simcse.saved_encoder import open_encoder
 from ..simcse.settings import EncoderArguments
 
 
@@ -60,7 +56,7 @@ def load(flags: Any) -> Encoder:
     if read_json_of(name, "config_sentence_transformers.json", {}):
         if adapter:
             raise ConfigError(f"{name} is a whole encoder already: give no peft_model_name_or_path")
-        model = _open(name, options)
+        model = open_encoder(name, **options)
         uses = is_llm2vec or any(model.prompts.values())
         return Encoder(model, called, uses, _llm2vec if is_llm2vec else as_prompt, (name,))
     is_adapter = bool(read_json_of(name, "adapter_config.json", {}))
@@ -77,15 +73,6 @@ def load(flags: Any) -> Encoder:
     loaded = load_llm2vec(name, adapter, **options)
     called = os.path.basename(os.path.abspath(adapter)) if adapter and os.path.exists(adapter) else adapter or called
     return Encoder(loaded, called, True, _llm2vec, tuple(filter(None, (name, adapter))))
-
-
-def _open(name: str, options: dict[str, Any]) -> Any:
-    """An encoder of sentence-transformers, bidirectional if it was saved so, with the sinks that it was saved with."""
-    with loading(name), opening_sinks():
-        model = SentenceTransformer(name, model_kwargs=options)
-    if is_marked(name):
-        enable_bidirectional(model, **sinks_on_disk(name)._asdict())
-    return model
 
 
 def _from_settings(path: str, flags: Any) -> tuple[Any, tuple[str, ...]]:

@@ -42,5 +42,5 @@ def make_report(trainer: Any) -> Report:
 
 def evaluate_before(trainer: Any, report: Report) -> None:
     """Evaluate before the first step."""
-    report.add("before", "before training", trainer.evaluate(metric_key_prefix="before"))
+    report.add("before", "before training", trainer.evaluate_before("before"))
     report.show()

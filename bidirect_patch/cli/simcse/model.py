@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from ...checkpoints.guard import opening_sinks
 from ...checkpoints.loading import without_peft_warning
-from ...checkpoints.marks import saved_sinks, sinks_on_disk
+from ...checkpoints.marks import read_json, saved_sinks, sinks_on_disk
 from ...encoder.without_sinks import WithoutSinks
 from ...errors import ConfigError
 from ...model.config import parts
@@ -22,13 +22,13 @@ from ..load_errors import loading
 from ..lora import check_depth, with_lora
 from ..settings_by_release import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from ..sink_settings import check_sinkless, choose_sinks
-from ..sink_token import with_sink_token
+from ..sink_token import saved_sink_token, with_sink_token
 from .end_token import append_end_token
 from .prompt_tokens import with_countable_prompts
+from .saved_encoder import POOLING, choose_pooling
 from .settings import DROPOUT, EncoderArguments, PoolingMode
 
-# The name of a pooling mode in LLM2Vec -> its name in sentence-transformers.
-POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmean", "eos_token": "lasttoken"}
+DROPOUTS = ("attention_dropout", "attn_pdrop")  # the names that configs have for the dropout of attention
 
 # What sentence-transformers' Transformer reads: texts as they are.
 PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -56,9 +56,11 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
 
     Raises:
         BackendError: The attention backend is not installed.
-        ConfigError: There is no such model or adapter, or it cannot have these settings.
+        ConfigError: There is no such model or adapter, it cannot have these settings, or it is an encoder that they can't name.
         UnsupportedModelError: The model cannot be made bidirectional.
     """
+    check_no_adapter(settings.model_name_or_path)
+    pooling_mode = choose_pooling(settings.pooling_mode, str(settings.model_name_or_path))
     what = " under ".join(p for p in (settings.peft_model_name_or_path, settings.model_name_or_path) if p)
     with loading(what), opening_sinks():
         module = _load_module(settings)
@@ -76,25 +78,24 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
     if not settings.bidirectional:
         disable_bidirectional(model)
     module.model = model = with_lora(model.requires_grad_(True), settings)  # PEFT froze what it was put on
-    if prompts:
-        module.processor = with_countable_prompts(module.tokenizer, prompts.values())
-    if module.tokenizer.pad_token is None:
-        module.tokenizer.pad_token = module.tokenizer.eos_token
-    if not settings.chat_template:  # which begins with tokens of its own
-        module.processor, _ = with_sink_token(module.tokenizer, settings.sink_token, sinks.num_sink_tokens)
-    if settings.pooling_mode == "eos_token":
-        module.processor = append_end_token(module.tokenizer)
-    mode = POOLING[settings.pooling_mode]
-    pooling = Pooling(model.config.hidden_size, pooling_mode=mode, include_prompt=not prompts)
+    _fit_tokenizer(module, settings, prompts, sinks.num_sink_tokens, pooling_mode)
+    pooling = Pooling(model.config.hidden_size, pooling_mode=POOLING[pooling_mode], include_prompt=not prompts)
     limit = _limit(module, settings)
     longest = max(settings.matryoshka_dims or [0])
     if longest > model.config.hidden_size:
         raise ConfigError(f"matryoshka_dims must be at most {model.config.hidden_size}, the model's; got {longest}")
     if settings.max_seq_length is not None:
         module.max_seq_length = min(settings.max_seq_length, module.max_seq_length)  # a model has no more positions
-    _check_room(module, prompts, sinks.num_sink_tokens)
+    _check_room(module, prompts, sinks.num_sink_tokens, "max_seq_length", module.max_seq_length)
+    _check_room(module, prompts, sinks.num_sink_tokens, "encode_max_seq_length", limit)
     left_out = [WithoutSinks(sinks.num_sink_tokens)] if sinks.num_sink_tokens else []
     return SentenceTransformer(modules=[module, *left_out, pooling], prompts=prompts, model_card_data=PlainCard()), limit
+
+
+def check_no_adapter(name: str | None) -> None:
+    """Raise ConfigError if what is to be the model is an adapter: newer releases of transformers would put it on its base."""
+    if name and read_json(name, "adapter_config.json", {}):
+        raise ConfigError(f"{name} is an adapter: give its base as model_name_or_path, and this as peft_model_name_or_path")
 
 
 def check_views_differ(model: Any, text: str) -> None:
@@ -121,14 +122,15 @@ def check_views_differ(model: Any, text: str) -> None:
 
 
 def _load_module(settings: EncoderArguments) -> Any:
-    config: dict[str, Any] = {"attention_dropout": settings.simcse_dropout}
+    gguf: dict[str, Any] = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
+    own = AutoConfig.from_pretrained(settings.model_name_or_path, **gguf)
+    config = dict.fromkeys([name for name in DROPOUTS if hasattr(own, name)] or DROPOUTS[:1], settings.simcse_dropout)
     if not settings.bidirectional:
         config["is_causal"] = True  # whatever the checkpoint says
     # By itself, sentence-transformers takes a chat template wherever the tokenizer has one. The folder keeps this setting.
     plain = {} if settings.chat_template else {"modality_config": PLAIN_TEXT, "module_output_name": "token_embeddings"}
-    gguf: dict[str, Any] = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
     if settings.layers is not None:
-        check_layers(AutoConfig.from_pretrained(settings.model_name_or_path, **gguf), settings.layers)
+        check_layers(own, settings.layers)
     weights = {DTYPE_ARGUMENT: settings.torch_dtype, "attn_implementation": settings.attn_implementation}
     module = Transformer(
         settings.model_name_or_path,
@@ -140,6 +142,23 @@ def _load_module(settings: EncoderArguments) -> Any:
     if settings.gguf_file:
         remove_gguf_mark(module.model)
     return module
+
+
+def _fit_tokenizer(
+    module: Any, settings: EncoderArguments, prompts: dict[str, str], num_sink_tokens: int, pooling_mode: PoolingMode
+) -> None:
+    """Let the tokenizer put what is asked for around each text, and pad where the pooling can do with it, in place."""
+    if prompts:
+        module.processor = with_countable_prompts(module.tokenizer, prompts.values())
+    if module.tokenizer.pad_token is None:
+        module.tokenizer.pad_token = module.tokenizer.eos_token
+    if not settings.chat_template:  # which begins with tokens of its own
+        asked = settings.sink_token or saved_sink_token(settings.peft_model_name_or_path, num_sink_tokens)
+        module.processor, _ = with_sink_token(module.tokenizer, asked, num_sink_tokens)
+    if pooling_mode == "eos_token":
+        module.processor = append_end_token(module.tokenizer)
+    if pooling_mode == "weighted_mean":  # sentence-transformers before 6 counts the padding on the left too
+        module.tokenizer.padding_side = module.tokenizer.init_kwargs["padding_side"] = "right"
 
 
 def _choose_sinks(settings: EncoderArguments, model: Any) -> Sinks:
@@ -163,14 +182,13 @@ def _limit(module: Any, settings: EncoderArguments) -> int:
     return wanted or own
 
 
-def _check_room(module: Any, prompts: dict[str, str], num_sink_tokens: int) -> None:
-    """Raise ConfigError if sink tokens or a prompt leave no token for a text."""
-    if module.max_seq_length <= num_sink_tokens:
-        raise ConfigError(f"max_seq_length must be above num_sink_tokens={num_sink_tokens}; got {module.max_seq_length}")
+def _check_room(module: Any, prompts: dict[str, str], num_sink_tokens: int, setting: str, limit: int) -> None:
+    """Raise ConfigError if sink tokens or a prompt leave no token for a text, of which so many are read."""
+    if limit <= num_sink_tokens:
+        raise ConfigError(f"{setting} must be above num_sink_tokens={num_sink_tokens}; got {limit}")
     for name, prompt in prompts.items():
         length = len(module.tokenizer(prompt)["input_ids"])
-        if length >= module.max_seq_length:
+        if length >= limit:
             raise ConfigError(
-                f"the instruction of {name} has {length} tokens, and max_seq_length={module.max_seq_length} leaves none "
-                "for the text"
+                f"the instruction of {name} has {length} tokens, and {setting}={limit} leaves none for the text"
             )

@@ -45,9 +45,12 @@ class EncoderArguments(CommonModelArguments):
     chat_template: bool = field(
         default=False, metadata={"help": "Put the tokenizer's chat template round each text, now and when it encodes."}
     )
-    pooling_mode: PoolingMode = field(default="mean", metadata={"help": "How token vectors become one."})
+    pooling_mode: PoolingMode | None = field(
+        default=None, metadata={"help": "How token vectors become one. Default: as an encoder was saved, else mean."}
+    )
     simcse_dropout: float | None = field(
-        default=None, metadata={"help": f"Dropout of attention while training; {DROPOUT} for single texts, else none."}
+        default=None,
+        metadata={"help": f"Dropout of attention (no other) while training; {DROPOUT} for single texts, else none."},
     )
     loss_class: Literal["HardNegativeNLLLoss"] = field(
         default="HardNegativeNLLLoss", metadata={"help": "Cross-entropy over cosines with the batch's positives."}
@@ -178,6 +181,9 @@ def parse(argv: list[str]) -> Settings:
     check_counts(encoder, "max_seq_length", "encode_max_seq_length", "stop_after_n_steps", "mini_batch_size")
     check_counts(texts, "max_train_samples")
     _check_loss(encoder)
+    for name in ("label_smoothing_factor", "neftune_noise_alpha", "group_by_length"):
+        if getattr(training, name, None) or getattr(training, "train_sampling_strategy", None) == name:
+            raise ConfigError(f"{name} is not for simcse: take it out")
     if training.prompts:
         raise ConfigError("prompts is set from the instructions: give instruction_file")
     if encoder.chat_template and encoder.sink_token:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 
-from ..load_errors import loading
 from .data import Examples
+from .saved_encoder import open_encoder
 
 FITTED = 2000  # texts at most
 RIDGE = 0.1  # of the mean square of what the layer is given: keeps the fit to few texts from following each of them
@@ -20,8 +20,8 @@ def load_teacher(name: str) -> SentenceTransformer:
     Raises:
         ConfigError: There is no such encoder.
     """
-    with loading(f"the teacher {name!r}"):
-        return SentenceTransformer(name)
+    model: SentenceTransformer = open_encoder(name, f"the teacher {name!r}")
+    return model
 
 
 def add_projection(model: Any, teacher: SentenceTransformer) -> None:

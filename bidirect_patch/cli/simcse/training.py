@@ -24,6 +24,7 @@ from .evaluation import PairEvaluator, evaluate_before, make_report
 from .instructions import column_prompts
 from .loss import distillation_loss, make_loss
 from .model import check_views_differ, load_encoder
+from .saved_encoder import choose_pooling
 from .settings import DROPOUT, PAIR_SCALE, SCALE, EncoderArguments, Settings
 from .teacher import add_projection, fit_projection, load_teacher, with_embeddings
 from .trainer import SimCSETrainer
@@ -126,7 +127,8 @@ def _train_from(checkpoint: str | None, trainer: SimCSETrainer, stop_after_n_ste
 
 
 def _fill_in(encoder: EncoderArguments, examples: Examples) -> None:
-    """Set what depends on whether the examples are single texts."""
+    """Set what depends on the model, and on whether the examples are single texts."""
+    encoder.pooling_mode = choose_pooling(encoder.pooling_mode, str(encoder.model_name_or_path))
     if encoder.simcse_dropout is None:
         encoder.simcse_dropout = DROPOUT if examples.single and not encoder.teacher else 0.0
     if encoder.loss_scale is None:

@@ -6,7 +6,7 @@ from .model import Source
 from .setups import Setup
 
 # What both commands take a setting for by default. `mntp` has no `bidirectional`: it trains no causal model.
-_DEFAULTS = {"bidirectional": True, "pooling_mode": "mean"}
+_DEFAULTS = {"bidirectional": True}
 
 
 def encoder_settings(source: Source, setup: Setup) -> dict[str, Any]:

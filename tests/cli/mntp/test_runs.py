@@ -112,6 +112,17 @@ def test_evaluation_is_the_mean_over_all_masked_tokens(settings):
     assert found["eval_loss"] == found["before_loss"] != found["causal_loss"]
 
 
+@pytest.mark.parametrize("cast", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_in_half_precision_leaves_what_is_trained_as_it_is(settings, cast):
+    settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 2, "lora_dropout": 0.0}
+    other = settings | {"output_dir": settings["output_dir"] + "-other", cast: True}
+    assert run(settings) == 0 and run(other) == 0
+    ours, expected = weights(other), weights(settings)
+    assert all(ours[key].dtype == torch.float32 and torch.equal(ours[key], expected[key]) for key in expected)
+    assert results(other)["before_loss"] == results(settings)["before_loss"]
+    assert results(other)["eval_loss"] == pytest.approx(results(settings)["eval_loss"], abs=0.05)
+
+
 def test_padding_free_trains_to_the_same_weights_as_padding(settings):
     """The same texts and masks, laid out otherwise; and to others than no training at all."""
     settings |= {"do_train": True, "line_by_line": True, "lora_dropout": 0.0, "stop_after_n_steps": 3}

@@ -36,6 +36,9 @@ def refused(capsys, settings):
         ({"mini_batch_size": 10**20}, "mini_batch_size must be at most"),
         ({"dataset_file_path": "a\0b"}, "dataset_file_path holds a character that no path"),
         ({"optim": "adamw_bnb_8bit_of_mine"}, "optim"),
+        ({"label_smoothing_factor": 0.3}, "label_smoothing_factor is not for simcse"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha is not for simcse"),
+        ({"group_by_length": True}, "group_by_length is not for simcse"),
     ],
 )
 def test_before_a_model_is_loaded(settings, capsys, monkeypatch, change, says):

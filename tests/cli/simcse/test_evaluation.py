@@ -48,12 +48,13 @@ def test_before_on_schedule_and_after_with_a_table_at_the_end(evaluated, place, 
     assert table[4].split()[-1] == f"{found['eval_spearman_cosine']:.1%}"
 
 
-def test_training_is_the_same_with_and_without_evaluation(evaluated, tmp_path):
+@pytest.mark.parametrize("cast", [{}, {"bf16_full_eval": True}], ids=str)
+def test_training_is_the_same_with_and_without_evaluation(evaluated, tmp_path, cast):
     from safetensors.torch import load_file
 
     without = {k: v for k, v in evaluated.items() if k not in ("validation_file", "eval_strategy", "eval_steps")}
     without["output_dir"] = str(tmp_path / "without")
-    assert run(evaluated) == run(without) == 0
+    assert run(evaluated | cast) == run(without) == 0
     one, two = (load_file(Path(s["output_dir"], "model.safetensors")) for s in (evaluated, without))
     assert all((one[name] == two[name]).all() for name in two)
 

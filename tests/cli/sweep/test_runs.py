@@ -98,9 +98,9 @@ def rows_by_hand(attention, pooling_mode, **fields):
 @pytest.mark.parametrize(
     "attention, mode, expected",
     [
-        ((False, 0, 0), "mean", {"bidirectional": False}),
+        ((False, 0, 0), "mean", {"bidirectional": False, "pooling_mode": "mean"}),
         ((True, 0, 0), "weighted_mean", {"num_sink_tokens": 0, "num_sinkless_layers": 0, "pooling_mode": "weighted_mean"}),
-        ((True, 1, 2), "mean", {"num_sink_tokens": 1, "num_sinkless_layers": 2, "sink_token": "</s>"}),
+        ((True, 1, 2), "mean", {"num_sink_tokens": 1, "num_sinkless_layers": 2, "sink_token": "</s>", "pooling_mode": "mean"}),
     ],
 )
 def test_the_training_commands_take_the_settings(place, tmp_path, attention, mode, expected):
