@@ -1,15 +1,19 @@
 """Files of texts: their formats, and one message for whatever goes wrong while they are read."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from ..errors import ConfigError
 from . import one_line
 
 # The ending of a file -> the name of the builder in the library `datasets` that reads it.
 READERS = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv"}
+
+Kind = Literal["text", "list", "other"]  # of a column that holds text
 
 
 @contextmanager
@@ -33,10 +37,7 @@ def find_files(paths: Sequence[str]) -> list[str]:
     files: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            inside = sorted(entry for entry in Path(path).iterdir() if entry.is_file() and _reader_of(str(entry)))
-            if not inside:
-                raise ConfigError(f"the folder {path} holds no file that ends in {_endings()}")
-            files += map(str, inside)
+            files += files_in(path)
         elif os.path.isfile(path):
             files.append(path)
         else:
@@ -48,20 +49,49 @@ def find_files(paths: Sequence[str]) -> list[str]:
     return [file for file in files if os.path.getsize(file)]
 
 
+def files_in(folder: str) -> list[str]:
+    """Return the files of texts in a folder, by their names.
+
+    Raises:
+        ConfigError: It holds none.
+    """
+    inside = sorted(entry for entry in Path(folder).iterdir() if entry.is_file() and reader_of(str(entry)))
+    if not inside:
+        raise ConfigError(f"the folder {folder} holds no file that ends in {_endings()}")
+    return [str(entry) for entry in inside]
+
+
 def reader_of_all(files: Sequence[str]) -> str:
     """Return the name of the builder that reads some files.
 
     Raises:
         ConfigError: They are of an unknown kind, or of several.
     """
-    readers = {_reader_of(file) for file in files}
+    readers = {reader_of(file) for file in files}
     if len(readers) != 1 or None in readers:
         raise ConfigError(f"files must end in {_endings()}, and all be of one kind; got {' and '.join(files)}")
     return str(readers.pop())
 
 
-def _reader_of(file: str) -> str | None:
+def reader_of(file: str) -> str | None:
+    """Return the name of the builder that reads a file, or None if there is none for its ending."""
     return READERS.get(os.path.splitext(file)[1][1:].lower())
+
+
+def columns_of_text(features: Any) -> dict[str, Kind]:
+    """Return the columns that hold text, in their order, and how: a text, a list of texts, or in another way.
+
+    Args:
+        features: The columns of a data set and their types, as `datasets` has them.
+    """
+    types = {field.name: str(field.type) for field in features.arrow_schema}
+    return {name: _kind(kind) for name, kind in types.items() if "string" in kind or "json" in kind}
+
+
+def _kind(arrow_type: str) -> Kind:
+    if re.fullmatch("(large_)?string", arrow_type):
+        return "text"
+    return "list" if re.fullmatch(r"(large_)?list<\w+: (large_)?string>", arrow_type) else "other"
 
 
 def _endings() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...errors import ConfigError
 from ...mntp.tokens import special_ids
-from ..datafiles import find_files, reader_of_all, reading
+from ..datafiles import columns_of_text, find_files, reader_of_all, reading
 from .epochs import CountedSequences, EndlessStream
 from .settings import DataArguments, MNTPTrainingArguments, ModelArguments
 
@@ -93,15 +93,14 @@ def tokenize(
         train on starts over at its end.
 
     Raises:
-        ConfigError: There is no text, or not enough for one sequence.
+        ConfigError: There is no text, or not enough for one sequence, or it can't be told which column holds it.
     """
     length = sequence_length(tokenizer, data)
     source = data.dataset_name or " and ".join(getattr(data, f"{split}_file") or data.train_file or ())
     first = next(iter(texts), None)
     if first is None:
         raise ConfigError(f"there is no text for {split} in {source}")
-    column = "text" if "text" in first else next(iter(first))
-    to_ids = _tokenizing(tokenizer, column, source)
+    to_ids = _tokenizing(tokenizer, "text" if "text" in first else _only_column(texts, source), source)
     options: dict[str, Any] = {"batched": True, "remove_columns": list(first)}
     if not data.streaming:
         options |= {"num_proc": data.preprocessing_num_workers, "load_from_cache_file": not data.overwrite_cache}
@@ -131,6 +130,19 @@ def tokenize(
 def sequence_length(tokenizer: Any, data: DataArguments) -> int:
     """Return the largest number of tokens per sequence."""
     return min(data.max_seq_length or LONGEST, tokenizer.model_max_length)
+
+
+def _only_column(texts: Any, source: str) -> str:
+    """Return the only column that holds text. Of a stream that doesn't know its columns the beginning is read."""
+    features = texts.features
+    if features is None:
+        with reading(source):
+            features = datasets.Dataset.from_list(list(islice(texts, BEGINNING_OF_STREAM))).features
+    columns = columns_of_text(features)
+    if list(columns.values()) == ["text"]:
+        return next(iter(columns))
+    found = f"{len(columns)} columns of text" if columns else "no column of text, but"
+    raise ConfigError(f"{source} has {found} ({', '.join(columns or features)}): rename the one to train on to text")
 
 
 def _holds_ordinary_token(sequences: Any, tokenizer: Any, streaming: bool, unpredicted: int) -> bool:

@@ -42,21 +42,26 @@ def as_prompt(instruction: str) -> str:
     return f"{instruction.strip()}; " if instruction.strip() else ""
 
 
+def names_of(task: str, instructions: tuple[str, ...]) -> list[str]:
+    """Return the names of the data sets that a task is split into: its own, and `_2` and so on after it."""
+    return [task, *(f"{task}_{number}" for number in range(2, len(instructions) + 1))]
+
+
 def split_by_prompt(task: str, data: Any, instructions: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     """Split the rows of a task whose instructions take turns, since a batch has one prompt.
 
     Returns:
-        Data sets by name, and their prompts by the same names. The first has the name of the task, the second ends in
-        `_2`.
+        Data sets by name, and their prompts by the same names, which are those of `names_of`.
     """
-    names = [task, *(f"{task}_{number}" for number in range(2, len(instructions) + 1))]
+    names = names_of(task, instructions)
     prompts = {name: as_prompt(instruction) for name, instruction in zip(names, instructions)}
     if len(instructions) < 2:
         sets = {task: data}
     else:
         count = len(instructions)
         sets = {name: data.select(range(start, len(data), count)) for start, name in enumerate(names)}
-    return {name: rows for name, rows in sets.items() if len(rows)}, {n: p for n, p in prompts.items() if p}
+    sets = {name: rows for name, rows in sets.items() if len(rows)}
+    return sets, {name: prompts[name] for name in sets if prompts.get(name)}
 
 
 def column_prompts(data: Any, prompts: dict[str, str]) -> Any:

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
+
+from bidirect_patch.errors import ConfigError
 
 from ...helpers.mntp_runs import refused, run, weights
 
@@ -53,6 +56,53 @@ def test_files_that_cannot_be_read_together(capsys, settings, tmp_path, files, s
     (tmp_path / "empty.txt").write_text("")
     settings |= {"do_train": True, "train_file": [str(tmp_path / name) for name in files], "validation_file": None}
     assert said in refused(capsys, settings)
+
+
+def words_trained_on(settings, rows, **options):
+    """The texts that the sequences to train on stand for, where the files hold these rows."""
+    from bidirect_patch.cli.mntp import data
+    from bidirect_patch.cli.mntp.settings import parse
+
+    path = Path(settings["output_dir"]).with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = settings | {"do_train": True, "train_file": str(path), "validation_file": None, "line_by_line": True} | options
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(settings))
+    parsed = parse([str(path)])
+    tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
+    sequences = data.load_sequences(tokenizer, parsed.model, parsed.data, parsed.training)["train"]
+    sequences = islice(sequences, len(rows)) if options.get("streaming") else sequences.sequences
+    return [tokenizer.decode(sequence["input_ids"], skip_special_tokens=True) for sequence in sequences]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"title": "w9 w8", "text": "w1 w2"}, {"title": "w9 w8", "text": "w3 w4"}],
+        [{"number": 1, "passage": "w1 w2"}, {"number": 2, "passage": "w3 w4"}],
+        [{"number": [1], "passage": "w1 w2"}, {"number": [], "passage": "w3 w4"}],
+    ],
+)
+def test_of_several_columns_text_is_read_or_the_only_one_of_text(settings, rows, streaming):
+    assert words_trained_on(settings, rows, streaming=streaming) == ["w1 w2", "w3 w4"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"query": "w1 w2", "positive": "w3 w4", "negative": "w5 w6"}, "3 columns of text (query, positive, negative)"),
+        ({"id": "w9 w8", "passage": "w1 w2"}, "2 columns of text (id, passage)"),
+        ({"id": "w9 w8", "passages": ["w1 w2"]}, "2 columns of text (id, passages)"),
+        ({"id": "w9 w8", "turns": [{"from": "me", "value": "w1 w2"}]}, "2 columns of text (id, turns)"),
+        ({"number": 1, "other": 2}, "no column of text, but (number, other)"),
+    ],
+)
+def test_where_several_columns_may_be_the_text_it_is_not_guessed(settings, row, said, streaming):
+    with pytest.raises(ConfigError) as refused:
+        words_trained_on(settings, [row, row], streaming=streaming)
+    assert f"{said}: rename the one to train on to text" in str(refused.value)
 
 
 def test_a_sequence_is_no_longer_than_the_table_of_positions(settings, tmp_path, caplog):
