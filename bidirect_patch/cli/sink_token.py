@@ -1,14 +1,14 @@
 """The sink token of the commands: which token stands before each text, and a tokenizer that puts it there."""
 
-import os
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..checkpoints.marks import sinks_on_disk
+from ..checkpoints.marks import HUB_OPTIONS, read_json
 from ..errors import ConfigError
-from ..model.sinks import NO_SINKS
 from .added_token import add_token
+from .load_errors import loading
 
 NAMES = ("bos", "eos")  # of a tokenizer's beginning and end token, in a setting
 
@@ -40,18 +40,27 @@ def first_token(tokenizer: Any) -> str | None:
     return token
 
 
-def saved_sink_token(adapter: str | None, num_sink_tokens: int) -> str | None:
-    """The token that an adapter's own tokenizer puts before each text, behind which the adapter was trained.
+def token_before(tokenizer: Any, folders: Sequence[str], **options: Any) -> str | None:
+    """The token behind which texts stood in the step before.
 
     Args:
-        adapter: Its folder; None if there is no adapter.
-        num_sink_tokens: Of the model. Without any, and for an adapter without sinks or without a tokenizer, the answer is None.
+        tokenizer: That of the texts.
+        folders: Folders or hub names of adapters and the like. The last one with a tokenizer counts.
+        **options: Arguments of the tokenizer's `from_pretrained`.
+
+    Returns:
+        The token; None if there was none, or if `tokenizer` puts it there by itself.
+
+    Raises:
+        ConfigError: A tokenizer can't be loaded.
     """
-    if adapter is None or not num_sink_tokens or not os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
+    hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    folder = next((each for each in reversed(folders) if read_json(each, "tokenizer_config.json", hub)), None)
+    if folder is None:
         return None
-    if sinks_on_disk(adapter) == NO_SINKS:
-        return None
-    return first_token(AutoTokenizer.from_pretrained(adapter))
+    with loading(repr(folder)):
+        token = first_token(AutoTokenizer.from_pretrained(folder, **options))
+    return None if token == first_token(tokenizer) else token
 
 
 def choose_sink_token(tokenizer: Any, asked: str | None) -> str:

@@ -1,9 +1,12 @@
 """What the trainers of all commands share: where they stop, how they resume, and one line for what goes wrong meanwhile."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerState
 
 from ..errors import ConfigError
@@ -12,6 +15,9 @@ from .checkpoints import STATE, resuming
 from .common_settings import transformers_errors
 from .output_folder import writing
 from .settings_by_release import allow_numpy_state
+
+# For evaluation and test data, of which every text is read, in its place. What is asked for concerns training alone.
+READS_ALL_IN_ORDER = {"dataloader_drop_last": False, "dataloader_in_order": True}
 
 
 class RunTrainer(Trainer):
@@ -40,20 +46,24 @@ class RunTrainer(Trainer):
         The weights keep their type, whatever `bf16_full_eval` and `fp16_full_eval` say: transformers casts the model itself,
         which is to be trained after that.
         """
-        whole = {name: getattr(self.args, name) for name in ("bf16_full_eval", "fp16_full_eval")}
-        if any(whole.values()):
+        if self.args.bf16_full_eval or self.args.fp16_full_eval:
             self.model.to(self.args.device)  # where the cast would have moved it
-        try:
-            for name in whole:
-                setattr(self.args, name, False)
+        with self._arguments(bf16_full_eval=False, fp16_full_eval=False):
             metrics = self.evaluate(metric_key_prefix=prefix)
-        finally:
-            for name, value in whole.items():
-                setattr(self.args, name, value)
         # accelerate takes a model that it prepared for evaluation for one that is ready to be trained. It would leave that
         # model without DDP, and each rank would train alone, on its own gradients.
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         return metrics
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Read all of the data, in its order."""
+        with self._arguments(**READS_ALL_IN_ORDER):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Read all of the data, in its order."""
+        with self._arguments(**READS_ALL_IN_ORDER):
+            return super().get_test_dataloader(*args, **kwargs)
 
     def load_finished(self, checkpoint: str) -> None:
         """Take a checkpoint of the last step as the result, or the best one if that is asked for. Nothing is left to train."""
@@ -93,7 +103,22 @@ class RunTrainer(Trainer):
         with writing(self.args.output_dir):
             self.save_state()
 
+    @contextmanager
+    def _arguments(self, **values: Any) -> Iterator[None]:
+        """Other values of some training arguments within the block, of those that this release has."""
+        before = {name: getattr(self.args, name) for name in values if hasattr(self.args, name)}
+        try:
+            for name in before:
+                setattr(self.args, name, values[name])
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self.args, name, value)
+
     # The methods below replace private methods of Trainer.
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:  # transformers' own may group by length
+        return SequentialSampler(eval_dataset)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with writing(self.args.output_dir):

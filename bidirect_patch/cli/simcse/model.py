@@ -22,7 +22,7 @@ from ..load_errors import loading
 from ..lora import check_depth, with_lora
 from ..settings_by_release import DTYPE_ARGUMENT, plain_gguf_weights, remove_gguf_mark
 from ..sink_settings import check_sinkless, choose_sinks
-from ..sink_token import saved_sink_token, with_sink_token
+from ..sink_token import token_before, with_sink_token
 from .end_token import append_end_token
 from .prompt_tokens import with_countable_prompts
 from .saved_encoder import POOLING, choose_pooling
@@ -153,7 +153,8 @@ def _fit_tokenizer(
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
     if not settings.chat_template:  # which begins with tokens of its own
-        asked = settings.sink_token or saved_sink_token(settings.peft_model_name_or_path, num_sink_tokens)
+        adapters = [settings.peft_model_name_or_path] if settings.peft_model_name_or_path else []
+        asked = settings.sink_token or token_before(module.tokenizer, adapters)
         module.processor, _ = with_sink_token(module.tokenizer, asked, num_sink_tokens)
     if pooling_mode == "eos_token":
         module.processor = append_end_token(module.tokenizer)

@@ -1,5 +1,6 @@
 """The model with a token classifier that is trained, or evaluated."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,11 +45,28 @@ class Source(NamedTuple):
     sinks: Sinks
 
 
-def find_source(settings: ModelArguments) -> Source:
+class Below(NamedTuple):
+    """What a classifier was trained over.
+
+    Attributes:
+        base: The model under all adapters, an absolute path or a hub name; None if that is not known.
+        adapters: Those that were merged into it, in their order, the same.
+    """
+
+    base: str | None
+    adapters: list[str]
+
+
+def find_source(settings: ModelArguments, below: Below | None = None) -> Source:
     """Find the model under all adapters. As in LLM2Vec, the model that is named may be an adapter itself, over its base.
 
+    Args:
+        settings: The settings.
+        below: What the classifier of `cls_addr` was trained over. Without a `peft_model_name_or_path`, the adapters that the
+            settings leave out are taken from here.
+
     Raises:
-        ConfigError: An adapter does not say what its base is.
+        ConfigError: An adapter does not say what its base is, or one of `below` can't be taken.
     """
     name = settings.model_name_or_path
     hub = {"revision": settings.model_revision, "cache_dir": settings.cache_dir, "token": settings.token}
@@ -61,8 +79,41 @@ def find_source(settings: ModelArguments) -> Source:
                 f"{name} is an adapter that names no base: give the base, and this as peft_model_name_or_path"
             )
         settings, adapters = replace(settings, model_name_or_path=base), [str(name), *adapters]
+    if below is not None and not settings.peft_model_name_or_path:
+        adapters += _take_over(below, str(settings.model_name_or_path), len(adapters))
     found = (sinks_on_disk(adapter) for adapter in reversed(adapters))
     return Source(settings, adapters, next((sinks for sinks in found if sinks != NO_SINKS), NO_SINKS))
+
+
+def below_of(source: Source) -> Below:
+    """What a classifier is trained over, as it is noted with it."""
+    return Below(name_anywhere(source.settings.model_name_or_path), [*map(name_anywhere, source.adapters)])
+
+
+def _take_over(below: Below, base: str, count: int) -> list[str]:
+    """The adapters over which a classifier was trained, without the first `count` of them, which the settings give.
+
+    Raises:
+        ConfigError: One is not there any more, or the model under them is another now.
+    """
+    lacking = below.adapters[count:]
+    names = ("model_name_or_path", "peft_model_name_or_path")[-len(below.adapters) :]
+    way = "give " + " and ".join(f"{name} {adapter}" for name, adapter in zip(names, below.adapters))
+    for adapter in lacking:
+        trained = f"the classifier of cls_addr was trained over the adapter {adapter}"
+        if os.path.isabs(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
+            raise ConfigError(f"{trained}, which is not there any more: {way}, by the path that it has now")
+        if below.base not in (None, name_anywhere(base)):
+            raise ConfigError(
+                f"{trained} on {below.base}, and the model is {base}: {way}, or, if the model has it in its weights, take "
+                "adapters out of words.json"
+            )
+    return lacking
+
+
+def name_anywhere(name: Any) -> str:
+    """A name by which a model or an adapter is found from any folder: an absolute path, or its hub name."""
+    return os.path.abspath(name) if os.path.isdir(name) else str(name)
 
 
 def check_model(source: Source) -> ModelFacts:

@@ -20,7 +20,7 @@ from ..common_settings import read_json
 from ..output_folder import writing
 from .data import Sentence
 from .files import NO_LABEL, TOKENS
-from .model import adapter_of
+from .model import Below, adapter_of
 from .tagger import WordTagger, head_of
 from .tokens import IGNORED, Reading
 
@@ -35,11 +35,13 @@ class Trained(NamedTuple):
     Attributes:
         labels: The labels that it tells apart, by number.
         reading: Where the label of a word is read.
+        below: What it was trained over; no adapter if the file says nothing of it.
         facts: What else must be the same of the model under it, by name.
     """
 
     labels: list[str]
     reading: Reading
+    below: Below
     facts: dict[str, Any]
 
 
@@ -48,8 +50,14 @@ def is_whole(reading: Reading) -> bool:
     return reading == Reading()
 
 
-def save_classifier(tagger: WordTagger, folder: str) -> None:
-    """Write what was trained: the classifier, and the adapter if there is one, with what they were trained for."""
+def save_classifier(tagger: WordTagger, folder: str, below: Below) -> None:
+    """Write what was trained: the classifier, and the adapter if there is one, with what they were trained for.
+
+    Args:
+        tagger: The tagger.
+        folder: The folder to write to.
+        below: What the classifier was trained over.
+    """
     os.makedirs(folder, exist_ok=True)
     model = tagger.model
     adapter = adapter_of(model)
@@ -58,9 +66,8 @@ def save_classifier(tagger: WordTagger, folder: str) -> None:
     weights = {name: tensor.contiguous() for name, tensor in head_of(model).state_dict().items()}
     save_file(weights, os.path.join(folder, CLASSIFIER))
     with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
-        json.dump(
-            {"labels": _labels(model), **tagger.reading._asdict(), **_facts(model)}, file, indent=2, ensure_ascii=False
-        )
+        said = {"labels": _labels(model), **tagger.reading._asdict(), **below._asdict()}
+        json.dump(said | _facts(model), file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
@@ -79,14 +86,17 @@ def read_trained(folder: str) -> Trained:
     said = read_json(path)
     labels = said.pop("labels", None)
     reading = {name: said.pop(name, None) for name in Reading._fields}
-    if not (isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)):
+    below = Below(said.pop("base", None), said.pop("adapters", []))
+    if not (labels and _are_strings(labels)):
         raise ConfigError(f"{path}: labels must be a list of strings; got {labels!r:.80}")
     if not all(isinstance(value, bool) for value in reading.values()):
         raise ConfigError(f"{path}: {' and '.join(reading)} must be true or false; got {reading}")
+    if not _are_strings(below.adapters):
+        raise ConfigError(f"{path}: adapters must be a list of folders or hub names; got {below.adapters!r:.80}")
     for name in ("lora_r", *Sinks._fields):
         if not isinstance(said.get(name), int) or isinstance(said[name], bool) or said[name] < 0:
             raise ConfigError(f"{path}: {name} must be a number of 0 or more; got {said.get(name)!r}")
-    return Trained(labels, Reading(**reading), said)
+    return Trained(labels, Reading(**reading), below, said)
 
 
 def load_classifier(tagger: WordTagger, folder: str) -> None:
@@ -150,6 +160,10 @@ def save_predictions(
 def save_arguments(training: Any, folder: str) -> None:
     """Write the training arguments."""
     torch.save(training, os.path.join(folder, "training_args.bin"))
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _labels(model: Any) -> list[str]:

@@ -11,6 +11,7 @@ from ..checkpoints import resuming
 from ..output_folder import writing
 from ..trainer import RunTrainer
 from .evaluation import summarize
+from .model import Below
 from .saving import is_whole, load_classifier, save_arguments, save_classifier, save_model
 from .tagger import WordTagger
 
@@ -22,18 +23,27 @@ class WordsTrainer(RunTrainer):
         model: The tagger.
         labels: The labels that it tells apart.
         tokenizer: Is saved with the model.
+        below: What the classifier is trained over.
         sink_token: The token that it puts before each sentence because it was asked to, or None.
         **kwargs: The other arguments of RunTrainer and Trainer.
     """
 
     def __init__(
-        self, *, model: WordTagger, labels: Sequence[str], tokenizer: Any, sink_token: str | None = None, **kwargs: Any
+        self,
+        *,
+        model: WordTagger,
+        labels: Sequence[str],
+        tokenizer: Any,
+        below: Below,
+        sink_token: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model=model, compute_metrics=self._summarize, **kwargs)
         self.label_names = ["labels"]
         self.labels = labels
         self.text_tokenizer = tokenizer
         self.sink_token = sink_token
+        self.below = below
         self.tagger = model  # which accelerate may wrap
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -62,7 +72,7 @@ class WordsTrainer(RunTrainer):
             if is_result and is_whole(self.tagger.reading):
                 save_model(self.tagger, folder)
             else:
-                save_classifier(self.tagger, folder)
+                save_classifier(self.tagger, folder, self.below)
             self.text_tokenizer.save_pretrained(folder)
             save_arguments(self.args, folder)
 

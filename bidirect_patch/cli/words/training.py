@@ -18,12 +18,12 @@ from ..mntp.model import load_tokenizer
 from ..output_folder import check_space, make_output_dir
 from ..progress import hide_bars_in_files
 from ..run_report import Report, say_what_is_next
-from ..sink_token import with_sink_token
+from ..sink_token import token_before, with_sink_token
 from .card import write_words_card
 from .collator import WordCollator
 from .data import Data, Split, load_data
 from .evaluation import are_spans, check_seqeval, make_report, most_frequent_labels
-from .model import Source, check_model, find_source, load_model, saved_labels
+from .model import Source, below_of, check_model, find_source, load_model, saved_labels
 from .saving import Trained, is_whole, load_classifier, read_trained, save_predictions
 from .settings import ModelArguments, Settings
 from .tagger import WordTagger
@@ -83,13 +83,14 @@ def _make_trainer(settings: Settings, data: Data) -> tuple[WordsTrainer, Any]:
     trained = read_trained(model.cls_addr) if model.cls_addr else None
     if trained is not None:
         _take_over(model, trained)
-    source = find_source(model)
+    source = find_source(model, trained.below if trained else None)
     labels, new_classifier = _choose_labels(settings, source, data, trained)
     reading = _choose_reading(settings, trained)
     if are_spans(labels):
         check_seqeval()
     limit, sinks = check_model(source)  # before the sentences are prepared
-    tokenizer, sink_token = with_sink_token(_load_tokenizer(model), model.sink_token, sinks.num_sink_tokens)
+    tokenizer = _load_tokenizer(model)
+    tokenizer, sink_token = with_sink_token(tokenizer, _asked_token(model, source, tokenizer), sinks.num_sink_tokens)
     if not tokenizer.is_fast:
         raise ConfigError("words needs a tokenizer of the tokenizers library, which knows each token's word")
     _fit_for_pipelines(tokenizer)
@@ -119,6 +120,7 @@ def _make_trainer(settings: Settings, data: Data) -> tuple[WordsTrainer, Any]:
             labels=labels,
             tokenizer=tokenizer,
             sink_token=sink_token,
+            below=below_of(source),
             stop_after_n_steps=task.stop_after_n_steps,
         )
     return trainer, rows.get("test")
@@ -165,6 +167,13 @@ def _load_tokenizer(model: ModelArguments) -> Any:
     if model.cls_addr and not model.tokenizer_name:
         model = replace(model, tokenizer_name=model.cls_addr, gguf_file=None)
     return load_tokenizer(model)
+
+
+def _asked_token(model: ModelArguments, source: Source, tokenizer: Any) -> str | None:
+    """The sink token of the settings, else that of the step before: of the classifier, or of the last adapter."""
+    folders = [*source.adapters, *([model.cls_addr] if model.cls_addr else [])]
+    hub = {"cache_dir": model.cache_dir, "token": model.token, "trust_remote_code": model.trust_remote_code}
+    return model.sink_token or token_before(tokenizer, folders, **hub)
 
 
 def _fit_for_pipelines(tokenizer: Any) -> None:

@@ -112,6 +112,16 @@ def test_evaluation_is_the_mean_over_all_masked_tokens(settings):
     assert found["eval_loss"] == found["before_loss"] != found["causal_loss"]
 
 
+def test_the_rest_of_the_data_is_dropped_in_training_alone(settings):
+    settings |= {"do_eval": True, "line_by_line": True}
+    assert run(settings) == 0
+    expected = results(settings)
+    assert run(settings | {"dataloader_drop_last": True, "overwrite_output_dir": True}) == 0
+    assert {name: results(settings)[name] for name in ("eval_loss", "eval_masked_tokens")} == {
+        name: expected[name] for name in ("eval_loss", "eval_masked_tokens")
+    }
+
+
 @pytest.mark.parametrize("cast", ["bf16_full_eval", "fp16_full_eval"])
 def test_an_evaluation_in_half_precision_leaves_what_is_trained_as_it_is(settings, cast):
     settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 2, "lora_dropout": 0.0}

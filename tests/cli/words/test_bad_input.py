@@ -177,6 +177,11 @@ def test_a_classifier_of_another_kind(capsys, classifier, change, says):
             b'{"labels": ["a"], "next_token": true, "merge": true}',
             "lora_r must be a number of 0 or more; got None",
         ),
+        (
+            "words.json",
+            b'{"labels": ["a"], "next_token": true, "merge": true, "adapters": [3]}',
+            "adapters must be a list of folders or hub names; got [3]",
+        ),
         ("classifier.safetensors", b"", "can't read the classifier in"),
     ],
 )
