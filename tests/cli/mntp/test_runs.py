@@ -122,7 +122,8 @@ def test_the_rest_of_the_data_is_dropped_in_training_alone(settings):
     }
 
 
-@pytest.mark.parametrize("cast", ["bf16_full_eval", "fp16_full_eval"])
+# Older releases of transformers refuse the second on a CPU.
+@pytest.mark.parametrize("cast", ["bf16_full_eval", pytest.param("fp16_full_eval", marks=pytest.mark.slow)])
 def test_an_evaluation_in_half_precision_leaves_what_is_trained_as_it_is(settings, cast):
     settings |= {"do_train": True, "do_eval": True, "stop_after_n_steps": 2, "lora_dropout": 0.0}
     other = settings | {"output_dir": settings["output_dir"] + "-other", cast: True}
