@@ -142,7 +142,7 @@ def parse_settings(
 
 def _fit(values: dict[str, Any], given: Set[str]) -> None:
     """Set what follows from the settings, of which some were given, and from the machine, in place."""
-    on_cpu = values["use_cpu"] or not has_accelerator()
+    on_cpu = values["use_cpu"] or values.get("no_cuda") or not has_accelerator()
     is_short = values["max_seq_length"] is not None and values["max_seq_length"] <= EAGER_UP_TO
     if on_cpu and is_short and (values["bf16"] or values["torch_dtype"] == "bfloat16") and "attn_implementation" not in given:
         values["attn_implementation"] = "eager"

@@ -3,6 +3,7 @@
 from itertools import islice
 from typing import Any
 
+from ...checkpoints.marks import read_json
 from ...errors import ConfigError
 from ..output_folder import check_space
 from .data import Examples
@@ -28,6 +29,12 @@ def check_batches(examples: Examples, training: Any) -> None:
     if not has_negatives and min(size * training.world_size, longest) == 1:
         what = "the file holds" if longest == 1 else "per_device_train_batch_size is"
         raise ConfigError(f"{what} 1: an example alone has no negatives to be told from; give 2 or more, or triplets")
+
+
+def check_no_adapter(name: str | None) -> None:
+    """Raise ConfigError if what is to be the model is an adapter: newer releases of transformers would put it on its base."""
+    if name and read_json(name, "adapter_config.json", {}):
+        raise ConfigError(f"{name} is an adapter: give its base as model_name_or_path, and this as peft_model_name_or_path")
 
 
 def check_single(examples: Examples, path: str) -> None:

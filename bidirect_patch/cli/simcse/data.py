@@ -15,14 +15,14 @@ from .settings import E5, TextArguments
 logger = logging.getLogger(__name__)
 
 # The names of columns that are understood.
-QUERIES = ("query", "anchor", "sentence1", "text")
-POSITIVES = ("positive", "pos", "sentence2")
-NEGATIVE = re.compile(r"neg(ative)?s?(_?\d+)?")
+QUERIES = ("query", "anchor", "sentence1", "sent0", "text")
+POSITIVES = ("positive", "pos", "sentence2", "sent1")
+NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_?\d+)?", re.IGNORECASE)
 TAKEN = (
     f"one column of texts; or {QUERIES[0]} (or {', '.join(QUERIES[1:])}), {POSITIVES[0]} (or {', '.join(POSITIVES[1:])}) and, if "
     "there are any, negative (or neg) or several, negative_1, negative_2 and so on"
 )
-IDENTIFIER = re.compile(r"(.*_)?id|idx|index", re.IGNORECASE)  # holds no text to train on
+IDENTIFIER = re.compile(r"(.*[_-])?(q|p|d|doc|gu|uu)?id|idx|index", re.IGNORECASE)  # holds no text to train on
 SCORE = re.compile("score|label|similarity|relatedness|duplicate", re.IGNORECASE)
 
 
@@ -132,8 +132,8 @@ def _text_columns(names: list[str], kinds: dict[str, Kind], file: Path) -> list[
             f"{file} has {', '.join(scores)} beside two texts, and simcse trains every pair as one of equal meaning: keep those "
             f"pairs alone, without {', '.join(scores)}. Pairs with scores are for validation_file and `bidirect-patch sweep`"
         )
-    queries = [name for name in names if name in QUERIES]
-    positives = [name for name in names if name in POSITIVES]
+    queries = [name for name in names if name.lower() in QUERIES]
+    positives = [name for name in names if name.lower() in POSITIVES]
     columns = [*queries, *positives, *(name for name in texts if NEGATIVE.fullmatch(name))]
     if not columns and len(texts) <= 2:
         columns = texts

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from ...checkpoints.guard import opening_sinks
 from ...checkpoints.loading import without_peft_warning
-from ...checkpoints.marks import read_json, saved_sinks, sinks_on_disk
+from ...checkpoints.marks import saved_sinks, sinks_on_disk
 from ...encoder.without_sinks import WithoutSinks
 from ...errors import ConfigError
 from ...model.config import parts
@@ -25,10 +25,8 @@ from ..sink_settings import check_sinkless, choose_sinks
 from ..sink_token import token_before, with_sink_token
 from .end_token import append_end_token
 from .prompt_tokens import with_countable_prompts
-from .saved_encoder import POOLING, choose_pooling
-from .settings import DROPOUT, EncoderArguments, PoolingMode
-
-DROPOUTS = ("attention_dropout", "attn_pdrop")  # the names that configs have for the dropout of attention
+from .saved_encoder import POOLING
+from .settings import DROPOUT, DROPOUTS, EncoderArguments, PoolingMode
 
 # What sentence-transformers' Transformer reads: texts as they are.
 PLAIN_TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -56,11 +54,10 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
 
     Raises:
         BackendError: The attention backend is not installed.
-        ConfigError: There is no such model or adapter, it cannot have these settings, or it is an encoder that they can't name.
+        ConfigError: There is no such model or adapter, or it cannot have these settings.
         UnsupportedModelError: The model cannot be made bidirectional.
     """
-    check_no_adapter(settings.model_name_or_path)
-    pooling_mode = choose_pooling(settings.pooling_mode, str(settings.model_name_or_path))
+    pooling_mode = settings.pooling_mode or "mean"
     what = " under ".join(p for p in (settings.peft_model_name_or_path, settings.model_name_or_path) if p)
     with loading(what), opening_sinks():
         module = _load_module(settings)
@@ -90,12 +87,6 @@ def load_encoder(settings: EncoderArguments, prompts: dict[str, str]) -> tuple[A
     _check_room(module, prompts, sinks.num_sink_tokens, "encode_max_seq_length", limit)
     left_out = [WithoutSinks(sinks.num_sink_tokens)] if sinks.num_sink_tokens else []
     return SentenceTransformer(modules=[module, *left_out, pooling], prompts=prompts, model_card_data=PlainCard()), limit
-
-
-def check_no_adapter(name: str | None) -> None:
-    """Raise ConfigError if what is to be the model is an adapter: newer releases of transformers would put it on its base."""
-    if name and read_json(name, "adapter_config.json", {}):
-        raise ConfigError(f"{name} is an adapter: give its base as model_name_or_path, and this as peft_model_name_or_path")
 
 
 def check_views_differ(model: Any, text: str) -> None:

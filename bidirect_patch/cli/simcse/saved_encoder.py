@@ -4,22 +4,29 @@ import json
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-from sentence_transformers.util import import_from_string, load_file_path
+from sentence_transformers.util import load_file_path
+from transformers import AutoTokenizer
 
 from ...checkpoints.guard import opening_sinks
 from ...checkpoints.marks import is_marked, sinks_on_disk
-from ...encoder.without_sinks import WithoutSinks
 from ...errors import ConfigError
 from ...patch import enable_bidirectional
+from ..added_token import adds
 from ..load_errors import loading
 from .settings import PoolingMode
 
 # The name of a pooling mode in LLM2Vec -> its name in sentence-transformers.
 POOLING: dict[PoolingMode, str] = {"mean": "mean", "weighted_mean": "weightedmean", "eos_token": "lasttoken"}
 
-_KNOWN = (Transformer, WithoutSinks, Pooling, Normalize)  # the settings of `simcse` say the same, or no cosine is changed
+# The old keys of a saved Pooling whose modes are known here.
+_OLD_KEYS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+# Classes of modules of which the settings of `simcse` say the same. The last one changes no cosine.
+_KNOWN = ("Transformer", "WithoutSinks", "Pooling", "Normalize")
 
 
 def open_encoder(name: str, what: str = "", **options: Any) -> Any:
@@ -50,20 +57,60 @@ def choose_pooling(asked: PoolingMode | None, name: str) -> PoolingMode:
     Raises:
         ConfigError: It is an encoder with a module that would be lost, or with a pooling that has no setting.
     """
-    with loading(repr(name)):
-        file = load_file_path(name, "modules.json")
-    if file is None:
-        return asked or "mean"
-    with open(file, encoding="utf-8") as opened:
-        entries = [(import_from_string(entry["type"]), entry["path"]) for entry in json.load(opened)]
-    lost = [kind.__name__ for kind, _ in entries if not issubclass(kind, _KNOWN)]
+    modules = _modules_of(name)
+    sinks = sinks_on_disk(name).num_sink_tokens
+    lost = [kind for kind, _ in modules if kind not in _KNOWN]
+    left_out = [_json(name, path, "config.json").get("num_sink_tokens") for kind, path in modules if kind == "WithoutSinks"]
+    lost += [f"WithoutSinks({number})" for number in left_out if number != sinks]
     if lost:
         raise ConfigError(
             f"{name} is an encoder with {', '.join(lost)}, which would be lost here, so that it would be another one: give the "
             "model that it was made from"
         )
-    saved = [Pooling.load(name, subfolder=path).pooling_mode for kind, path in entries if issubclass(kind, Pooling)]
+    if asked or not modules:
+        return asked or "mean"
+    saved = [_saved_mode(name, path) for kind, path in modules if kind == "Pooling"]
     own = next((ours for ours, theirs in POOLING.items() if saved == [theirs]), None)
-    if asked is None and own is None:
-        raise ConfigError(f"{name} is an encoder that pools by {saved}: give pooling_mode, one of {', '.join(POOLING)}")
-    return asked or own or "mean"
+    if own == "eos_token" and not _ends_texts(name):
+        own = None
+    if own is None:
+        raise ConfigError(
+            f"{name} is an encoder that pools by {', '.join(map(str, saved)) or 'nothing'}, as no pooling_mode does here: give "
+            f"one of {', '.join(POOLING)}"
+        )
+    return own
+
+
+def _modules_of(name: str) -> list[tuple[str, str]]:
+    """The class and the folder of each module of an encoder; none of a model that is no encoder."""
+    entries = _json(name, "", "modules.json", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"modules.json of {name} is no list of modules")
+    return [(str(entry.get("type")).rpartition(".")[2], str(entry.get("path", ""))) for entry in entries]
+
+
+def _saved_mode(name: str, path: str) -> Any:
+    """How a Pooling was saved, in sentence-transformers' words; None if that can't be told."""
+    config = _json(name, path, "config.json")
+    old = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    return config.get("pooling_mode") or (_OLD_KEYS.get(old[0], old[0]) if len(old) == 1 else ", ".join(old) or None)
+
+
+def _ends_texts(name: str) -> bool:
+    """Whether the tokenizer of an encoder puts its end token after each text."""
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return tokenizer.eos_token is not None and adds(tokenizer, tokenizer.eos_token, "last")
+
+
+def _json(name: str, folder: str, file: str, default: Any = None) -> Any:
+    """A JSON file of an encoder; the default, an empty dict if none is given, where there is none."""
+    with loading(name):
+        path = load_file_path(name, file, subfolder=folder)
+    if path is None:
+        return {} if default is None else default
+    try:
+        with open(path, encoding="utf-8") as opened:
+            return json.load(opened)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error

@@ -14,6 +14,7 @@ from ...checkpoints.guard import opening_sinks
 from ...verify.mode import sinks_in
 from ..checkpoints import check_same_sinks, check_same_weights, resuming
 from ..settings_by_release import DTYPE_ARGUMENT
+from .settings import DROPOUTS
 
 PROJECTION = "projection.safetensors"  # in a checkpoint: what is trained after the pooling, with a teacher
 
@@ -74,8 +75,9 @@ def save_encoder(model: Any, folder: str, max_seq_length: int) -> None:
     module = model[0]
     if isinstance(module.model, PeftModel):
         module.model = module.model.merge_and_unload()
-    if getattr(module.model.config, "attention_dropout", None) is not None:
-        module.model.config.attention_dropout = 0.0
+    for name in DROPOUTS:
+        if getattr(module.model.config, name, None) is not None:
+            setattr(module.model.config, name, 0.0)
     module.max_seq_length = max_seq_length
     if module.tokenizer.is_fast:
         module.tokenizer.backend_tokenizer.no_truncation()  # the last batch left its length there

@@ -21,6 +21,7 @@ from ..common_settings import (
 )
 
 DROPOUT = 0.3  # the default of simcse_dropout for single texts, as in LLM2Vec's files
+DROPOUTS = ("attention_dropout", "attn_pdrop")  # the names that configs have for the dropout of attention
 SCALE, PAIR_SCALE = 20.0, 50.0  # the defaults of loss_scale for single texts and for pairs, as in LLM2Vec's files
 METRICS = ("spearman_cosine", "pearson_cosine")  # what an evaluation gives
 E5 = "E5"  # the dataset_name whose instructions are known

@@ -18,7 +18,7 @@ from ..pairs import load_pairs
 from ..progress import hide_bars_in_files
 from ..run_report import say_what_is_next
 from .card import write_encoder_card
-from .checks import check_batches, check_known_tokens, check_single, check_space_for
+from .checks import check_batches, check_known_tokens, check_no_adapter, check_single, check_space_for
 from .data import Examples, first_example, load_examples
 from .evaluation import PairEvaluator, evaluate_before, make_report
 from .instructions import column_prompts
@@ -128,6 +128,7 @@ def _train_from(checkpoint: str | None, trainer: SimCSETrainer, stop_after_n_ste
 
 def _fill_in(encoder: EncoderArguments, examples: Examples) -> None:
     """Set what depends on the model, and on whether the examples are single texts."""
+    check_no_adapter(encoder.model_name_or_path)
     encoder.pooling_mode = choose_pooling(encoder.pooling_mode, str(encoder.model_name_or_path))
     if encoder.simcse_dropout is None:
         encoder.simcse_dropout = DROPOUT if examples.single and not encoder.teacher else 0.0

@@ -36,13 +36,15 @@ def again(settings, tmp_path):
 @pytest.mark.parametrize("mode", ["mean", "weighted_mean", "eos_token"])
 def test_an_encoder_is_pooled_as_it_was_saved(small, tmp_path, mode):
     from bidirect_patch.cli.simcse.model import load_encoder
+    from bidirect_patch.cli.simcse.saved_encoder import choose_pooling
     from bidirect_patch.cli.simcse.settings import EncoderArguments
 
     assert run(small | {"pooling_mode": mode}) == 0
     saved = st.SentenceTransformer(small["output_dir"], device="cpu")
 
-    def read(**settings):
-        arguments = EncoderArguments(model_name_or_path=small["output_dir"], lora_r=0, simcse_dropout=0.0, **settings)
+    def read(pooling_mode=None):
+        asked = choose_pooling(pooling_mode, small["output_dir"])
+        arguments = EncoderArguments(small["output_dir"], lora_r=0, simcse_dropout=0.0, pooling_mode=asked)
         return load_encoder(arguments, {})[0].eval().encode(TEXTS)
 
     torch.testing.assert_close(torch.tensor(read()), torch.tensor(saved.encode(TEXTS)), rtol=1e-4, atol=1e-5)
@@ -60,6 +62,49 @@ def test_an_encoder_whose_last_module_would_be_lost_is_refused(small, tmp_path, 
     encoder.save_pretrained(small["output_dir"])
     assert run(again(small, tmp_path)) == 2
     assert "dense is an encoder with Dense, which would be lost" in capsys.readouterr().err
+
+
+def test_a_first_token_that_is_left_out_without_being_a_sink_is_refused(small, tmp_path, capsys):
+    """As `sweep` writes it."""
+    from bidirect_patch.encoder.without_sinks import WithoutSinks
+
+    assert run(small) == 0
+    encoder = st.SentenceTransformer(small["output_dir"], device="cpu")
+    encoder.insert(1, WithoutSinks(1))
+    small |= {"output_dir": str(tmp_path / "left-out")}
+    encoder.save_pretrained(small["output_dir"])
+    assert run(again(small, tmp_path)) == 2
+    assert "an encoder with WithoutSinks(1), which would be lost" in capsys.readouterr().err
+
+
+def test_the_last_token_is_no_end_token_where_the_tokenizer_adds_none(place, tmp_path, small, capsys):
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    modules = [Transformer(str(place / "model")), Pooling(32, pooling_mode="lasttoken")]
+    small |= {"output_dir": str(tmp_path / "last")}
+    st.SentenceTransformer(modules=modules, device="cpu").save_pretrained(small["output_dir"])
+    assert run(again(small, tmp_path)) == 2
+    assert "pools by lasttoken, as no pooling_mode does here: give one of mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '[{"idx": 0}]'])
+def test_a_list_of_modules_that_can_not_be_read(small, tmp_path, capsys, text):
+    assert run(small) == 0
+    Path(small["output_dir"], "modules.json").write_text(text)
+    assert run(again(small, tmp_path)) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_old_folder_says_its_pooling_in_its_own_keys(tmp_path):
+    from bidirect_patch.cli.simcse.saved_encoder import choose_pooling
+
+    (tmp_path / "1_Pooling").mkdir()
+    types = {"": "sentence_transformers.models.Transformer", "1_Pooling": "sentence_transformers.models.Pooling"}
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": path, "type": kind} for path, kind in types.items()]))
+    keys = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False, "pooling_mode_weightedmean_tokens": True}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32} | keys))
+    assert choose_pooling(None, str(tmp_path)) == "weighted_mean"
 
 
 def test_an_adapter_is_no_model(settings, place, tmp_path, capsys):
@@ -85,6 +130,7 @@ def test_texts_stand_behind_the_token_that_the_adapter_was_trained_behind(small,
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_dropout_is_that_of_attention_by_whatever_name(place, tmp_path, dropout):
     from bidirect_patch.cli.simcse.model import load_encoder
+    from bidirect_patch.cli.simcse.saving import save_encoder
     from bidirect_patch.cli.simcse.settings import EncoderArguments
 
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
@@ -97,6 +143,8 @@ def test_the_dropout_is_that_of_attention_by_whatever_name(place, tmp_path, drop
     features = model.preprocess(TEXTS[:1])
     one, two = (model(dict(features))["sentence_embedding"] for _ in range(2))
     assert torch.equal(one, two) == (dropout == 0)
+    save_encoder(load_encoder(arguments, {})[0], str(tmp_path / "out"), 64)
+    assert GPT2Config.from_pretrained(tmp_path / "out").attn_pdrop == 0
 
 
 def test_a_weighted_mean_is_padded_where_every_release_counts_from_the_first_token(small, place, tmp_path):
