@@ -37,6 +37,9 @@ def texts_trained_on(examples):
         ("anchor", "positive"),
         ("positive", "anchor"),
         ("sentence1", "sentence2"),
+        ("sent0", "sent1", "hard_neg"),
+        ("Query", "Positive", "Negative"),
+        ("anchor", "positive", "hard_negative"),
         ("first", "second"),
     ],
 )
@@ -74,6 +77,7 @@ def test_a_single_text_is_its_own_positive(tmp_path):
         ({"query": "q", "positive": "p", "negative": "n", "score": 0.5}, ("q", "p", "n")),
         ({"query_id": "7", "query": "q", "positive": "p", "rank": 1}, ("q", "p")),
         ({"id": "7", "sentence": "t"}, ("t", "t")),
+        ({"qid": "7", "query": "q", "positive": "p", "doc-id": "x"}, ("q", "p")),
         ({"text": "t", "label": 1}, ("t", "t")),
     ],
 )
