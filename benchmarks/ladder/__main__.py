@@ -60,9 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _task(task: str, folder: Path, options: argparse.Namespace) -> tuple[Callable[[Plan, Row], Any], Callable[[Path], str]]:
     """What measures a row, and what makes the table of a folder of results."""
-    if task == "sentences":
+    if task in ("sentences", "curve"):
         dev, sets = texts.scored_pairs(folder, options.pairs)
-        teacher = options.teacher
+        scores = {name: pairs.scores for name, pairs in sets.items()}
+        teacher, points = options.teacher, options.curve_tokens
 
         def table(results: Path) -> str:
             line = None
@@ -71,13 +72,10 @@ def _task(task: str, folder: Path, options: argparse.Namespace) -> tuple[Callabl
                 if not file.exists():
                     _write(file, sentences.teacher_line(teacher, dev, sets))
                 line = json.loads(file.read_text())
-            return tables.sentences(_read_results(results), {name: pairs.scores for name, pairs in sets.items()}, line)
+            return tables.sentences(_read_results(results), scores, line)
 
-        return lambda plan, row: sentences.measured(plan, row, dev, sets), table
-    if task == "curve":
-        dev, sets = texts.scored_pairs(folder, options.pairs)
-        scores = {name: pairs.scores for name, pairs in sets.items()}
-        points = options.curve_tokens
+        if task == "sentences":
+            return lambda plan, row: sentences.measured(plan, row, dev, sets), table
         return (
             lambda plan, row: curve.measured(plan, row, points, dev, sets),
             lambda results: tables.curve(_read_results(results), scores),

@@ -79,11 +79,9 @@ def trained(plan: Plan, row: Row) -> dict[str, str]:
         settings = run_settings(plan, row) | on_adapter(folders)
         if step == "halved":
             _halve(folders["mntp"], folder)
-        elif step == "mntp":
-            run("mntp", settings | _of_mntp(plan) | {"max_steps": plan.mntp_steps}, folder, plan.log)
         else:
-            settings |= _of_contrast(plan, row, step) | {"max_steps": plan.steps}
-            run("simcse", settings, folder, plan.log)
+            command, own = _of_step(plan, row, step)
+            run(command, settings | own | {"max_steps": plan.mntp_steps if step == "mntp" else plan.steps}, folder, plan.log)
         folders[step] = str(folder)
     return folders
 
@@ -96,15 +94,14 @@ def checkpoints(plan: Plan, row: Row, every: int, count: int) -> Path:
     """
     (step,) = row.steps
     folder = plan.out / "curve" / "trained" / row.file
-    settings = run_settings(plan, row) | {"max_steps": every * count, "logging_steps": every}
+    command, own = _of_step(plan, row, step)
+    settings = run_settings(plan, row) | own | {"max_steps": every * count, "logging_steps": every}
     settings["lr_scheduler_type"] = "constant_with_warmup"
     settings |= {"save_strategy": "steps", "save_steps": every, "save_only_model": True, "save_total_limit": None}
     if step == "mntp":
-        held_out = {"validation_split_percentage": 5, "max_eval_samples": HELD_OUT, "do_eval": True}
-        settings |= _of_mntp(plan) | held_out | {"eval_strategy": "steps", "eval_steps": every}
-    else:
-        settings |= _of_contrast(plan, row, step)
-    run("mntp" if step == "mntp" else "simcse", settings, folder, plan.log)
+        settings |= {"validation_split_percentage": 5, "max_eval_samples": HELD_OUT, "do_eval": True}
+        settings |= {"eval_strategy": "steps", "eval_steps": every}
+    run(command, settings, folder, plan.log)
     return folder
 
 
@@ -130,6 +127,11 @@ def _halve(adapter: str, folder: Path) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] // 2}), encoding="utf-8")
+
+
+def _of_step(plan: Plan, row: Row, step: str) -> tuple[str, Settings]:
+    """The command of a step of training, and the settings that are its own."""
+    return ("mntp", _of_mntp(plan)) if step == "mntp" else ("simcse", _of_contrast(plan, row, step))
 
 
 def _of_mntp(plan: Plan) -> Settings:

@@ -87,7 +87,7 @@ def find_source(settings: ModelArguments, below: Below | None = None) -> Source:
 
 def below_of(source: Source) -> Below:
     """What a classifier is trained over, as it is noted with it."""
-    return Below(name_anywhere(source.settings.model_name_or_path), [*map(name_anywhere, source.adapters)])
+    return Below(_name_anywhere(source.settings.model_name_or_path), [*map(_name_anywhere, source.adapters)])
 
 
 def _take_over(below: Below, base: str, count: int) -> list[str]:
@@ -103,7 +103,7 @@ def _take_over(below: Below, base: str, count: int) -> list[str]:
         trained = f"the classifier of cls_addr was trained over the adapter {adapter}"
         if os.path.isabs(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
             raise ConfigError(f"{trained}, which is not there any more: {way}, by the path that it has now")
-        if below.base not in (None, name_anywhere(base)):
+        if below.base not in (None, _name_anywhere(base)):
             raise ConfigError(
                 f"{trained} on {below.base}, and the model is {base}: {way}, or, if the model has it in its weights, take "
                 "adapters out of words.json"
@@ -111,7 +111,7 @@ def _take_over(below: Below, base: str, count: int) -> list[str]:
     return lacking
 
 
-def name_anywhere(name: Any) -> str:
+def _name_anywhere(name: Any) -> str:
     """A name by which a model or an adapter is found from any folder: an absolute path, or its hub name."""
     return os.path.abspath(name) if os.path.isdir(name) else str(name)
 
