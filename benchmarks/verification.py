@@ -2,7 +2,7 @@
 
     python -m benchmarks.verification [--rounds 5] [--quick]
 
-The report is beside a forward of as many tokens as one of its six runs has. The first patch of a class, which verifies it on a
+The report is beside a forward of as many tokens as one of its runs has. The first patch of a class, which verifies it on a
 small model, and the import are measured in a process of their own each round.
 """
 
@@ -72,7 +72,7 @@ def report_cost(rounds: int, quick: bool) -> None:
             }
         )
     print(table(rows))
-    why = "It runs the model in six ways of calling it; a third of its time is the gradients of two padded runs."
+    why = "It runs the model in five ways of calling it; a third of its time is the gradients of two padded runs."
     goal("attention_report costs at most 2.5 forwards", most <= 2.5, why)
 
 

@@ -193,7 +193,8 @@ class AttentionReport:
 def attention_report(model: nn.Module, *, length: int | None = None) -> AttentionReport:
     """Run a model on short random sequences and report for each decoder layer which position depends on which.
 
-    It costs six forwards of (length + 2) * length tokens, most of them with a backward through one layer at a time.
+    It costs five forwards of (length + 2) * length tokens, most of them with a backward through one layer at a time, and a sixth
+    where packed documents do not come out as each of them alone.
     Hooks, training flags, gradients and the random state are the same afterwards as before.
 
     Args:
