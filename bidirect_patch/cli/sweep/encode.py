@@ -57,6 +57,11 @@ class Embeddings:
         lacking: np.ndarray = texts[~self._is_there[texts]]
         return lacking
 
+    def keep(self, depths: Iterable[Depth]) -> None:
+        """Look at some of the depths alone from now on."""
+        self.depths = sorted(depths)
+        self._found = {depth: found for depth, found in self._found.items() if depth in self.depths}
+
     @torch.no_grad()
     def add(self, texts: np.ndarray, progress: Callable[[int], object]) -> None:
         """Encode the texts that were not encoded yet.

@@ -15,8 +15,8 @@ from .scores import cosines
 from .setups import BLIND, CAUSAL, OPEN, SINK, Attention, Setup
 from .texts import Pairs
 
-SCREENING = 64  # pairs on which the first token is chosen
-MARGIN = 0.1  # a depth that is so far below the best one on these pairs is not measured on all pairs
+FEW, MORE = 64, 256  # pairs on which first tokens and depths are compared: all tokens, then the better half
+MARGIN = 0.1  # a depth that is so far below the best one on these pairs is not measured on more pairs
 
 # The tokens of the texts by what stands before each text.
 Tokens = Mapping[str | None, Sequence[Sequence[int]]]
@@ -54,8 +54,8 @@ def sweep(
 ) -> tuple[list[Row], list[str]]:
     """Measure every setup.
 
-    Where a family has several first tokens to try, one is chosen by the best setup of each on a part of the pairs; with this
-    one, the depths that were far from the best there are left out.
+    A part of the pairs tells which depths are far from the best, and these are left out. Where a family has several first tokens to
+    try, it tells the better half of them too, by the best setup of each, and a larger part the best of these.
 
     Args:
         parts: The model.
@@ -130,23 +130,25 @@ def _depth(setup: Setup) -> Depth:
 def _choose_first_token(
     parts: Parts, family: Attention, tokens: Tokens, first: Sequence[str | None], pairs: Pairs
 ) -> Embeddings:
-    """The embeddings with the best of several first tokens, of a part of the texts if there are many."""
-    screened = pairs.some(SCREENING)
-    best: Embeddings | None = None
-    best_values: dict[Depth, float] = {}
-    depths = _depths(parts, family)
-    for token in first:
-        embeddings = Embeddings(parts, family, tokens[token], token, depths)
-        if len(first) == 1:
-            return embeddings
-        encode(embeddings, pairs.texts_of(screened), f"{family}, {token or 'no token'} first")
-        values = _best_by_depth(embeddings, pairs, screened)
-        if best is None or max(values.values()) > max(best_values.values()):
-            best, best_values = embeddings, values
-            depths = _promising(values)  # what is far from the best with this token is not tried with the others
-    assert best is not None  # there is a token
-    best.depths = depths
-    return best
+    """The embeddings with the best of some first tokens, of a part of the texts if there are many, at the depths that are left."""
+    tried = [Embeddings(parts, family, tokens[token], token, _depths(parts, family)) for token in first]
+    tried = _best_first(tried, pairs, pairs.some(FEW))[: max(2, len(tried) // 2)]
+    return tried[0] if len(tried) == 1 else _best_first(tried, pairs, pairs.some(MORE))[0]
+
+
+def _best_first(tried: Sequence[Embeddings], pairs: Pairs, chosen: np.ndarray) -> list[Embeddings]:
+    """Some embeddings, in the order of their best setups on some pairs. They keep the depths that are promising there."""
+    best: dict[Embeddings, float] = {}
+    promising = tried[0].depths
+    for each in tried:
+        each.keep([depth for depth in each.depths if depth in promising] or each.depths)  # near the best with another token
+        encode(each, pairs.texts_of(chosen), f"{each.family}, {each.token or 'no token'} first")
+        values = _best_by_depth(each, pairs, chosen)
+        each.keep(_promising(values))
+        if max(values.values()) > max(best.values(), default=-np.inf):
+            promising = each.depths
+        best[each] = max(values.values())
+    return sorted(best, key=lambda each: -best[each])
 
 
 def _best_by_depth(embeddings: Embeddings, pairs: Pairs, chosen: np.ndarray) -> dict[Depth, float]:

@@ -190,11 +190,12 @@ def test_every_kind_of_folder(place, tmp_path):
 
 
 def test_a_first_token_is_chosen_on_a_part_of_many_pairs(tmp_path, place, monkeypatch):
-    """With each first token a part is encoded; with the chosen one, the rest."""
+    """With each first token a part is encoded, with the better two a larger one, and with the chosen one the rest."""
     from bidirect_patch.cli.sweep import measure
     from bidirect_patch.cli.sweep.encode import Embeddings
 
-    monkeypatch.setattr(measure, "SCREENING", 30)
+    monkeypatch.setattr(measure, "FEW", 20)
+    monkeypatch.setattr(measure, "MORE", 40)
     write_pairs(tmp_path / "dev.csv", count=60)
     encoded = {}
     add = Embeddings.add
@@ -208,13 +209,12 @@ def test_a_first_token_is_chosen_on_a_part_of_many_pairs(tmp_path, place, monkey
     (tmp_path / "model").symlink_to(place / "model")
     rows, pairs = measured(tmp_path, "dev.csv")["dev.csv"]
     for family in measure.BLIND:
-        counts = sorted(each for (own, _), each in encoded.items() if own == family)
+        counts = sorted((each for (own, _), each in encoded.items() if own == family), key=len)
         # The tokenizer as it is, but with sinks, and with its three special tokens before each text.
-        assert len(counts) == (3 if family.sinks else 4)
-        chosen = next(each for each in counts if len(each) == 2)
-        screened = chosen[0]
-        assert 0 < screened < sum(chosen) == len(pairs.texts)
-        assert sorted(counts) == sorted([chosen, *([[screened]] * (len(counts) - 1))])
+        assert list(map(len, counts)) == ([1, 2, 3] if family.sinks else [1, 1, 2, 3])
+        chosen = counts[-1]
+        assert min(chosen) > 0 and sum(chosen) == len(pairs.texts)
+        assert all(each == chosen[: len(each)] for each in counts)
     assert len(rows) == 6
 
 
