@@ -2,6 +2,7 @@
 
 import logging
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from datasets import DatasetDict, load_dataset
 
 from ...errors import ConfigError
 from ..datafiles import Kind, columns_of_text, files_in, reader_of, reading
-from .instructions import instructions_of, names_of, split_by_prompt
+from .instructions import instructions_of, names_of, split_by_prompt, tasks_of_one_kind
 from .settings import E5, TextArguments
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,13 @@ class Examples(NamedTuple):
             text is its own positive. For several tasks it is a DatasetDict by their names.
         single: Whether the examples are single texts.
         prompts: What stands before each anchor, by the name of the task. Empty if nothing does.
+        of_one_kind: The tasks whose other texts have the prompt too.
     """
 
     data: Any
     single: bool
     prompts: dict[str, str]
+    of_one_kind: frozenset[str] = frozenset()
 
 
 def load_examples(texts: TextArguments) -> Examples:
@@ -67,7 +70,8 @@ def load_examples(texts: TextArguments) -> Examples:
         of_task, its_prompts = split_by_prompt(task, data.select(range(counts[task])), instructions[task])
         sets |= of_task
         prompts |= its_prompts
-    return Examples(DatasetDict(sets) if len(sets) > 1 else next(iter(sets.values())), singles.pop(), prompts)
+    data = DatasetDict(sets) if len(sets) > 1 else next(iter(sets.values()))
+    return Examples(data, singles.pop(), prompts, tasks_of_one_kind(texts))
 
 
 def first_example(data: Any) -> dict[str, str]:
@@ -157,15 +161,15 @@ def _with_names(data: Any, kinds: dict[str, Kind], file: Path) -> Any:
         return data.rename_columns({f"_{before}": after for before, after in zip(old, new)})
 
     def texts_of(row: dict[str, Any]) -> dict[str, str]:
-        texts = (text for name in old for text in (row[name] if name in lengths else [row[name]]))
-        return dict(zip(new, texts))
+        lists = ((row[name] or [None] * lengths[name]) if name in lengths else [row[name]] for name in old)
+        return dict(zip(new, chain.from_iterable(lists)))
 
     return data.map(texts_of, remove_columns=old).select_columns(new[: sum(lengths.get(name, 1) for name in old)])
 
 
 def _texts_in_lists(data: Any, name: str, file: Path) -> int:
-    """Return how many texts each list of a column holds."""
-    found = sorted({len(texts or []) for texts in data[name]})
+    """Return how many texts each list of a column holds. A row without a list lacks its texts, as one with an empty cell does."""
+    found = sorted({len(texts) for texts in data[name] if texts}) or [0]
     several = bool(NEGATIVE.fullmatch(name))
     if len(found) > 1 or found[0] < 1 or (found[0] > 1 and not several):
         lengths = " to ".join(map(str, dict.fromkeys((found[0], found[-1]))))

@@ -23,3 +23,13 @@ E5_INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "t2ranking": ("Given a Chinese search query, retrieve web passages that answer the question",),
     "trivia_qa": ("Retrieve Wikipedia passages that answer the question",),
 }
+# LLM2Vec's main branch reads a file for each instruction of these, version 0.2.3 one file.
+E5_INSTRUCTIONS |= {
+    f"{task}_split{number}": (instruction,)
+    for task, instructions in tuple(E5_INSTRUCTIONS.items())
+    if len(instructions) > 1
+    for number, instruction in enumerate(instructions, start=1)
+}
+
+# In these files the documents are texts of the same kind as the query, and have the instruction too.
+E5_OF_ONE_KIND = frozenset({"allnli_split2", "quora_duplicates_split1", "quora_duplicates_split2"})

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..common_settings import read_json
-from .e5_instructions import E5_INSTRUCTIONS
+from .e5_instructions import E5_INSTRUCTIONS, E5_OF_ONE_KIND
 from .settings import E5, TextArguments
 
 
@@ -64,11 +64,24 @@ def split_by_prompt(task: str, data: Any, instructions: tuple[str, ...]) -> tupl
     return sets, {name: prompts[name] for name in sets if prompts.get(name)}
 
 
-def column_prompts(data: Any, prompts: dict[str, str]) -> Any:
-    """Return the prompts as sentence-transformers' trainer takes them: for the query, and not for the documents."""
-    if isinstance(data, dict):
-        return {name: {"anchor": prompt} for name, prompt in prompts.items()} or None
-    return next(({"anchor": prompt} for prompt in prompts.values()), None)
+def tasks_of_one_kind(texts: TextArguments) -> frozenset[str]:
+    """Return the tasks whose documents have the instruction too."""
+    return E5_OF_ONE_KIND if texts.dataset_name == E5 and not texts.instruction_file else frozenset()
+
+
+def column_prompts(data: Any, prompts: dict[str, str], of_one_kind: frozenset[str] = frozenset()) -> Any:
+    """Return the prompts as sentence-transformers' trainer takes them: by column.
+
+    Args:
+        data: The data set, or a DatasetDict of several.
+        prompts: By the name of the task.
+        of_one_kind: The tasks whose documents have the prompt too; else the query alone has it.
+    """
+    by_task = {}
+    for task, prompt in prompts.items():
+        columns = (data[task] if isinstance(data, dict) else data).column_names
+        by_task[task] = dict.fromkeys(columns if task in of_one_kind else ["anchor"], prompt)
+    return (by_task if isinstance(data, dict) else next(iter(by_task.values()), None)) or None
 
 
 def _read(path: str) -> dict[str, tuple[str, ...]]:

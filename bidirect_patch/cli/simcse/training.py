@@ -91,7 +91,7 @@ def _make_trainer(settings: Settings) -> SimCSETrainer:
         examples = with_embeddings(examples, teacher, show_progress_bar=not training.disable_tqdm)
         del teacher  # and its memory
     make_output_dir(str(training.output_dir))
-    training.prompts = column_prompts(examples.data, examples.prompts)
+    training.prompts = column_prompts(examples.data, examples.prompts, examples.of_one_kind)
     evaluator: Any = None
     if pairs is not None:
         evaluator = PairEvaluator(pairs, training.per_device_eval_batch_size, max_seq_length)

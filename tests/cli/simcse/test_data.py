@@ -58,7 +58,7 @@ def test_the_query_is_the_first_column_whatever_the_files_order_is(tmp_path, nam
 def test_a_single_text_is_its_own_positive(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("w1\n\nw2\n")
-    data, single, prompts = load(path)
+    data, single, prompts, _ = load(path)
     assert single and not prompts
     assert list(data.column_names) == ["anchor", "positive"]
     assert data[:] == {"anchor": ["w1", "w2"], "positive": ["w1", "w2"]}
@@ -153,6 +153,14 @@ def test_rows_that_lack_a_text_are_left_out_with_a_warning(tmp_path, caplog):
     assert "1 of 3 rows are left out, since they lack one of query, positive, negative" in caplog.text
 
 
+@pytest.mark.parametrize("nothing", [None, []])
+def test_rows_that_lack_a_list_of_texts_are_left_out_too(tmp_path, caplog, nothing):
+    rows = [{"query": f"q{i}", "pos": ["p"], "neg": ["n", "m"] if i else nothing} for i in range(3)]
+    examples = load(write(tmp_path / "rows.jsonl", rows))
+    assert texts_trained_on(examples) == {None: [("q1", "p", "n", "m"), ("q2", "p", "n", "m")]}
+    assert "1 of 3 rows are left out, since they lack one of query, pos, neg" in caplog.text
+
+
 def test_of_e5_the_columns_are_read_that_llm2vec_reads(tmp_path):
     path = write(tmp_path / "nq.jsonl", [{"query": "q", "positive": "p", "negative": "n", "source": "nq"}])
     assert texts_trained_on(load(path, dataset_name="E5")) == {None: [("q", "p", "n")]}
@@ -215,5 +223,5 @@ def test_no_prompt_of_a_part_without_rows_stands_before_others(tasks, tmp_path):
 
     path = tmp_path / "instructions.json"
     path.write_text(json.dumps({"a": ["", "two"]}))
-    data, _, prompts = load(tasks(a=1) / "a.jsonl", instruction_file=str(path))
+    data, _, prompts, _ = load(tasks(a=1) / "a.jsonl", instruction_file=str(path))
     assert data[0]["anchor"] == "aq0" and column_prompts(data, prompts) is None
