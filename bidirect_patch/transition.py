@@ -50,9 +50,10 @@ def to_bidirectional(
         add.append(pickled_plan(decoder.module))
         if decoder in unverified or (proof is None and not allow_partial):
             add.append(unverified_plan(decoder))
-    plans, watched = plans_on(module for module, _ in _patch_of(seen, changing)), watched_among(seen.modules)
+    patch = _patch_of(seen, changing)
+    plans, watched = plans_on(module for module, _ in patch), watched_among(seen.modules)
     try:
-        apply(add, _patch_of(seen, changing))
+        apply(add, patch)
         watch_labels(seen.modules)
         for decoder, proof in zip(changing, proofs):
             if proof is None and not allow_partial and not decoder.is_on_meta:
