@@ -4,7 +4,8 @@
 
 Random weights of SmolLM2-135M's shape. A command runs twice, for a few and for more steps: the difference of CPU seconds is
 that of the steps, with the collator, the optimizer and the trainer; the floor is the floating point operations that torch
-counts in a forward and a backward of the same batch, at the speed of a square matrix product in the same precision (`--bf16`).
+counts in a forward and a backward of the same batch, at the speed of a square matrix product in the same precision (`--bf16`),
+taken in the same round.
 Then a forward and a backward of `mntp` under bfloat16 autocast are profiled, with LoRA and without.
 """
 
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -51,6 +52,14 @@ class Shape(Setting):
 
     pairs: int = 32
     words: int = 32
+
+
+class Round(NamedTuple):
+    """What one round has measured: CPU seconds of a step, operations of a square matmul a second, peak of memory in bytes."""
+
+    seconds: float
+    rate: float
+    peak: float
 
 
 SMOLLM2 = Shape(vocab=49_152, hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, length=128, tied=True)
@@ -89,6 +98,19 @@ def cpu_seconds(command: str, settings: dict[str, Any], steps: int, folder: Path
     if process.returncode:
         raise RuntimeError(f"{command} failed:\n{output}")
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def one_round(command: str, settings: dict[str, Any], folder: Path) -> Round:
+    """A few and more steps of a command, and the speed of this machine before and after them, which changes by the minute."""
+    rates = [_rate(settings)]
+    few, _ = cpu_seconds(command, settings, FEW, folder)
+    more, peak = cpu_seconds(command, settings, MORE, folder)
+    rates.append(_rate(settings))
+    return Round((more - few) / (MORE - FEW), statistics.mean(rates), peak)
+
+
+def _rate(settings: dict[str, Any]) -> float:
+    return matmul_rate.__wrapped__(dtype=torch.bfloat16 if "bf16" in settings else torch.float32)  # not the one it keeps
 
 
 def operations(shape: Shape, folder: Path, command: str) -> int:
@@ -193,10 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__, rounds=3).parse_args(arguments)
     single_thread()
     shape = QUICK if options.quick else SMOLLM2
-    rates = {half: matmul_rate(dtype=torch.bfloat16 if half else torch.float32) for half in (False, True)}
-    rows = []
-    measured: dict[str, tuple[float, float]] = {}  # by row: CPU seconds of a step, and GB
-    over = {}
+    rows, over = [], {}
+    measured: dict[str, list[Round]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_model(shape, folder / "model")
@@ -204,39 +224,34 @@ def main(arguments: list[str] | None = None) -> None:
         save_lines(shape, folder / "sentences.txt", MORE * shape.pairs, shape.words - 2)
         for name, (command, settings) in commands(shape, folder).items():
             settings = settings | {"model_name_or_path": str(folder / "model")}
-            steps, peaks = [], []
-            for _ in range(options.rounds if name in FLOORS and not options.quick else 1):
-                few, _ = cpu_seconds(command, settings, FEW, folder)
-                more, peak = cpu_seconds(command, settings, MORE, folder)
-                steps.append((more - few) / (MORE - FEW))
-                peaks.append(peak)
-            measured[name] = statistics.median(steps), statistics.median(peaks) / 1e9
+            rounds = options.rounds if name in FLOORS and not options.quick else 1
+            measured[name] = [one_round(command, settings, folder) for _ in range(rounds)]
         # Last: a process's peak counts that of the process it was forked from, and this one grows here.
         counted = {command: operations(shape, folder / "model", command) for command in ("mntp", "simcse")}
         parts = made_of(shape, folder / "model")
-        for name, (command, settings) in commands(shape, folder).items():
-            seconds, peak = measured[name]
-            floor = counted[command] / rates["bf16" in settings]
-            over[name] = seconds / floor
+        for name, (command, _) in commands(shape, folder).items():
+            seconds, rate, peak = (statistics.median(each) for each in zip(*measured[name]))
+            over[name] = statistics.median(each.seconds * each.rate / counted[command] for each in measured[name])
             rows.append(
                 {
                     "command": name,
                     "CPU seconds per step": f"{seconds:.2f}",
-                    "floor": f"{floor:.2f}",
+                    "square matmul, GFLOP/s": f"{rate / 1e9:.0f}",
+                    "floor": f"{counted[command] / rate:.2f}",
                     "times the floor": f"{over[name]:.2f}",
-                    "peak memory, GB": f"{peak:.2f}",
+                    "peak memory, GB": f"{peak / 1e9:.2f}",
                 }
             )
     print(table(rows))
     seconds = [{"of a step of mntp in bf16": name} | {k: f"{v:.2f}" for k, v in kinds.items()} for name, kinds in parts.items()]
     print(f"\n{table(seconds)}")
-    print(f"\nSquare matmul: {rates[False] / 1e9:.0f} GFLOP/s float32, {rates[True] / 1e9:.0f} bfloat16.")
     if options.quick:  # of other sizes than the goals
         return
     for name, most in FLOORS.items():
         why = in_bf16(parts) if "bf16" in name else ""
         goal(f"{name}: at most {most} times the floor: {over[name]:.2f}", over[name] <= most, why)
-    least = min((peak, name) for name, (_, peak) in measured.items() if not name.startswith(MNTP))
+    peaks = {name: statistics.median(each.peak for each in rounds) / 1e9 for name, rounds in measured.items()}
+    least = min((peak, name) for name, peak in peaks.items() if not name.startswith(MNTP))
     goal(f"simcse: at most {PEAK} GB: {least[0]:.2f} ({least[1]})", least[0] <= PEAK)
 
 
