@@ -1,6 +1,6 @@
 """What a step of both training commands costs, beside what its matrix products alone cost on this CPU.
 
-    python -m benchmarks.steps [--rounds 3] [--quick]
+    python -m benchmarks.steps [--rounds 3] [--quick] [--only ROW ...]
 
 Random weights of SmolLM2-135M's shape. A command runs twice, for a few and for more steps: the difference of CPU seconds is
 that of the steps, with the collator, the optimizer and the trainer; the floor is the floating point operations that torch
@@ -212,7 +212,9 @@ def commands(shape: Shape, folder: Path) -> dict[str, tuple[str, dict[str, Any]]
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    options = parser(__doc__, rounds=3).parse_args(arguments)
+    flags = parser(__doc__, rounds=3)
+    flags.add_argument("--only", nargs="*", metavar="ROW", help="the rows that are measured (default: all)")
+    options = flags.parse_args(arguments)
     single_thread()
     shape = QUICK if options.quick else SMOLLM2
     rows, over = [], {}
@@ -222,14 +224,15 @@ def main(arguments: list[str] | None = None) -> None:
         save_model(shape, folder / "model")
         save_lines(shape, folder / "paragraphs.txt", MORE * shape.batch, shape.length)
         save_lines(shape, folder / "sentences.txt", MORE * shape.pairs, shape.words - 2)
-        for name, (command, settings) in commands(shape, folder).items():
+        wanted = {name: row for name, row in commands(shape, folder).items() if name in (options.only or (name,))}
+        for name, (command, settings) in wanted.items():
             settings = settings | {"model_name_or_path": str(folder / "model")}
             rounds = options.rounds if name in FLOORS and not options.quick else 1
             measured[name] = [one_round(command, settings, folder) for _ in range(rounds)]
         # Last: a process's peak counts that of the process it was forked from, and this one grows here.
         counted = {command: operations(shape, folder / "model", command) for command in ("mntp", "simcse")}
         parts = made_of(shape, folder / "model")
-        for name, (command, _) in commands(shape, folder).items():
+        for name, (command, _) in wanted.items():
             seconds, rate, peak = (statistics.median(each) for each in zip(*measured[name]))
             over[name] = statistics.median(each.seconds * each.rate / counted[command] for each in measured[name])
             rows.append(
@@ -247,12 +250,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{table(seconds)}")
     if options.quick:  # of other sizes than the goals
         return
-    for name, most in FLOORS.items():
+    for name in [name for name in FLOORS if name in over]:
+        most = FLOORS[name]
         why = in_bf16(parts) if "bf16" in name else ""
         goal(f"{name}: at most {most} times the floor: {over[name]:.2f}", over[name] <= most, why)
     peaks = {name: statistics.median(each.peak for each in rounds) / 1e9 for name, rounds in measured.items()}
-    least = min((peak, name) for name, peak in peaks.items() if not name.startswith(MNTP))
-    goal(f"simcse: at most {PEAK} GB: {least[0]:.2f} ({least[1]})", least[0] <= PEAK)
+    least = min(((peak, name) for name, peak in peaks.items() if not name.startswith(MNTP)), default=None)
+    if least is not None:
+        goal(f"simcse: at most {PEAK} GB: {least[0]:.2f} ({least[1]})", least[0] <= PEAK)
 
 
 if __name__ == "__main__":
