@@ -49,7 +49,7 @@ class Embeddings:
         self._is_there = np.zeros(len(ids), dtype=bool)
 
     def of(self, depth: Depth) -> np.ndarray:
-        """(poolings, texts, width), float32; NaN for texts that were not encoded."""
+        """(poolings, texts, width), float32; any numbers for texts that were not encoded."""
         return self._found[depth]
 
     def lacking(self, texts: np.ndarray) -> np.ndarray:
@@ -58,7 +58,7 @@ class Embeddings:
         return lacking
 
     def keep(self, depths: Iterable[Depth]) -> None:
-        """Look at some of the depths alone from now on."""
+        """Look at some of the depths alone from now on, and forget the embeddings at the others."""
         self.depths = sorted(depths)
         self._found = {depth: found for depth, found in self._found.items() if depth in self.depths}
 
@@ -92,5 +92,5 @@ class Embeddings:
         """Keep embeddings (texts, poolings, width)."""
         if depth not in self._found:
             shape = (rows.shape[1], len(self.ids), rows.shape[2])
-            self._found[depth] = np.full(shape, np.nan, dtype=np.float32)
+            self._found[depth] = np.empty(shape, dtype=np.float32)  # rows that are not written take no memory
         self._found[depth][:, batch] = rows.swapaxes(0, 1)

@@ -15,7 +15,7 @@ from .scores import cosines
 from .setups import BLIND, CAUSAL, OPEN, SINK, Attention, Setup
 from .texts import Pairs
 
-FEW, MORE = 64, 256  # pairs on which first tokens and depths are compared: all tokens, then the better half
+SCREENING = 64  # pairs that tell the better half of the first tokens, and the depths that are near the best
 MARGIN = 0.1  # a depth that is so far below the best one on these pairs is not measured on more pairs
 
 # The tokens of the texts by what stands before each text.
@@ -54,8 +54,8 @@ def sweep(
 ) -> tuple[list[Row], list[str]]:
     """Measure every setup.
 
-    A part of the pairs tells which depths are far from the best, and these are left out. Where a family has several first tokens to
-    try, it tells the better half of them too, by the best setup of each, and a larger part the best of these.
+    All first tokens are compared by their best setups on a part of the pairs, the better half of them (two at least) on all.
+    Depths that are far from the best on the part are left out.
 
     Args:
         parts: The model.
@@ -130,18 +130,18 @@ def _depth(setup: Setup) -> Depth:
 def _choose_first_token(
     parts: Parts, family: Attention, tokens: Tokens, first: Sequence[str | None], pairs: Pairs
 ) -> Embeddings:
-    """The embeddings with the best of some first tokens, of a part of the texts if there are many, at the depths that are left."""
+    """The embeddings with the best of some first tokens, at the depths that are left. Not all texts are encoded yet."""
     tried = [Embeddings(parts, family, tokens[token], token, _depths(parts, family)) for token in first]
-    tried = _best_first(tried, pairs, pairs.some(FEW))[: max(2, len(tried) // 2)]
-    return tried[0] if len(tried) == 1 else _best_first(tried, pairs, pairs.some(MORE))[0]
+    tried = _best_first(tried, pairs, pairs.some(SCREENING))[: max(2, len(tried) // 2)]
+    return tried[0] if len(tried) == 1 else _best_first(tried, pairs, np.arange(len(pairs.scores)))[0]
 
 
 def _best_first(tried: Sequence[Embeddings], pairs: Pairs, chosen: np.ndarray) -> list[Embeddings]:
     """Some embeddings, in the order of their best setups on some pairs. They keep the depths that are promising there."""
     best: dict[Embeddings, float] = {}
-    promising = tried[0].depths
+    promising = tried[0].depths  # of the best so far
     for each in tried:
-        each.keep([depth for depth in each.depths if depth in promising] or each.depths)  # near the best with another token
+        each.keep(_among(each.depths, promising))
         encode(each, pairs.texts_of(chosen), f"{each.family}, {each.token or 'no token'} first")
         values = _best_by_depth(each, pairs, chosen)
         each.keep(_promising(values))
@@ -149,6 +149,12 @@ def _best_first(tried: Sequence[Embeddings], pairs: Pairs, chosen: np.ndarray) -
             promising = each.depths
         best[each] = max(values.values())
     return sorted(best, key=lambda each: -best[each])
+
+
+def _among(depths: Sequence[Depth], promising: Sequence[Depth]) -> list[Depth]:
+    """Those that are promising; with a number of blind layers of which none is, all of them."""
+    known = {depth.blind for depth in depths if depth in promising}
+    return [depth for depth in depths if depth in promising or depth.blind not in known]
 
 
 def _best_by_depth(embeddings: Embeddings, pairs: Pairs, chosen: np.ndarray) -> dict[Depth, float]:

@@ -190,12 +190,11 @@ def test_every_kind_of_folder(place, tmp_path):
 
 
 def test_a_first_token_is_chosen_on_a_part_of_many_pairs(tmp_path, place, monkeypatch):
-    """With each first token a part is encoded, with the better two a larger one, and with the chosen one the rest."""
+    """With each first token a part is encoded, and with the better two the rest."""
     from bidirect_patch.cli.sweep import measure
     from bidirect_patch.cli.sweep.encode import Embeddings
 
-    monkeypatch.setattr(measure, "FEW", 20)
-    monkeypatch.setattr(measure, "MORE", 40)
+    monkeypatch.setattr(measure, "SCREENING", 30)
     write_pairs(tmp_path / "dev.csv", count=60)
     encoded = {}
     add = Embeddings.add
@@ -209,12 +208,12 @@ def test_a_first_token_is_chosen_on_a_part_of_many_pairs(tmp_path, place, monkey
     (tmp_path / "model").symlink_to(place / "model")
     rows, pairs = measured(tmp_path, "dev.csv")["dev.csv"]
     for family in measure.BLIND:
-        counts = sorted((each for (own, _), each in encoded.items() if own == family), key=len)
+        counts = sorted(([n for n in each if n] for (own, _), each in encoded.items() if own == family), key=len)
         # The tokenizer as it is, but with sinks, and with its three special tokens before each text.
-        assert list(map(len, counts)) == ([1, 2, 3] if family.sinks else [1, 1, 2, 3])
-        chosen = counts[-1]
-        assert min(chosen) > 0 and sum(chosen) == len(pairs.texts)
-        assert all(each == chosen[: len(each)] for each in counts)
+        assert list(map(len, counts)) == ([1, 2, 2] if family.sinks else [1, 1, 2, 2])
+        better = counts[-1]
+        assert sum(better) == len(pairs.texts)
+        assert all(each == better[: len(each)] for each in counts)
     assert len(rows) == 6
 
 
@@ -227,6 +226,41 @@ def test_depths_that_are_far_from_the_best_are_left_out():
     values = {Depth(0, 1): far, Depth(0, 2): 0.8, Depth(0, 3): near}
     values |= {Depth(1, 2): 0.2, Depth(1, 3): 0.2 + MARGIN / 2, Depth(2, 3): -1.0}
     assert _promising(values) == [Depth(0, 2), Depth(0, 3), Depth(1, 2), Depth(1, 3), Depth(2, 3)]
+
+
+def test_the_best_first_token_of_the_better_half_is_kept_with_the_depths_near_its_best(monkeypatch):
+    from bidirect_patch.cli.sweep import measure
+    from bidirect_patch.cli.sweep.passes import Depth
+    from bidirect_patch.cli.sweep.texts import Pairs
+
+    far, near, blind = Depth(0, 1), Depth(0, 2), Depth(1, 2)
+    on_part = {"a": 0.5, "b": 0.9, "c": 0.8, "d": 0.1}
+    on_all = {"a": 1.0, "b": 0.6, "c": 0.7, "d": 1.0}
+    asked = []
+
+    def values(embeddings, pairs, chosen):
+        value = (on_all if len(chosen) == len(pairs.scores) else on_part)[embeddings.token]
+        asked.append((embeddings.token, len(chosen), tuple(embeddings.depths)))
+        found = {far: value - 2 * measure.MARGIN, near: value, blind: value - 0.5}
+        return {depth: found[depth] for depth in embeddings.depths}
+
+    monkeypatch.setattr(measure, "_depths", lambda parts, family: [far, near, blind])
+    monkeypatch.setattr(measure, "_best_by_depth", values)
+    monkeypatch.setattr(measure, "encode", lambda *args: None)
+    texts = np.arange(100)
+    pairs = Pairs([""] * 200, texts, texts + 100, texts / 100)
+    chosen = measure._choose_first_token(None, measure.SINK, dict.fromkeys("abcd", [[0]] * 200), "abcd", pairs)
+    assert (chosen.token, chosen.depths) == ("c", [near, blind])
+    assert asked[0] == ("a", 64, (far, near, blind)) and asked[1] == ("b", 64, (near, blind))
+    assert [(token, count) for token, count, _ in asked[2:]] == [("c", 64), ("d", 64), ("b", 100), ("c", 100)]
+
+
+def test_no_number_of_blind_layers_is_lost_with_another_token():
+    from bidirect_patch.cli.sweep.measure import _among
+    from bidirect_patch.cli.sweep.passes import Depth
+
+    depths = [Depth(0, 1), Depth(0, 2), Depth(1, 2)]
+    assert _among(depths, [Depth(0, 2), Depth(1, 3)]) == [Depth(0, 2), Depth(1, 2)]
 
 
 def test_a_batch_holds_texts_of_about_one_length():
