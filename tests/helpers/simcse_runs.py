@@ -100,12 +100,13 @@ def write_rows(path, count, words=60, seed=0):
     return rows
 
 
-def write_e5(folder, count=4):
-    """Write a folder in the layout of LLM2Vec's E5 data: a file a task. Returns the rows by task."""
-    from bidirect_patch.cli.simcse.e5_instructions import E5_INSTRUCTIONS
+def write_e5(folder, count=4, splits=False):
+    """Write a folder in the layout of LLM2Vec's E5 data: a file a task, or in the older one. Returns the rows by task."""
+    from bidirect_patch.cli.simcse.e5_instructions import E5_INSTRUCTIONS, E5_SPLITS
 
+    tasks = E5_INSTRUCTIONS.keys() - (E5_SPLITS.values() if splits else E5_SPLITS.keys())
     folder.mkdir()
-    return {task: write_rows(folder / f"{task}.jsonl", count) for task in E5_INSTRUCTIONS}
+    return {task: write_rows(folder / f"{task}.jsonl", count) for task in sorted(tasks)}
 
 
 def write_pairs(path, count=24, seed=0):

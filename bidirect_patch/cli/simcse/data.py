@@ -6,11 +6,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import DatasetDict, load_dataset
+from datasets import DatasetDict, Features, Value, load_dataset
 
 from ...errors import ConfigError
 from ..datafiles import Kind, columns_of_text, files_in, reader_of, reading
-from .instructions import instructions_of, names_of, split_by_prompt, tasks_of_one_kind
+from .instructions import instructions_of, names_of, split_by_prompt, tasks_of_one_kind, whole_tasks
 from .settings import E5, TextArguments
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,12 @@ def load_examples(texts: TextArguments) -> Examples:
     """
     path = Path(texts.dataset_file_path or "")
     files = [Path(file) for file in files_in(str(path))] if path.is_dir() else [path]
-    instructions = instructions_of(texts, [file.stem for file in files])
+    whole = whole_tasks(texts, [file.stem for file in files])
+    parts = [file.name for file in files if file.stem not in whole]
+    if parts:
+        logger.warning("%s: %s are left out, since their rows are in the files of the whole tasks", path, ", ".join(parts))
+        files = [file for file in files if file.stem in whole]
+    instructions = instructions_of(texts, whole)
     _check_names(files, instructions)
     if texts.max_train_samples is not None and texts.max_train_samples < len(files):
         raise ConfigError(f"max_train_samples must be at least {len(files)}, one for each file; got {texts.max_train_samples}")
@@ -164,7 +169,9 @@ def _with_names(data: Any, kinds: dict[str, Kind], file: Path) -> Any:
         lists = ((row[name] or [None] * lengths[name]) if name in lengths else [row[name]] for name in old)
         return dict(zip(new, chain.from_iterable(lists)))
 
-    return data.map(texts_of, remove_columns=old).select_columns(new[: sum(lengths.get(name, 1) for name in old)])
+    new = new[: sum(lengths.get(name, 1) for name in old)]
+    types = Features(dict.fromkeys(new, Value("string")))  # which the first rows don't tell if they lack a list
+    return data.map(texts_of, remove_columns=old, features=types)
 
 
 def _texts_in_lists(data: Any, name: str, file: Path) -> int:

@@ -23,13 +23,14 @@ E5_INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "t2ranking": ("Given a Chinese search query, retrieve web passages that answer the question",),
     "trivia_qa": ("Retrieve Wikipedia passages that answer the question",),
 }
-# LLM2Vec's main branch reads a file for each instruction of these, version 0.2.3 one file.
-E5_INSTRUCTIONS |= {
-    f"{task}_split{number}": (instruction,)
-    for task, instructions in tuple(E5_INSTRUCTIONS.items())
+# LLM2Vec up to 0.1.5 read a file for each of two instructions, such as allnli_split1. The data hold these files beside the whole.
+E5_SPLITS: dict[str, str] = {  # such a file, and the task that it is a part of
+    f"{task}_split{number}": task
+    for task, instructions in E5_INSTRUCTIONS.items()
     if len(instructions) > 1
-    for number, instruction in enumerate(instructions, start=1)
+    for number in range(1, len(instructions) + 1)
 }
+E5_INSTRUCTIONS |= {split: (E5_INSTRUCTIONS[task][int(split[-1]) - 1],) for split, task in E5_SPLITS.items()}
 
-# In these files the documents are texts of the same kind as the query, and have the instruction too.
+# There the documents of these were texts of the same kind as the query, and had the instruction too.
 E5_OF_ONE_KIND = frozenset({"allnli_split2", "quora_duplicates_split1", "quora_duplicates_split2"})

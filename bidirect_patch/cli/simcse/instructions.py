@@ -1,11 +1,11 @@
-"""The instruction that stands before each query of a task."""
+"""The instruction that stands before each query of a task, and before the documents of a few."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from ...errors import ConfigError
 from ..common_settings import read_json
-from .e5_instructions import E5_INSTRUCTIONS, E5_OF_ONE_KIND
+from .e5_instructions import E5_INSTRUCTIONS, E5_OF_ONE_KIND, E5_SPLITS
 from .settings import E5, TextArguments
 
 
@@ -64,9 +64,20 @@ def split_by_prompt(task: str, data: Any, instructions: tuple[str, ...]) -> tupl
     return sets, {name: prompts[name] for name in sets if prompts.get(name)}
 
 
+def is_e5(texts: TextArguments) -> bool:
+    """Return whether the files are those of the E5 data, with its own instructions."""
+    return texts.dataset_name == E5 and not texts.instruction_file
+
+
+def whole_tasks(texts: TextArguments, tasks: Iterable[str]) -> list[str]:
+    """Return the tasks without those that are a part of another one among them."""
+    given = list(tasks)
+    return [task for task in given if not (is_e5(texts) and E5_SPLITS.get(task) in given)]
+
+
 def tasks_of_one_kind(texts: TextArguments) -> frozenset[str]:
     """Return the tasks whose documents have the instruction too."""
-    return E5_OF_ONE_KIND if texts.dataset_name == E5 and not texts.instruction_file else frozenset()
+    return E5_OF_ONE_KIND if is_e5(texts) else frozenset()
 
 
 def column_prompts(data: Any, prompts: dict[str, str], of_one_kind: frozenset[str] = frozenset()) -> Any:

@@ -153,6 +153,21 @@ def test_rows_that_lack_a_text_are_left_out_with_a_warning(tmp_path, caplog):
     assert "1 of 3 rows are left out, since they lack one of query, positive, negative" in caplog.text
 
 
+def test_of_e5_no_row_is_read_twice(tmp_path, caplog):
+    """The data hold the parts of a task beside the whole."""
+    rows = [{"query": f"q{i}", "positive": "p", "negative": "n"} for i in range(4)]
+    for name, some in (("allnli", rows), ("allnli_split1", rows[::2]), ("allnli_split2", rows[1::2]), ("nq", rows)):
+        write(tmp_path / f"{name}.jsonl", some)
+    examples = load(tmp_path, dataset_name="E5")
+    assert {name: len(texts) for name, texts in texts_trained_on(examples).items()} == {"allnli": 2, "allnli_2": 2, "nq": 4}
+    assert "allnli_split1.jsonl, allnli_split2.jsonl are left out" in caplog.text
+
+
+def test_lists_that_many_rows_lack(tmp_path):
+    rows = [{"query": f"q{i}", "pos": ["p"], "neg": ["n"] if i > 1000 else None} for i in range(1002)]
+    assert texts_trained_on(load(write(tmp_path / "rows.jsonl", rows))) == {None: [("q1001", "p", "n")]}
+
+
 @pytest.mark.parametrize("nothing", [None, []])
 def test_rows_that_lack_a_list_of_texts_are_left_out_too(tmp_path, caplog, nothing):
     rows = [{"query": f"q{i}", "pos": ["p"], "neg": ["n", "m"] if i else nothing} for i in range(3)]

@@ -26,10 +26,10 @@ def bytes_model(tmp_path):
     return folder
 
 
-@pytest.fixture
-def e5(supervised, bytes_model, tmp_path):
-    """Settings for a folder in the layout of the E5 data."""
-    rows = write_e5(tmp_path / "E5")
+@pytest.fixture(params=[False])
+def e5(supervised, bytes_model, tmp_path, request):
+    """Settings for a folder in the layout of the E5 data, or in the older one."""
+    rows = write_e5(tmp_path / "E5", splits=request.param)
     supervised |= {"dataset_name": "E5", "dataset_file_path": str(tmp_path / "E5"), "peft_model_name_or_path": None}
     supervised |= {"model_name_or_path": str(bytes_model), "stop_after_n_steps": 100, "gradient_checkpointing": False}
     return supervised | {"num_train_epochs": 1, "max_seq_length": 256}, rows
@@ -55,10 +55,11 @@ def pooled(monkeypatch, request):
     return seen
 
 
+@pytest.mark.parametrize("e5", [False, True], indirect=True, ids=["whole tasks", "split tasks"])
 def test_each_query_has_the_instruction_of_its_task_and_is_pooled_without_it(e5, pooled):
     """LLM2Vec's `E5Data`: `instruction; query`, where a task with two instructions takes one and the other in turn.
 
-    Its main branch has a file for each of the two, and in three of these files the documents have the instruction too.
+    Up to 0.1.5 it had a file for each of the two, and in three of these files the documents have the instruction too.
     """
     from bidirect_patch.cli.simcse.e5_instructions import E5_INSTRUCTIONS
 
@@ -66,7 +67,7 @@ def test_each_query_has_the_instruction_of_its_task_and_is_pooled_without_it(e5,
     assert run(settings) == 0
     tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
     expected = set()
-    for task, instructions in E5_INSTRUCTIONS.items():
+    for task, instructions in {task: E5_INSTRUCTIONS[task] for task in rows}.items():
         for number, row in enumerate(rows[task]):
             before = f"{instructions[number % len(instructions)]};"
             expected.add((before, f" {row['query']}"))
