@@ -194,9 +194,9 @@ def _check_flags(**flags: object) -> None:
 
 def _enable(seen: Survey, wanted: list[Decoder], allow_partial: bool) -> None:
     """Make a model bidirectional for good: also after blocks of others that are open now."""
+    check_not_sharded(seen)
     for decoder in wanted:
         check_free(decoder, Setting(Mode.BIDIRECTIONAL, decoder.sinks))
-    check_not_sharded(seen)
     to_bidirectional(seen, wanted, allow_partial)
     for decoder in wanted:
         in_use.set_after_others(decoder.module, decoder.setting)

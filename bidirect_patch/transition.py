@@ -40,24 +40,27 @@ def to_bidirectional(
     changing = [decoder for decoder in wanted if not _is_so(decoder)]
     if not changing:
         return
+    patch = _patch_of(seen, changing)
     check_supported(changing, allow_partial)
     check_forwards(changing)
     proofs = [verify(decoder, on_trust=allow_partial) for decoder in changing]
+    late = [
+        unverified_plan(decoder)
+        for decoder, proof in zip(changing, proofs)
+        if decoder in unverified or (proof is None and not allow_partial)
+    ]
     hooks.install()
     add: list[tuple[nn.Module, Plan]] = []
     for decoder, proof in zip(changing, proofs):
         add += bidirectional_plans(decoder, *(proof or ()))
         add.append(pickled_plan(decoder.module))
-        if decoder in unverified or (proof is None and not allow_partial):
-            add.append(unverified_plan(decoder))
-    patch = _patch_of(seen, changing)
     plans, watched = plans_on(module for module, _ in patch), watched_among(seen.modules)
     try:
-        apply(add, patch)
         watch_labels(seen.modules)
+        apply([*add, *late], patch)
         for decoder, proof in zip(changing, proofs):
             if proof is None and not allow_partial and not decoder.is_on_meta:
-                verify_now(decoder.outermost, even_on_meta=False)
+                verify_now(decoder.outermost, decoder.sinks, even_on_meta=False)
     except BaseException:
         _put_back(seen, changing, plans)
         watch_only(seen.modules, watched)
@@ -146,7 +149,8 @@ def _patch_of(seen: Survey, going: list[Decoder]) -> list[tuple[nn.Module, type[
 
 def _put_back(seen: Survey, going: list[Decoder], plans: Mapping[nn.Module, tuple[Plan, ...]]) -> None:
     """Undo the patch of the decoders in `going`, and put on again what was there before: one change, of both."""
-    apply([(module, plan) for module, found in plans.items() for plan in found if plan.mixin in _MIXINS], _patch_of(seen, going))
+    patch = _patch_of(seen, going)
+    apply([(module, plan) for module, found in plans.items() for plan in found if plan.mixin in _MIXINS], patch)
     for decoder in going:
         if not decoder.has_any_patch:
             forget_checkpoints(decoder.module)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import OrderError, UnsupportedModelError
 from ..model.buffers import is_banded
 from ..model.code import Code
-from ..model.config import ConfigView, backend_of, text_config
+from ..model.config import ConfigView, text_config
 from ..model.decoder import Attention, Decoder, Part
 from ..model.facts import mask_parameter, parameter_names
 from ..model.walk import modules_of
@@ -39,21 +39,22 @@ def bidirectional_plans(
         UnsupportedModelError: a window that the backend would not be given.
         OrderError: a causal mask in a buffer on the meta device, whose values can't be mirrored.
     """
-    config, spans, handling = text_config(decoder.module.config), decoder.spans, handling or possible_handlings(decoder)[0]
+    spans, handling = decoder.spans, handling or possible_handlings(decoder)[0]
+    config, is_flash = decoder.config, decoder.backend == "flash"
     for attention in decoder.attentions:
         itself, *inside = attention.parts
-        yield itself.module, _attention_plan(attention, itself, inside, spans, config, handling)
+        yield itself.module, _attention_plan(attention, itself, inside, spans, config, is_flash, handling)
         for part in inside:
             if part.causal_flags or part.causal_buffers:
                 yield part.module, Plan(BidirectionalPart, None, _not_causal(part), _mirrored(part))
     setting = Setting(Mode.BIDIRECTIONAL, decoder.sinks)
-    for part in map(Part, decoder.mask_makers):
+    for part, name in zip(map(Part, decoder.mask_makers), decoder.names_in_makers):
         settings = ModelSettings(
             spans=spans,
             handling=handling,
             code=code,
             has_outer_maker=part.module is not decoder.outermost,
-            decoder=decoder.name_in(part.module),
+            decoder=name,
             places=decoder.places if part.module is decoder.module else (),
             config_is_causal=getattr(part.config, "is_causal", None) is True,
         )
@@ -119,10 +120,15 @@ def _mirrored(part: Part) -> dict[str, Tensor]:
 
 
 def _attention_plan(
-    attention: Attention, itself: Part, inside: list[Part], spans: tuple[Span, ...], config: Any, handling: MaskHandling
+    attention: Attention,
+    itself: Part,
+    inside: list[Part],
+    spans: tuple[Span, ...],
+    config: Any,
+    is_flash: bool,
+    handling: MaskHandling,
 ) -> Plan:
     module, span = attention.module, attention.span
-    is_flash = backend_of(config) == "flash"
     windows = [part for part in (itself, *inside) if any(map(is_banded, part.causal_buffers.values()))]
     if windows and is_flash:
         raise UnsupportedModelError(

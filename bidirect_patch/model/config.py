@@ -29,6 +29,13 @@ def parts(config: Any) -> Iterator[Any]:
     yield from walk(config)
 
 
+def special_token_ids(config: Any) -> set[Any]:
+    """The tokens that a config and the configs in it name: padding, an image, the end of a text, and so on."""
+    named = ("token_id", "token_index", "pad_index")
+    values = [value for part in parts(config) for name, value in vars(part).items() if name.endswith(named)]
+    return {each for value in values for each in (value if isinstance(value, list) else [value])}
+
+
 def backend_of(config: Any) -> Backend:
     """The attention backend; "eager" stands for every other function that takes an additive mask."""
     name = str(getattr(config, "_attn_implementation", None) or "eager")

@@ -13,6 +13,8 @@ from ..swap.instance_forward import calls_the_patch
 from ..swap.modes import Mode, Setting
 from ..swap.record import before_patch, changed_attributes, own_before_patch, plans_of, setting_of
 from .buffers import triangular_buffers
+from .code import Code
+from .config import Backend, backend_of, kernel_of, text_config
 from .facts import causal_flags
 from .places import Place, attentions_in, fits_inside, layers_in, out_of_place
 from .refusals import Refusal
@@ -84,6 +86,21 @@ class Decoder:
     sinks: Sinks = NO_SINKS  # as its spans have them, see `with_sinks`
 
     @property
+    def config(self) -> Any:
+        """The text part of its config."""
+        return text_config(self.module.config)
+
+    @property
+    def backend(self) -> Backend:
+        """The kind of its attention function."""
+        return backend_of(self.config)
+
+    @property
+    def kernel(self) -> str:
+        """The name of its attention function."""
+        return kernel_of(self.config)
+
+    @property
     def spans(self) -> tuple[Span, ...]:
         """The different spans of its attention modules, in order of first appearance."""
         return tuple(dict.fromkeys(attention.span for attention in self.attentions))
@@ -110,9 +127,10 @@ class Decoder:
         """The outermost model that makes its mask."""
         return self.builders[0] if self.builders else self.module
 
-    def name_in(self, maker: nn.Module) -> str:
-        """The name of the decoder in one of its `mask_makers`."""
-        return next(name for name, module in maker.named_modules() if module is self.module)
+    @property
+    def names_in_makers(self) -> tuple[str, ...]:
+        """The name of the decoder in each of its `mask_makers`."""
+        return tuple(next(n for n, module in maker.named_modules() if module is self.module) for maker in self.mask_makers)
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -152,6 +170,12 @@ class Decoder:
         has_all = all(is_open(part) and calls_the_patch(part) for part in (*self.mask_makers, *parts))
         has_all = has_all and not any(map(changed_attributes, self.modules))
         return has_all and not self.out_of_place and all(map(fits_inside, self.builders))
+
+    @property
+    def code(self) -> Code | None:
+        """The code with which it was seen to become bidirectional; None if that was not seen, or if it is not patched."""
+        settings = (plan.settings for plan in plans_of(self.module))
+        return next((each.code for each in settings if isinstance(getattr(each, "code", None), Code)), None)
 
     @property
     def out_of_place(self) -> list[nn.Module]:
@@ -207,6 +231,13 @@ class Decoder:
             for attention in self.attentions
         ]
         return replace(self, attentions=attentions, sinks=sinks)
+
+    def with_sinks_like(self, other: "Decoder", most: int) -> "Decoder":
+        """This decoder with sinks that stand for another's: `most` tokens at most, and layers of both kinds if that has both."""
+        tokens, sinkless = other.sinks
+        layers, others_layers = ({attention.layer for attention in each.attentions} for each in (self, other))
+        most_layers = len(layers) if sinkless == len(others_layers) else max(1, len(layers) - 1)
+        return self.with_sinks(Sinks(min(tokens, most), min(sinkless, most_layers)))
 
     def _layers_with_attention(self) -> list[str]:
         """The names of its layers with attention, in order, and of those that are missing, as in a stage of a pipeline."""

@@ -8,6 +8,7 @@ from ..attention.plan import bidirectional_plans
 from ..errors import UnsupportedModelError
 from ..model.decoder import Decoder
 from ..model.find import decoders
+from ..model.sinks import Sinks
 from ..swap import in_use
 from ..swap.apply import apply
 from ..swap.classes import Swapped, set_forward
@@ -35,7 +36,7 @@ class Unverified(Swapped):
             if is_graph_captured() or not _is_unverified(self):
                 return inner(self, *args, **kwargs)
             with in_use.lock:  # other threads wait here, so that none uses an unverified output
-                is_seen = id(self) in _under_way or verify_now(self)
+                is_seen = id(self) in _under_way or _verify_first(self)
             result = inner(self, *args, **kwargs)
             if not is_seen:  # not before: where the model doesn't run either, its own error says more
                 raise UnsupportedModelError(
@@ -71,15 +72,23 @@ def verify_kernel(model: nn.Module) -> None:
         apply(add)
 
 
-def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
+def _verify_first(model: nn.Module) -> bool:
+    """`verify_now`, unless another thread did so meanwhile."""
+    setting = setting_of(model)
+    return setting is None or setting.mode is not Mode.UNVERIFIED or verify_now(model, Sinks(*setting.sinks))
+
+
+def verify_now(model: nn.Module, sinks: Sinks, even_on_meta: bool = True) -> bool:
     """Verify a patched, unverified model, with the handling that turns out right; False if nothing could be seen yet.
+
+    Args:
+        model: the outermost model that makes the mask of a decoder.
+        sinks: those that it has.
+        even_on_meta: whether a small model may be run, which was not when the model was patched.
 
     Raises:
         UnsupportedModelError: a layer was seen to stay causal.
     """
-    setting = setting_of(model)
-    if setting is None or setting.mode is not Mode.UNVERIFIED:  # another thread did so meanwhile
-        return True
     _under_way.add(id(model))
     try:
         is_seen = True
@@ -88,9 +97,10 @@ def verify_now(model: nn.Module, even_on_meta: bool = True) -> bool:
             if proof is None:
                 is_seen = verify_itself(decoder) and is_seen
             else:
-                apply(bidirectional_plans(decoder, *proof))
+                plans = list(bidirectional_plans(decoder, *proof))
+                apply(plans)
         if is_seen:
-            apply([(model, Plan(Unverified, setting=Setting(Mode.BIDIRECTIONAL, setting.sinks)))])
+            apply([(model, Plan(Unverified, setting=Setting(Mode.BIDIRECTIONAL, sinks)))])
         return is_seen
     finally:
         _under_way.discard(id(model))

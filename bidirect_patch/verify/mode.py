@@ -3,14 +3,13 @@
 from torch import nn
 
 from ..attention.mixed import check_decoder
-from ..attention.module_settings import ModelSettings
 from ..errors import UnsupportedModelError
 from ..model.config import is_known_kernel, kernel_of, text_config
 from ..model.decoder import Decoder
 from ..model.find import decoders
 from ..model.sinks import NO_SINKS, Sinks
 from ..model.walk import modules_of
-from ..swap.record import record_of, setting_of, settings_of
+from ..swap.record import record_of, setting_of
 from .proof import native_attention
 
 
@@ -18,12 +17,12 @@ def is_verified_patch(decoder: Decoder) -> bool:
     """Whether a decoder is patched, by code that nobody has changed since it was verified, where it was."""
     if not decoder.is_patched:
         return False
-    settings = settings_of(decoder.module, ModelSettings)
-    if settings is None or settings.code is None:
+    code = decoder.code
+    if code is None:
         return True
     configs = {id(config): config for module in decoder.modules if (config := getattr(module, "config", None)) is not None}
     kernels = {kernel_of(text_config(config)) for config in configs.values()}
-    return settings.code.is_same() and all(is_known_kernel(kernel, settings.code.kernel) for kernel in kernels)
+    return code.is_same() and all(is_known_kernel(kernel, code.kernel) for kernel in kernels)
 
 
 def attends_both_ways(decoder: Decoder) -> bool:

@@ -8,7 +8,7 @@ input of a layer is not the output of the layer before, a causal layer can't hid
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,12 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from ..errors import AttentionMaskError, UnseenLayersError, UnsupportedModelError
-from ..model.config import parts
 from ..model.facts import parameter_names
-from ..model.walk import layers_of
+from ..model.subject import Subject
 from ..swap.classes import original
 from .dependence import CAUSAL, by_gradient, by_perturbation, random_rows, relative_distance, threshold, verdict_of
 from .tensors import Grid, find_states, from_rows, output_rows, to_rows
@@ -85,21 +83,21 @@ class Observation:
 class Probe:
     """Runs a model and watches its decoder layers."""
 
-    def __init__(self, model: PreTrainedModel, length: int) -> None:
+    def __init__(self, subject: Subject, length: int) -> None:
         """Prepare the input.
 
         Args:
-            model: A transformers model with weights.
+            subject: A transformers model with weights.
             length: Number of positions in a sequence.
         """
+        model, self.layers, special = subject
         self.model, self.grid = model, Grid(length + 2, length)
-        self.layers = layers_of(model)
         self.gradients = True
         embedding = model.get_input_embeddings()
         weight = getattr(embedding, "weight", None)
         weight = next(model.parameters()) if weight is None else weight
         self.device = torch.device("cpu") if weight.is_meta else weight.device
-        self.ids = _random_ids(model.config, weight.shape[0], length).to(self.device)  # (length,)
+        self.ids = _random_ids(special, weight.shape[0], length).to(self.device)  # (length,)
         self.takes = {*parameter_names(type(model)), *parameter_names(type(getattr(model, "base_model", model)))}
         self.few_logits = _few_logits(model)
 
@@ -319,15 +317,8 @@ def _few_logits(model: nn.Module) -> dict[str, int]:
     return {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in named}
 
 
-def _random_ids(config: Any, vocabulary: int, length: int) -> Tensor:
-    """Return (length,) int64: random tokens, none of them special, which may stand for an image or padding."""
-    special = {
-        value
-        for c in parts(config)
-        for name, values in vars(c).items()
-        if name.endswith(("token_id", "token_index", "pad_index"))
-        for value in (values if isinstance(values, list) else [values])
-    }
+def _random_ids(special: Collection[Any], vocabulary: int, length: int) -> Tensor:
+    """Return (length,) int64: random tokens, none of the special ones, which may stand for an image or padding."""
     plain = [i for i in range(min(vocabulary, 1000)) if i not in special] or [0]
     picks = torch.randint(len(plain), (length,), generator=torch.Generator().manual_seed(0))
     return torch.tensor(plain)[picks]

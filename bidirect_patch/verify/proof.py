@@ -9,12 +9,14 @@ from typing import Literal, NamedTuple, TypeVar
 from ..attention.handling import MaskHandling, possible_handlings
 from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, UnsupportedModelError
 from ..model.code import Code
-from ..model.config import kernel_of, says_bidirectional, text_config
+from ..model.config import says_bidirectional
 from ..model.decoder import Decoder
+from ..model.subject import subject_of
 from ..model.tiny import tiny_like
 from ..swap.classes import original
 from .dependence import CAUSAL
-from .report import BIDIRECTIONAL, attention_report
+from .probe import LENGTH, left_as_it_was
+from .report import BIDIRECTIONAL, LONGEST, AttentionReport, run_and_report
 from .trial import Trial, best_trial, problem_of
 
 Kept = TypeVar("Kept")
@@ -68,10 +70,11 @@ def verify_itself(decoder: Decoder) -> bool:
     Raises:
         UnsupportedModelError: a layer was seen to stay causal.
     """
-    if decoder.is_on_meta:
+    length = LENGTH + decoder.sinks.num_sink_tokens
+    if decoder.is_on_meta or length > LONGEST:
         return False
     try:
-        report = attention_report(decoder.outermost)
+        report = _report_itself(decoder, length)
     except (UnsupportedModelError, AttentionMaskError):
         return False
     _check(decoder, problem_of(report, "the model itself"))
@@ -85,13 +88,15 @@ def native_attention(decoder: Decoder) -> Native:
     """
     if not says_bidirectional(decoder.module.config):
         return "causal"
-    config = text_config(decoder.module.config)
+    config = decoder.config
     flags = getattr(config, "is_causal", None), str(getattr(config, "use_bidirectional_attention", None))
-    key = (original(type(decoder.outermost)), kernel_of(config), decoder.spans, flags)
+    key = (original(type(decoder.outermost)), decoder.kernel, decoder.spans, flags)
     native = _found(_native, key)
     if native is None:
         try:
-            layers = attention_report(tiny_like(decoder.outermost)).layers
+            small = subject_of(tiny_like(decoder.outermost))
+            with left_as_it_was(small.model):
+                layers = run_and_report(small, LENGTH).layers
         except BidirectPatchError:
             return "causal"
         verdicts = {layer.verdict for layer in layers} - {"no attention"}
@@ -112,7 +117,7 @@ def _found(kept: dict[tuple[object, ...], tuple[Kept, Code]], key: tuple[object,
 def _code(decoder: Decoder) -> Code:
     """The code that decides what a decoder's attention does."""
     makers = [original(type(module)) for module in decoder.mask_makers]
-    return Code([*makers, *decoder.classes, *decoder.part_classes], kernel_of(text_config(decoder.module.config)))
+    return Code([*makers, *decoder.classes, *decoder.part_classes], decoder.kernel)
 
 
 def _check_seen(decoder: Decoder) -> None:
@@ -120,7 +125,7 @@ def _check_seen(decoder: Decoder) -> None:
     if decoder.is_on_meta or decoder.refusals:
         return
     try:
-        attention_report(decoder.outermost)
+        _report_itself(decoder, LENGTH)
     except UnseenLayersError as error:
         _check(decoder, f"nothing could be seen: {error}")
     except UnsupportedModelError:  # a kernel that isn't here, for example: it will not run before it is
@@ -128,8 +133,14 @@ def _check_seen(decoder: Decoder) -> None:
 
 
 def _key(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> tuple[object, ...]:
-    kernel, model_class = kernel_of(text_config(decoder.module.config)), original(type(decoder.outermost))
-    return model_class, decoder.classes, decoder.part_classes, kernel, decoder.spans, handlings, bool(decoder.refusals)
+    classes = original(type(decoder.outermost)), decoder.classes, decoder.part_classes
+    return *classes, decoder.kernel, decoder.spans, handlings, bool(decoder.refusals)
+
+
+def _report_itself(decoder: Decoder, length: int) -> AttentionReport:
+    subject = subject_of(decoder.outermost)
+    with left_as_it_was(subject.model):
+        return run_and_report(subject, length)
 
 
 def _check(decoder: Decoder, problem: str) -> None:

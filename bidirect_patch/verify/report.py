@@ -3,15 +3,15 @@
 `attention_report` gives the result. How it is measured stands in probe.py and dependence.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..attention.module_settings import AttentionSettings
 from ..errors import ArgumentError, ConfigError, StillCausalError, UnsupportedModelError
-from ..model.walk import layers_of, modules_of
+from ..model.subject import Subject, subject_of
 from ..model.wrappers import pretrained
 from ..swap.record import settings_of
 from .dependence import BIDIRECTIONAL as BIDIRECTIONAL
@@ -222,7 +222,8 @@ def attention_report(model: nn.Module, *, length: int | None = None) -> Attentio
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"attention_report takes a torch.nn.Module, not {type(model).__name__}")
     inner = pretrained(model)
-    most = max((count for count, _ in _sinks_by_layer(inner).values()), default=0)
+    subject = subject_of(inner)
+    most = max((count for count, _ in _sinks_by_layer(subject.layers).values()), default=0)
     length = LENGTH + most if length is None else length
     if not isinstance(length, int) or isinstance(length, bool) or not 3 + most <= length <= LONGEST:
         beyond = f" beside {most} sink tokens" if most else ""
@@ -236,12 +237,18 @@ def attention_report(model: nn.Module, *, length: int | None = None) -> Attentio
             f"`bidirect-patch check`, which builds a small model from the config"
         )
     with left_as_it_was(model, inner):
-        return report_of(inner, Probe(inner, length).observe())
+        return run_and_report(subject, length)
 
 
-def report_of(model: PreTrainedModel, seen: Observation) -> AttentionReport:
-    """The report of what `Probe` saw of a model."""
-    plain, sinks = seen.calls["no mask"], _sinks_by_layer(model)
+def run_and_report(subject: Subject, length: int) -> AttentionReport:
+    """`attention_report` of a transformers model, which is left as it was by the caller."""
+    probe = Probe(subject, length)
+    return report_of(probe, probe.observe())
+
+
+def report_of(probe: Probe, seen: Observation) -> AttentionReport:
+    """The report of what a probe saw of its model."""
+    model, plain, sinks = probe.model, seen.calls["no mask"], _sinks_by_layer(probe.layers)
     layers = [_layer_report(index, seen, sinks) for index in range(len(plain))]
     backend = getattr(model.config, "_attn_implementation", None)
     backend = backend if isinstance(backend, str) else None
@@ -271,11 +278,11 @@ def assert_bidirectional(model: nn.Module, *, length: int | None = None) -> None
         raise StillCausalError(f"{report.summary}\n{report}")
 
 
-def _sinks_by_layer(model: nn.Module) -> dict[str, tuple[int, bool]]:
+def _sinks_by_layer(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, bool]]:
     """What the patch is to make of each decoder layer: how many sink tokens, and whether the other tokens see them."""
     sinks = {}
-    for name, layer in layers_of(model).items():
-        found = (settings_of(module, AttentionSettings) for module in modules_of(layer))
+    for name, layer in layers.items():
+        found = (settings_of(module, AttentionSettings) for module in layer.modules())
         spans = [settings.span for settings in found if settings is not None and settings.span.sinks]
         if spans:
             sinks[name] = max(span.sinks for span in spans), any(span.sees_sinks for span in spans)

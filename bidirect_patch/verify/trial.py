@@ -10,17 +10,16 @@ from ..attention.handling import MaskHandling
 from ..attention.padding_and_packing import Sequences
 from ..attention.plan import bidirectional_plans
 from ..errors import AttentionMaskError, UnseenLayersError, UnsupportedModelError
-from ..model.config import backend_of, text_config
 from ..model.decoder import Decoder
 from ..model.find import decoders
-from ..model.sinks import Sinks
+from ..model.subject import Subject, subject_of
 from ..model.tiny import tiny_like
 from ..model.windows import Span
 from ..swap.apply import apply
 from ..swap.classes import original
 from .dependence import relative_distance
 from .probe import LENGTH, Case, Probe, left_as_it_was
-from .report import BIDIRECTIONAL, AttentionReport, attention_report, report_of
+from .report import BIDIRECTIONAL, AttentionReport, report_of
 
 MOST_SINKS = 3  # in a small model: more show nothing else
 LastTokens = dict[Case, tuple[Tensor, bool]]  # see `Observation.last_tokens`
@@ -35,14 +34,22 @@ class Trial(NamedTuple):
     problem: str
 
 
+class Specimen(NamedTuple):
+    """A small model of a class, and its decoders, with sinks that stand for those of the real one."""
+
+    subject: Subject
+    decoders: list[Decoder]
+
+
 def best_trial(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> Trial | None:
     """The best trial with a small model of the class; None if such a model shows nothing of this one."""
     try:
-        small = _small(decoder)
-        last = _causal_run(small, _length(decoder))  # what its class keeps of it, the patched run must not take
+        small = _specimen(decoder)
+        classes = frozenset().union(*(each.classes for each in small.decoders))
+        last = _causal_run(small.subject, _length(decoder))  # what its class keeps of it, the patched run must not take
     except Exception:  # it can't be made or run, for whatever reason
         return None
-    if not decoder.classes <= frozenset().union(*(each.classes for each in decoders(small))):
+    if not decoder.classes <= classes:
         return None  # a layer or attention of another class was put in
     trial = _best(decoder, small, handlings, last)
     return trial if not trial.problem or _is_seen_unpatched(decoder) else None
@@ -51,42 +58,50 @@ def best_trial(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> Trial |
 def _is_seen_unpatched(decoder: Decoder) -> bool:
     """Whether the layers of a small model can be seen at work without the patch."""
     try:
-        attention_report(_small(decoder))
+        small = subject_of(_small(decoder))
+        with left_as_it_was(small.model):
+            Probe(small, LENGTH).observe()
     except Exception:  # for whatever reason
         return False
     return True
 
 
-def _best(decoder: Decoder, small: PreTrainedModel, handlings: tuple[MaskHandling, ...], last: LastTokens) -> Trial:
+def _specimen(decoder: Decoder) -> Specimen:
+    small = _small(decoder)
+    return Specimen(subject_of(small), [each.with_sinks_like(decoder, MOST_SINKS) for each in decoders(small)])
+
+
+def _best(decoder: Decoder, small: Specimen, handlings: tuple[MaskHandling, ...], last: LastTokens) -> Trial:
     best = _try(decoder, handlings[0], small, last)
     for handling in handlings[1:]:
         if not best.problem or (decoder.refusals and best.right_layers):
             break
-        trial = _try(decoder, handling, _small(decoder), last)
+        trial = _try(decoder, handling, _specimen(decoder), last)
         if not trial.problem or trial.right_layers > best.right_layers:
             best = trial
     return best
 
 
-def _try(decoder: Decoder, handling: MaskHandling, small: PreTrainedModel, last: LastTokens) -> Trial:
+def _try(decoder: Decoder, handling: MaskHandling, small: Specimen, last: LastTokens) -> Trial:
     cls = original(type(decoder.module))
-    found = [each.with_sinks(_sinks_of_small(decoder, each)) for each in decoders(small)]
-    handlings = [handling if original(type(each.module)) is cls else None for each in found]
-    apply([plan for each, how in zip(found, handlings) for plan in bidirectional_plans(each, how)])
+    handlings = [handling if original(type(each.module)) is cls else None for each in small.decoders]
+    plans = [plan for each, how in zip(small.decoders, handlings) for plan in bidirectional_plans(each, how)]
+    apply(plans)
     try:
-        with left_as_it_was(small):
-            seen = Probe(small, _length(decoder)).observe()
-            report = report_of(small, seen)
+        with left_as_it_was(small.subject.model):
+            probe = Probe(small.subject, _length(decoder))
+            seen = probe.observe()
+            report = report_of(probe, seen)
     except (UnsupportedModelError, AttentionMaskError) as error:
         return Trial(handling, -1, f"a small random model of its class doesn't run any more: {error}")
     right = sum(layer.ok and layer.verdict == BIDIRECTIONAL for layer in report.layers)
-    problem = problem_of(report, "a small random model of its class") or _beyond_span(report, found)
-    return Trial(handling, right, problem or _last_token_moved(found[0], seen.last_tokens(), last))
+    problem = problem_of(report, "a small random model of its class") or _beyond_span(report, small.decoders)
+    return Trial(handling, right, problem or _last_token_moved(small.decoders[0], seen.last_tokens(), last))
 
 
-def _causal_run(small: PreTrainedModel, length: int) -> LastTokens:
+def _causal_run(small: Subject, length: int) -> LastTokens:
     """What the first layer of a small model makes of the last token without the patch, as `last_tokens` gives it."""
-    with left_as_it_was(small):
+    with left_as_it_was(small.model):
         probe = Probe(small, length)
         probe.gradients = False
         try:
@@ -123,17 +138,9 @@ def _length(decoder: Decoder) -> int:
     return LENGTH + min(decoder.sinks.num_sink_tokens, MOST_SINKS)
 
 
-def _sinks_of_small(decoder: Decoder, small: Decoder) -> Sinks:
-    """The sinks that stand for a decoder's in a small model: few tokens, and layers of both kinds if the decoder has both."""
-    tokens, sinkless = decoder.sinks
-    layers, real_layers = ({attention.layer for attention in d.attentions} for d in (small, decoder))
-    most = len(layers) if sinkless == len(real_layers) else max(1, len(layers) - 1)
-    return Sinks(min(tokens, MOST_SINKS), min(sinkless, most))
-
-
 def _small(decoder: Decoder) -> PreTrainedModel:
     small = tiny_like(decoder.outermost)
-    if backend_of(text_config(decoder.module.config)) != "flash":
+    if decoder.backend != "flash":
         return small.to(device="cpu", dtype=torch.float32)
     if small.dtype == torch.float32:  # FlashAttention takes no such thing; the model's own will be cast
         small = small.to(torch.bfloat16)
