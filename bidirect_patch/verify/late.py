@@ -33,7 +33,7 @@ class Unverified(Swapped):
         """See `Swapped.build`."""
 
         def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-            if is_graph_captured() or not _is_unverified(self):
+            if is_graph_captured() or _unverified(self) is None:
                 return inner(self, *args, **kwargs)
             with in_use.lock:  # other threads wait here, so that none uses an unverified output
                 is_seen = id(self) in _under_way or _verify_first(self)
@@ -53,9 +53,10 @@ def unverified_plan(decoder: Decoder) -> tuple[nn.Module, Plan]:
     return decoder.outermost, Plan(Unverified, setting=Setting(Mode.UNVERIFIED, decoder.sinks))
 
 
-def _is_unverified(model: nn.Module) -> bool:
+def _unverified(model: nn.Module) -> Setting | None:
+    """The setting of a model that is not verified yet; None of any other."""
     setting = setting_of(model)
-    return setting is not None and setting.mode is Mode.UNVERIFIED
+    return setting if setting is not None and setting.mode is Mode.UNVERIFIED else None
 
 
 def verify_kernel(model: nn.Module) -> None:
@@ -74,8 +75,8 @@ def verify_kernel(model: nn.Module) -> None:
 
 def _verify_first(model: nn.Module) -> bool:
     """`verify_now`, unless another thread did so meanwhile."""
-    setting = setting_of(model)
-    return setting is None or setting.mode is not Mode.UNVERIFIED or verify_now(model, Sinks(*setting.sinks))
+    setting = _unverified(model)
+    return setting is None or verify_now(model, Sinks(*setting.sinks))
 
 
 def verify_now(model: nn.Module, sinks: Sinks, even_on_meta: bool = True) -> bool:

@@ -6,6 +6,8 @@ error. A proof is believed as long as nobody changes the code that was at work.
 
 from typing import Literal, NamedTuple, TypeVar
 
+from transformers import PreTrainedModel
+
 from ..attention.handling import MaskHandling, possible_handlings
 from ..errors import AttentionMaskError, BidirectPatchError, UnseenLayersError, UnsupportedModelError
 from ..model.code import Code
@@ -74,7 +76,7 @@ def verify_itself(decoder: Decoder) -> bool:
     if decoder.is_on_meta or length > LONGEST:
         return False
     try:
-        report = _report_itself(decoder, length)
+        report = _report_on(decoder.outermost, length)
     except (UnsupportedModelError, AttentionMaskError):
         return False
     _check(decoder, problem_of(report, "the model itself"))
@@ -94,9 +96,7 @@ def native_attention(decoder: Decoder) -> Native:
     native = _found(_native, key)
     if native is None:
         try:
-            small = subject_of(tiny_like(decoder.outermost))
-            with left_as_it_was(small.model):
-                layers = run_and_report(small, LENGTH).layers
+            layers = _report_on(tiny_like(decoder.outermost), LENGTH).layers
         except BidirectPatchError:
             return "causal"
         verdicts = {layer.verdict for layer in layers} - {"no attention"}
@@ -125,7 +125,7 @@ def _check_seen(decoder: Decoder) -> None:
     if decoder.is_on_meta or decoder.refusals:
         return
     try:
-        _report_itself(decoder, LENGTH)
+        _report_on(decoder.outermost, LENGTH)
     except UnseenLayersError as error:
         _check(decoder, f"nothing could be seen: {error}")
     except UnsupportedModelError:  # a kernel that isn't here, for example: it will not run before it is
@@ -137,10 +137,9 @@ def _key(decoder: Decoder, handlings: tuple[MaskHandling, ...]) -> tuple[object,
     return *classes, decoder.kernel, decoder.spans, handlings, bool(decoder.refusals)
 
 
-def _report_itself(decoder: Decoder, length: int) -> AttentionReport:
-    subject = subject_of(decoder.outermost)
-    with left_as_it_was(subject.model):
-        return run_and_report(subject, length)
+def _report_on(model: PreTrainedModel, length: int) -> AttentionReport:
+    with left_as_it_was(model):
+        return run_and_report(subject_of(model), length)
 
 
 def _check(decoder: Decoder, problem: str) -> None:
